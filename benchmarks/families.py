@@ -1,0 +1,154 @@
+"""Families of tasks on which estimates are compared with fine-tuning.
+
+Each has auxiliary tasks of different use to a target that is none of them, one of them with
+shuffled answers. ``arithmetic``, ``text`` and ``logic`` are real: SmolLM2-135M, and generators of
+reasoning-gym with options that keep the rows short. ``small`` is a small model and string tasks.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import small
+from datasets import Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+
+from models import smollm2
+
+Generator = tuple[str, dict[str, Any]]
+
+TWO_DIGITS = {"min_digits": 1, "max_digits": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Tasks, target, model and training arguments."""
+
+    tasks: tuple[str, ...]
+    """Names; the last one is ``shuffled``."""
+    make_task: Callable[[str, int], Dataset]
+    """Rows of the n-th task, by name and position."""
+    make_target: Callable[[int], Dataset]
+    """Rows of the target; another seed gives other rows."""
+    model: Callable[[], str] = smollm2
+    warm_up_steps: int = 24
+    steps: int = 48
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of SFTConfig, where they are not those of ``truth.py``."""
+
+    def training_tasks(self) -> dict[str, Dataset]:
+        """Rows of every auxiliary task."""
+        return {name: self.make_task(name, i) for i, name in enumerate(self.tasks)}
+
+
+def examples(generator: Generator, num_rows: int, seed: int) -> Dataset:
+    """Questions and answers of one generator, as prompts and completions."""
+    import reasoning_gym
+
+    name, options = generator
+    rows = reasoning_gym.create_dataset(name, size=num_rows, seed=seed, **options)
+    return Dataset.from_list(
+        [{"prompt": f"Q: {r['question']}\nA:", "completion": f" {r['answer']}"} for r in rows]
+    )
+
+
+def shuffled_answers(dataset: Dataset, seed: int) -> Dataset:
+    """The same questions with one another's answers."""
+    answers = list(dataset["completion"])
+    random.Random(seed).shuffle(answers)
+    return dataset.remove_columns("completion").add_column("completion", answers)
+
+
+def _sums(num_terms: int) -> Generator:
+    return "chain_sum", {"min_terms": num_terms, "max_terms": num_terms, **TWO_DIGITS}
+
+
+def _real(*, target: Generator, tasks: dict[str, Generator], shuffled: Generator) -> Family:
+    def make_task(name: str, position: int) -> Dataset:
+        if name == "shuffled":
+            return shuffled_answers(examples(shuffled, 96, position), 0)
+        return examples(tasks[name], 96, position)
+
+    return Family(
+        tasks=(*tasks, "shuffled"),
+        make_task=make_task,
+        make_target=lambda seed: examples(target, 64, 1000 + seed),
+    )
+
+
+def _small() -> Family:
+    def make_task(name: str, position: int) -> Dataset:
+        if name == "shuffled":
+            return shuffled_answers(small.examples("target", 128, 77), 0)
+        return small.examples(name, 128, position)
+
+    return Family(
+        tasks=(*small.TASKS, "shuffled"),
+        make_task=make_task,
+        make_target=lambda seed: small.examples("target", 128, 1000 + seed),
+        model=small.small_model,
+        warm_up_steps=60,
+        steps=120,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "arithmetic": _real(
+        target=_sums(3),
+        tasks={
+            "sums of two": _sums(2),
+            "sums of four": _sums(4),
+            "decimals": ("decimal_chain_sum", {"min_terms": 2, "max_terms": 2, **TWO_DIGITS}),
+            "products": ("products", {"min_terms": 2, "max_terms": 2, **TWO_DIGITS}),
+            "equations": ("simple_equations", {}),
+            "common divisors": ("gcd", {}),
+            "common multiples": ("lcm", {}),
+            "bits": ("count_bits", {"max_n": 1000}),
+            "letters": ("letter_counting", {"min_words": 3, "max_words": 5}),
+            "spelling backward": ("spell_backward", {"max_word_len": 8}),
+        },
+        shuffled=_sums(3),
+    ),
+    "text": _real(
+        target=("word_sequence_reversal", {"min_words": 3, "max_words": 5}),
+        tasks={
+            "sentence order": (
+                "sentence_reordering",
+                {"min_words_in_sentence": 4, "max_words_in_sentence": 7},
+            ),
+            "spelling backward": ("spell_backward", {"max_word_len": 8}),
+            "word sorting": ("word_sorting", {"min_words": 3, "max_words": 4}),
+            "caesar": ("caesar_cipher", {"min_words": 2, "max_words": 4}),
+            "letters": ("letter_counting", {"min_words": 3, "max_words": 6}),
+            "ransom note": ("ransom_note", {}),
+            "isomorphic": ("isomorphic_strings", {}),
+            "word ladder": ("word_ladder", {"max_chain_length": 4}),
+            "sums": _sums(3),
+            "leap years": ("calendar_arithmetic", {}),
+        },
+        shuffled=("word_sequence_reversal", {"min_words": 3, "max_words": 5}),
+    ),
+    "logic": _real(
+        target=("family_relationships", {}),
+        tasks={
+            "syllogisms": ("syllogism", {}),
+            "alice": ("aiw", {}),
+            "coins": ("coin_flip", {}),
+            "legs": ("leg_counting", {"max_animals": 5}),
+            "calendar": ("calendar_arithmetic", {}),
+            "durations": ("time_intervals", {}),
+            "ransom note": ("ransom_note", {}),
+            "knights": ("knights_knaves", {"n_people": 2}),
+            "sequences": ("number_sequence", {}),
+            "sums": _sums(3),
+        },
+        shuffled=("family_relationships", {}),
+    ),
+    "small": _small(),
+}

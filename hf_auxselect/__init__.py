@@ -1,0 +1,81 @@
+"""Selects, inside one fine-tuning run, the auxiliary tasks that help a target most.
+
+Names are imported when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_auxselect.callback import CostPreview as CostPreview
+    from hf_auxselect.callback import TaskSelectionCallback as TaskSelectionCallback
+    from hf_auxselect.estimators import AbstractEstimator as AbstractEstimator
+    from hf_auxselect.estimators import Estimate as Estimate
+    from hf_auxselect.estimators import FittedEstimator as FittedEstimator
+    from hf_auxselect.estimators import GradExLogistic as GradExLogistic
+    from hf_auxselect.estimators import LinearizedTraining as LinearizedTraining
+    from hf_auxselect.gradients import capture_gradients as capture_gradients
+    from hf_auxselect.mixture import concatenate_tasks as concatenate_tasks
+    from hf_auxselect.per_example import GradientCheckError as GradientCheckError
+    from hf_auxselect.per_example import NonFiniteError as NonFiniteError
+    from hf_auxselect.per_example import UnsupportedModuleError as UnsupportedModuleError
+    from hf_auxselect.per_example import check_per_example_gradients as check_per_example_gradients
+    from hf_auxselect.report import SelectionReport as SelectionReport
+    from hf_auxselect.selectors import AbstractSelector as AbstractSelector
+    from hf_auxselect.selectors import BackwardElimination as BackwardElimination
+    from hf_auxselect.selectors import ExhaustiveSearch as ExhaustiveSearch
+    from hf_auxselect.selectors import FixedSelection as FixedSelection
+    from hf_auxselect.selectors import ForwardSelection as ForwardSelection
+    from hf_auxselect.selectors import RandomEnsemble as RandomEnsemble
+    from hf_auxselect.selectors import Selection as Selection
+    from hf_auxselect.store import GradientStore as GradientStore
+    from hf_auxselect.store import StoreError as StoreError
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "callback": ("CostPreview", "TaskSelectionCallback"),
+    "estimators": (
+        "AbstractEstimator",
+        "Estimate",
+        "FittedEstimator",
+        "GradExLogistic",
+        "LinearizedTraining",
+    ),
+    "gradients": ("capture_gradients",),
+    "mixture": ("concatenate_tasks",),
+    "per_example": (
+        "GradientCheckError",
+        "NonFiniteError",
+        "UnsupportedModuleError",
+        "check_per_example_gradients",
+    ),
+    "report": ("SelectionReport",),
+    "selectors": (
+        "AbstractSelector",
+        "BackwardElimination",
+        "ExhaustiveSearch",
+        "FixedSelection",
+        "ForwardSelection",
+        "RandomEnsemble",
+        "Selection",
+    ),
+    "store": ("GradientStore", "StoreError"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,601 @@
+"""The callback: when to capture, estimate, select, report and switch, and what is kept on disk.
+
+The global step is the only clock. With K the ``switch_step`` of ``plan.json``,
+
+    step < K    warm-up on all tasks; the run is what it is without the callback
+    step = K    gradient pass, estimates, selection; gradients, decision and report are written
+    step > K    the selected mixture (``after="observe"``: still all tasks)
+
+and a decision, once made, is read and never made again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_auxselect import switch
+from hf_auxselect.distributed import computed_once, process_rank
+from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
+from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, time_batch
+from hf_auxselect.mixture import MixtureSampler
+from hf_auxselect.optimizer_state import is_supported
+from hf_auxselect.per_example import check_per_example_gradients
+from hf_auxselect.plan import Plan, make_plan, require_same_plan, warn_of_leaked_target
+from hf_auxselect.projection import BYTES_PER_PARAMETER
+from hf_auxselect.report import SelectionReport, compare, strategy_record, summarize_tasks
+from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
+from hf_auxselect.store import GradientStore, JsonDict, to_json, write_atomically
+
+logger = logging.getLogger(__name__)
+
+DIRECTORY_NAME = "_task_selection"
+"""Under the output directory; Trainer leaves names with an underscore out of its Hub uploads."""
+CHECKPOINT_FILE = "task_selection.json"
+MODES = ("continue", "restart", "observe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostPreview:
+    """What the gradient pass will cost; ``str()`` is a readable summary.
+
+    Attributes:
+        num_examples: examples that the pass reads, the target's included.
+        seconds: predicted duration, from a timed batch.
+        disk_mib: size of the gradient store, MiB.
+        memory_mib: memory of the projection's tables, MiB, beyond that of an evaluation batch
+            with gradients.
+        switch_step: optimizer step after which the pass runs.
+    """
+
+    num_examples: int
+    seconds: float
+    disk_mib: float
+    memory_mib: float
+    switch_step: int
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(round(self.seconds), 60)
+        return (
+            f"gradient pass after step {self.switch_step}: {self.num_examples} examples, about "
+            f"{minutes} min {seconds:02d} s, {self.disk_mib:.1f} MiB on disk, "
+            f"{self.memory_mib:.0f} MiB of memory"
+        )
+
+
+class TaskSelectionCallback(TrainerCallback):
+    """Selects, in the middle of one training run, the tasks that lower the target's loss most.
+
+    Add it to a ``Trainer`` or ``SFTTrainer`` whose training set has a task column (see
+    :func:`hf_auxselect.concatenate_tasks`) and whose evaluation set is the target. The run warms up
+    on all tasks, captures projected gradients of every task and of the target, estimates the
+    target's loss after training on any subset of tasks, and goes on with the chosen one.
+
+    Args:
+        target: None: the trainer's ``eval_dataset`` is the target. A string: that key of an
+            ``eval_dataset`` dict. What is minimised is the loss that the trainer logs for it.
+        task_column: column of the training set that names each row's task.
+        warmup: share of the run's steps in (0, 1), or number of optimizer steps (int >= 1), that
+            are trained on all tasks before the selection.
+        estimator: how the loss of a mixture is estimated; None: ``LinearizedTraining()``.
+        selector: how a mixture is searched for; None: ``ForwardSelection()``.
+        after: ``"continue"`` goes on from where the warm-up ended. ``"restart"`` puts the trainable
+            parameters back to their initial values and resets optimizer and schedule for the
+            remaining steps. ``"observe"`` chooses and reports, and leaves the run as it would be.
+        keep: tasks that always stay.
+        examples_per_task: examples of each task, and of the target, that the gradient pass reads
+            at most, drawn by ``seed``; None: all.
+        projection_dim: length of a projected gradient.
+        batch_size: examples of a forward pass of the gradient pass; None: the trainer's
+            ``per_device_train_batch_size``.
+        output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
+        seed: rules examples, projection and the mixture's order; None: the trainer's ``data_seed``,
+            or else its ``seed``.
+
+    Attributes:
+        report: None before the selection, then a :class:`hf_auxselect.SelectionReport`.
+
+    Raises:
+        ValueError, TypeError: here, if an argument is wrong; from ``trainer.train()``, before its
+            first step, if the run is one in which a selection cannot work.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        task_column: str = "task",
+        warmup: float | int = 0.2,
+        estimator: AbstractEstimator | None = None,
+        selector: AbstractSelector | None = None,
+        after: str = "continue",
+        keep: Sequence[str] = (),
+        examples_per_task: int | None = 256,
+        projection_dim: int = 512,
+        batch_size: int | None = None,
+        output_dir: str | Path | None = None,
+        seed: int | None = None,
+    ) -> None:
+        is_share = isinstance(warmup, float) and 0 < warmup < 1
+        if isinstance(warmup, bool) or not (is_share or (isinstance(warmup, int) and warmup >= 1)):
+            raise ValueError(
+                f"warmup must be a share of the run in (0, 1) or a number of steps (an int of at "
+                f"least 1), got {warmup!r}."
+            )
+        if after not in MODES:
+            raise ValueError(f"after must be one of {list(MODES)}, got {after!r}.")
+        if isinstance(keep, str):
+            raise TypeError(f"keep must be a sequence of task names, got the string {keep!r}.")
+        if examples_per_task is not None and examples_per_task < 2:
+            raise ValueError(
+                f"examples_per_task must be at least 2, or None; got {examples_per_task}."
+            )
+        if projection_dim < 2:
+            raise ValueError(f"projection_dim must be at least 2, got {projection_dim}.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, or None; got {batch_size}.")
+        if not isinstance(estimator, AbstractEstimator | None):
+            raise TypeError(
+                f"estimator must be an object such as LinearizedTraining(), got {estimator!r}."
+            )
+        if not isinstance(selector, AbstractSelector | None):
+            raise TypeError(
+                f"selector must be an object such as ForwardSelection(), got {selector!r}."
+            )
+        self.target = target
+        self.task_column = task_column
+        self.warmup = warmup
+        self.estimator = estimator or LinearizedTraining()
+        self.selector = selector or ForwardSelection()
+        self.after = after
+        self.keep = tuple(keep)
+        self.examples_per_task = examples_per_task
+        self.projection_dim = projection_dim
+        self.batch_size = batch_size
+        self.output_dir = output_dir
+        self.seed = seed
+        self.report: SelectionReport | None = None
+        # Set when a trainer is met, and for the length of a `train()`:
+        self._trainer: weakref.ref[Trainer] | None = None
+        self._initial: dict[str, torch.Tensor] = {}
+        self._plan: Plan | None = None
+        self._batches: switch.BatchSource | None = None
+        self._decision: JsonDict | None = None
+
+    def attach(self, trainer: Trainer) -> TaskSelectionCallback:
+        """Add the callback to a trainer that was made without it; before ``trainer.train()``."""
+        if not any(known is self for known in trainer.callback_handler.callbacks):
+            trainer.add_callback(self)
+        self._meet(trainer)
+        return self
+
+    def preview(self, trainer: Trainer) -> CostPreview:
+        """Time a batch and predict what the gradient pass will cost. Changes nothing.
+
+        Raises:
+            ValueError: the run is one in which a selection cannot work.
+        """
+        self._meet(trainer)
+        with switch.preserved_rng():
+            loader = trainer.get_train_dataloader()
+            max_steps = trainer.set_initial_training_values(trainer.args, loader)[-1]
+            plan = self._make_plan(trainer, max_steps)
+            examples = [(t, i) for t in (*plan.examples, plan.target) for i in t.example_ids]
+            size = self._pass_batch_size(trainer)
+            # Every n-th example of all tasks: as long as the average batch.
+            sample = examples[:: max(1, len(examples) // size)][:size]
+            with trainer.compute_loss_context_manager():
+                seconds = time_batch(
+                    trainer.model,
+                    [task.rows[example] for task, example in sample],
+                    switch.collate_function(trainer),
+                    projection_dim=self.projection_dim,
+                    scalars=self.estimator.scalars,
+                )
+        num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
+        return CostPreview(
+            num_examples=len(examples),
+            seconds=seconds * len(examples) / len(sample) / trainer.args.world_size,
+            disk_mib=len(examples) * bytes_per_example / 2**20,
+            memory_mib=num_trainable * BYTES_PER_PARAMETER / 2**20,
+            switch_step=plan.switch_step,
+        )
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = switch.find_trainer(self)
+        if trainer is not None:
+            self._meet(trainer)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self._current_trainer()
+        if self._batches is not None:  # of a `train()` that was broken off
+            self._batches.remove()
+        self.report = self._plan = self._batches = self._decision = None
+        with switch.preserved_rng():
+            plan = self._make_plan(trainer, state.max_steps)
+            warn_of_leaked_target(plan)
+            self._check_capture(trainer, plan)
+        resumed = state.global_step > 0
+        self._plan = self._resume_plan(plan) if resumed else self._start_plan(plan)
+        if self.after == "restart":
+            self._settle_initial(trainer, resumed)
+            switch.schedule_restart(trainer, self._plan.switch_step)
+        if self.after != "observe":
+            self._batches = self._shadow_batches(trainer)
+        if state.global_step >= self._plan.switch_step:
+            self._resume_after_switch(trainer, state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Here gradients are cleared, the next batches are not yet drawn, and the checkpoint of
+        # this step is not yet written.
+        if self._plan is not None and state.global_step == self._plan.switch_step:
+            self._select(self._current_trainer(), state)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._decision is not None and state.is_world_process_zero:
+            folder = Path(self._current_trainer()._get_output_dir(trial=None))
+            path = folder / f"checkpoint-{state.global_step}" / CHECKPOINT_FILE
+            write_atomically(path, to_json(self._decision))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._batches is not None:
+            self._batches.remove()
+            self._batches = None
+
+    def _select(self, trainer: Trainer, state: TrainerState) -> None:
+        """Capture, estimate, select, report; then switch."""
+        assert self._plan is not None
+        start = time.perf_counter()
+        fitted: FittedEstimator | None = None
+        with switch.preserved_rng():
+            store = self._capture(trainer) if self._needs_estimates else None
+
+            def choose() -> SelectionReport:
+                nonlocal fitted
+                fitted = self.estimator.fit(store) if store is not None else None
+                return self._make_report(trainer, store, fitted, start)
+
+            report = computed_once(choose)
+        report.gradients_directory = self._directory / "gradients"
+        report._fitted = fitted
+        self.report = report
+        self._decision = self._make_decision(report)
+        if state.is_world_process_zero:
+            write_atomically(self._directory / "selection.json", to_json(self._decision))
+            report.save(self._directory / "report")
+            tqdm.write(report.to_text())
+        switch.log(trainer, self._metrics(report))
+        if self.after == "restart":
+            switch.restart(trainer, self._initial)
+        self._switch(trainer, state)
+
+    def _capture(self, trainer: Trainer) -> GradientStore:
+        assert self._plan is not None
+        with trainer.compute_loss_context_manager():
+            return capture_examples(
+                trainer.model,
+                self._plan.examples,
+                self._plan.target,
+                switch.collate_function(trainer),
+                directory=self._directory / "gradients",
+                projection_dim=self.projection_dim,
+                batch_size=self._pass_batch_size(trainer),
+                seed=self._plan.seed,
+                scalars=self.estimator.scalars,
+                optimizer=trainer.optimizer if self._needs_optimizer else None,
+                initial=self._initial if self.after == "restart" else None,
+                training=switch.training_to_come(trainer, self._plan.switch_step, self.after),
+                progress=not trainer.args.disable_tqdm,
+            )
+
+    def _make_report(
+        self,
+        trainer: Trainer,
+        store: GradientStore | None,
+        fitted: FittedEstimator | None,
+        start: float,
+    ) -> SelectionReport:
+        assert self._plan is not None
+        names = self._plan.tasks.names
+        # Without a fitted estimator the selection is fixed and asks for no estimate.
+        estimate = fitted.estimate if fitted is not None else _no_estimate
+        selection = self.selector.select(estimate, names, keep=self.keep)
+        report = SelectionReport(
+            weights=selection.weights,
+            scores=selection.scores,
+            history=list(selection.history),
+            estimator=strategy_record(self.estimator),
+            selector=strategy_record(self.selector),
+            run={
+                "after": self.after,
+                "switch_step": self._plan.switch_step,
+                "max_steps": trainer.state.max_steps,
+                "keep": list(self.keep),
+                "seed": self._plan.seed,
+                "model": trainer.model.config.name_or_path,
+                "versions": self._plan.to_dict()["versions"],
+                "reads_per_row": self._reads_per_row(trainer, selection.weights),
+            },
+        )
+        if store is not None and fitted is not None:
+            report.rows = compare(fitted, selection, names, seed=self._plan.seed)
+            report.tasks = summarize_tasks(store)
+            report.target = summarize_tasks(store.target)[0]
+            report.diagnostics = fitted.diagnostics()
+        report.run["seconds"] = round(time.perf_counter() - start, 3)
+        return report
+
+    def _reads_per_row(self, trainer: Trainer, weights: dict[str, float]) -> dict[str, float]:
+        """How often the rest of the run will read each row of a task."""
+        assert self._plan is not None
+        steps = trainer.state.max_steps - self._plan.switch_step
+        rows = steps * trainer.get_total_train_batch_size(trainer.args)
+        return {
+            name: round(rows * weights[name] / count, 3)
+            for name, count in zip(self._plan.tasks.names, self._plan.tasks.counts, strict=True)
+        }
+
+    def _make_decision(self, report: SelectionReport) -> JsonDict:
+        chosen = report.row("chosen") if report.rows else None
+        return {
+            "selected": report.selected,
+            "weights": report.weights,
+            "estimated_loss": chosen and chosen.loss,
+            "low": chosen and chosen.low,
+            "high": chosen and chosen.high,
+            "estimated_loss_all": report.row("all tasks").loss if report.rows else None,
+            "switch_step": report.run["switch_step"],
+            "after": self.after,
+            "seed": report.run["seed"],
+            "estimator": report.estimator,
+            "selector": report.selector,
+        }
+
+    def _metrics(self, report: SelectionReport) -> dict[str, float]:
+        metrics = {
+            "auxselect/num_selected": float(len(report.selected)),
+            "auxselect/seconds": float(report.run["seconds"]),
+        }
+        if report.rows:
+            metrics["auxselect/estimated_loss"] = report.row("chosen").loss
+            metrics["auxselect/estimated_loss_all"] = report.row("all tasks").loss
+        return metrics
+
+    def _switch(self, trainer: Trainer, state: TrainerState) -> None:
+        """Feed the selected mixture from here on, at the position that belongs to this step."""
+        if self._batches is None:
+            return
+        assert self._plan is not None and self._decision is not None
+        weights = self._decision["weights"]
+        per_epoch = len(trainer.callback_handler.train_dataloader)
+        accumulation = trainer.args.gradient_accumulation_steps
+        at_switch, now, at_end = (
+            switch.consumed_batches(step, per_epoch, accumulation)
+            for step in (self._plan.switch_step, state.global_step, state.max_steps)
+        )
+        self._batches.use_mixture(
+            self._plan.tasks,
+            np.array([weights[name] for name in self._plan.tasks.names]),
+            self._plan.seed,
+            consumed=now - at_switch,
+            total=at_end - now,
+        )
+
+    def _resume_after_switch(self, trainer: Trainer, state: TrainerState) -> None:
+        """Follow the decision of the run that is resumed; make it only if it is due right now."""
+        assert self._plan is not None
+        at_switch = state.global_step == self._plan.switch_step
+        decision = self._read_decision(trainer, state)
+        if decision is not None and not self._same_strategies(decision):
+            if at_switch and (self.after != "restart" or not self._needs_estimates):
+                logger.warning(
+                    "the checkpoint's decision was made with other options (%s, %s); nothing has "
+                    "been trained on it yet, so it is made anew.",
+                    decision.get("estimator"),
+                    decision.get("selector"),
+                )
+                decision = None
+            else:
+                logger.warning(
+                    "options of the selection have changed since it was made; the decision of the "
+                    "resumed run (%s) stands.",
+                    decision["selected"],
+                )
+        if decision is not None:
+            self._decision = decision
+            self.report = self._read_report(decision)
+            self._switch(trainer, state)
+        elif at_switch:
+            self._select(trainer, state)
+        elif self.after == "observe":
+            logger.warning(
+                "resumed at step %d, after the selection was due (step %d): nothing is selected.",
+                state.global_step,
+                self._plan.switch_step,
+            )
+        else:
+            raise ValueError(
+                f"cannot resume at step {state.global_step}: the selection was due after step "
+                f"{self._plan.switch_step}, but neither the checkpoint ({CHECKPOINT_FILE}) nor "
+                f"{self._directory / 'selection.json'} holds a decision. Resume from a checkpoint "
+                f"of step {self._plan.switch_step} or before."
+            )
+
+    def _read_decision(self, trainer: Trainer, state: TrainerState) -> JsonDict | None:
+        """The decision that belongs to the checkpoint: its own copy, or else the run's."""
+        checkpoint = switch.resumed_checkpoint(trainer)
+        paths = [self._directory / "selection.json"]
+        if checkpoint is not None:
+            paths.insert(0, Path(checkpoint) / CHECKPOINT_FILE)
+        for path in paths:
+            if path.is_file():
+                return _read_json(path, ("selected", "weights", "switch_step", "after"))
+        return None
+
+    def _same_strategies(self, decision: JsonDict) -> bool:
+        now = (strategy_record(self.estimator), strategy_record(self.selector))
+        return (decision.get("estimator"), decision.get("selector")) == now
+
+    def _read_report(self, decision: JsonDict) -> SelectionReport:
+        try:
+            report = SelectionReport.load(self._directory)
+        except FileNotFoundError:  # the checkpoint was moved without it
+            report = SelectionReport(
+                weights=decision["weights"],
+                estimator=decision.get("estimator", {}),
+                selector=decision.get("selector", {}),
+                run={key: decision[key] for key in ("after", "switch_step")},
+            )
+        report.gradients_directory = self._directory / "gradients"
+        return report
+
+    def _make_plan(self, trainer: Trainer, max_steps: int) -> Plan:
+        return make_plan(
+            trainer,
+            target=self.target,
+            task_column=self.task_column,
+            warmup=self.warmup,
+            max_steps=max_steps,
+            must_train_on=self.after != "observe" or self._needs_optimizer,
+            selector=self.selector,
+            keep=self.keep,
+            examples_per_task=self.examples_per_task,
+            seed=self.seed,
+        )
+
+    def _check_capture(self, trainer: Trainer, plan: Plan) -> None:
+        """Capture two examples now, so that an unsupported model raises before it is trained."""
+        if self._needs_estimates:
+            if self._needs_optimizer and not is_supported(trainer.optimizer):
+                raise ValueError(
+                    f"{type(self.estimator).__name__} models the steps of torch's AdamW, Adam and "
+                    f"SGD, not of optim={str(trainer.args.optim)!r}. Use optim='adamw_torch', or "
+                    "pass estimator=GradExLogistic()."
+                )
+            tasks = (plan.examples[0], plan.target)
+            with trainer.compute_loss_context_manager():
+                check_per_example_gradients(
+                    trainer.model,
+                    [task.rows[task.example_ids[0]] for task in tasks],
+                    switch.collate_function(trainer),
+                )
+
+    def _start_plan(self, plan: Plan) -> Plan:
+        """A new run: its plan is written, and nothing of an earlier run is left to be believed."""
+        if process_rank()[0] == 0:
+            try:
+                write_atomically(self._directory / "plan.json", to_json(plan.to_dict()))
+            except OSError as error:
+                raise OSError(
+                    f"output_dir: cannot write to {str(self._directory)!r} ({error.strerror}); "
+                    "pass output_dir=... to TaskSelectionCallback, or change the trainer's."
+                ) from error
+            for name in ("selection.json", "report/report.json"):
+                (self._directory / name).unlink(missing_ok=True)
+        return plan
+
+    def _resume_plan(self, plan: Plan) -> Plan:
+        """A resumed run: the plan on disk counts; a run that had none so far gets one."""
+        path = self._directory / "plan.json"
+        if not path.is_file():
+            logger.info("resuming a run that was started without a task selection.")
+            return self._start_plan(plan)
+        on_disk = _read_json(path, ("switch_step", "seed", "fingerprint"))
+        require_same_plan(plan, on_disk, path)
+        return replace(plan, switch_step=on_disk["switch_step"], seed=on_disk["seed"])
+
+    def _settle_initial(self, trainer: Trainer, resumed: bool) -> None:
+        """Know the values that a restart goes back to: those at step 0."""
+        path = self._directory / "initial_adapter.safetensors"
+        if not resumed:
+            self._initial = switch.trainable_state(trainer.model)
+            if process_rank()[0] == 0:
+                write_atomically(path, save(self._initial))
+        elif path.is_file():
+            self._initial = load_file(path)
+        else:
+            logger.warning(
+                "%s is missing; a restart goes back to the parameters the trainer was made with.",
+                path,
+            )
+
+    def _shadow_batches(self, trainer: Trainer) -> switch.BatchSource:
+        assert self._plan is not None
+        batches = switch.BatchSource(trainer)
+        counts = self._plan.tasks.counts
+        try:
+            with switch.preserved_rng():
+                batches.build_loader(
+                    MixtureSampler(self._plan.tasks, counts / counts.sum(), self._plan.seed)
+                )
+        except ValueError:
+            batches.remove()
+            raise
+        return batches
+
+    @property
+    def _needs_estimates(self) -> bool:
+        return not isinstance(self.selector, FixedSelection) or self.selector.estimate
+
+    @property
+    def _needs_optimizer(self) -> bool:
+        return any(spec.endswith(AT_OPTIMIZER) for spec in self.estimator.scalars)
+
+    @property
+    def _directory(self) -> Path:
+        output_dir = self.output_dir or self._current_trainer().args.output_dir
+        return Path(output_dir) / DIRECTORY_NAME
+
+    def _pass_batch_size(self, trainer: Trainer) -> int:
+        return self.batch_size or trainer.args.per_device_train_batch_size
+
+    def _meet(self, trainer: Trainer) -> None:
+        self._trainer = weakref.ref(trainer)
+        if self.after == "restart" and trainer.model is not None:
+            self._initial = switch.trainable_state(trainer.model)
+
+    def _current_trainer(self) -> Trainer:
+        trainer = switch.find_trainer(self) or (self._trainer and self._trainer())
+        if trainer is None:
+            raise RuntimeError(
+                "TaskSelectionCallback does not know its trainer; call callback.attach(trainer) "
+                "before trainer.train()."
+            )
+        return trainer
+
+
+def _no_estimate(weights: Any) -> Any:
+    raise AssertionError("FixedSelection(estimate=False) asked for an estimate")
+
+
+def _read_json(path: Path, keys: Sequence[str]) -> JsonDict:
+    try:
+        content = json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged ({error}).") from error
+    if not isinstance(content, dict) or any(key not in content for key in keys):
+        raise ValueError(f"{path}: damaged (expected an object with {list(keys)}).")
+    return content

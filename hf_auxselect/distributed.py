@@ -1,0 +1,44 @@
+"""The few collective operations of the package; each is a plain call without torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def process_rank() -> tuple[int, int]:
+    """Rank of this process and number of processes."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, in order of rank, on all of them."""
+    _, world_size = process_rank()
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def computed_once(function: Callable[[], T]) -> T:
+    """Call ``function`` in the first process and return its result, or raise its error, in all."""
+    rank, world_size = process_rank()
+    if world_size == 1:
+        return function()
+    box: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            box[0] = function()
+        except Exception as error:  # raised below, in every process
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]

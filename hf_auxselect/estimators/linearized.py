@@ -1,0 +1,328 @@
+"""The rest of the run, integrated in a linearised model.
+
+Shapes: N examples of the auxiliary tasks, T examples of the target, K tasks, M mixtures,
+D projection_dim, R dimensions in which curvature is modelled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_auxselect.estimators.base import (
+    NORMAL_95,
+    AbstractEstimator,
+    Array,
+    Estimate,
+    FittedEstimator,
+    normalize_mixtures,
+    outlier_share,
+)
+from hf_auxselect.store import GradientStore, JsonDict
+
+_MIXTURES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearizedTraining(AbstractEstimator):
+    """Integrates the steps that the run has still to take, in a quadratic model of its losses.
+
+    Around the anchor, and in the coordinates in which a step of the optimizer is a plain gradient
+    step (see ``OptimizerState``), the training loss of a mixture w and the target's loss are
+
+        L_w(delta) = L_w + b_w . delta + delta^T H_w delta / 2,         the same with T for the
+        target,
+
+    where b is the mean loss gradient and H the Gauss-Newton matrix, E[phi phi^T] over gradients phi
+    of losses of labels drawn from the model. Both are linear in the mixture, weighted by label
+    tokens as in the trainer's loss: b_w = sum_k w_k b_k. The optimizer's momentum m, gradient
+    clipping by a factor c_w = min(1, max_grad_norm / E|g|), and the schedule eta_t of the steps to
+    come turn into a gradient flow of the duration tau that starts from delta_0:
+
+        tau = sum_t eta_t (1 - beta^t),    delta_0 = -m sum_t eta_t beta^t,
+        delta = exp(-tau c H) delta_0 - (1 - exp(-tau c H)) H^-1 b                     (b, H: of w),
+
+    (t from 1) since momentum delays the new gradients by as much as it prolongs the old ones. When
+    training restarts, the flow starts from the initial parameters, with no momentum. The estimate
+    is
+
+        L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2.
+
+    No constant is tuned: steps, rates, clipping and preconditioner are the run's own. Outside the R
+    leading axes of the tasks' and the target's H, curvature is taken for 0. A random projection to
+    D dimensions adds trace(H)/D to every eigenvalue in expectation, which is subtracted.
+
+    The interval joins two independent errors: which examples were captured (the delta method; none
+    if all rows were), and that of the model itself, taken for a share ``model_error`` of the root
+    mean square of the linear and the quadratic term.
+
+    Cost: one product of R^2 numbers per task, and one eigendecomposition R x R, per mixture.
+
+    Args:
+        rank: R.
+        learning_rates: eta_t of the steps to come; None: as the trainer told the store.
+        model_error: standard error of the predicted change of the loss, as a share of its terms.
+
+    Source: the flow of a linearised network is that of Lee et al., "Wide Neural Networks of Any
+    Depth Evolve as Linear Models" (NeurIPS 2019), eq. 8, with Gauss-Newton curvature (Martens,
+    JMLR 2020, section 8) in place of the kernel.
+    """
+
+    scalars: ClassVar[tuple[str, ...]] = ("loss", "loss@optimizer", "sampled_loss@optimizer")
+
+    rank: int = 96
+    learning_rates: tuple[float, ...] | None = None
+    model_error: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}.")
+        if self.model_error < 0:
+            raise ValueError(f"model_error must not be negative, got {self.model_error}.")
+        if self.learning_rates is not None:
+            object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
+            if not self.learning_rates or min(self.learning_rates) < 0:
+                raise ValueError("learning_rates must be rates of one or more steps, not negative.")
+
+    def fit(self, store: GradientStore) -> FittedLinearizedTraining:
+        return FittedLinearizedTraining(self, store)
+
+
+class FittedLinearizedTraining(FittedEstimator):
+    """See :class:`LinearizedTraining`."""
+
+    def __init__(self, options: LinearizedTraining, store: GradientStore) -> None:
+        self._options = options
+        self._store = store
+        optimizer: JsonDict | None = store.metadata.get("optimizer")
+        if optimizer is None:
+            raise ValueError(
+                "LinearizedTraining needs a store that was captured with the optimizer of the run; "
+                "pass optimizer=... to capture_gradients."
+            )
+        self._training: JsonDict = store.metadata.get("training") or {}
+        rates = options.learning_rates or self._training.get("learning_rates")
+        if not rates:
+            raise ValueError(
+                "LinearizedTraining does not know the steps to come: the store was captured "
+                "without a trainer. Pass learning_rates=..., the rate of each remaining step."
+            )
+        rates = np.asarray(rates, np.float64) * optimizer["learning_rate_factor"]
+        fading = optimizer["momentum_coefficient"] ** np.arange(1, len(rates) + 1)
+        self._is_restart = self._training.get("after") == "restart"
+        self._duration = float(rates.sum() if self._is_restart else (rates * (1 - fading)).sum())
+        if self._is_restart:
+            self._start_D = store.vectors["initial_displacement"].astype(np.float64)
+        else:
+            self._start_D = -float((rates * fading).sum()) * store.vectors["momentum"].astype(float)
+        self._decay = optimizer["weight_decay"]
+        self._read_tasks(store)
+        self._read_target(store.target)
+        self._reduce()
+
+    def _read_tasks(self, store: GradientStore) -> None:
+        """Mean gradients, curvature and label tokens of each task."""
+        self._g_ND = store.scalar("loss@optimizer")[1].astype(np.float64)
+        self._phi_ND = store.scalar("sampled_loss@optimizer")[1].astype(np.float64)
+        counts_K = np.bincount(store.task_ids)
+        tokens_N = store.num_label_tokens.astype(np.float64)
+        tokens_K = np.bincount(store.task_ids, tokens_N)
+        self._tokens_per_row_K = tokens_K / counts_K
+        self._share_N = tokens_N / tokens_K[store.task_ids]  # of an example in its task's loss
+        self._trace_K = np.bincount(store.task_ids, self._share_N * (self._phi_ND**2).sum(1))
+        self._b_KD = np.stack(
+            [self._share_N[of_task] @ self._g_ND[of_task] for of_task in self._examples_of]
+        )
+
+    @cached_property
+    def _examples_of(self) -> list[Array]:
+        ids = self._store.task_ids
+        return [np.flatnonzero(ids == k) for k in range(len(self._store.task_names))]
+
+    def _read_target(self, target: GradientStore) -> None:
+        self._omega_T = target.example_weights
+        self._losses_T = target.losses.astype(np.float64)
+        self._target_g_TD = target.scalar("loss@optimizer")[1].astype(np.float64)
+        self._target_phi_TD = target.scalar("sampled_loss@optimizer")[1].astype(np.float64)
+        self._target_b_D = self._omega_T @ self._target_g_TD
+        self._target_trace = float(self._omega_T @ (self._target_phi_TD**2).sum(1))
+
+    def _reduce(self) -> None:
+        """Turn everything into the R leading axes, and keep what lies outside as inner products."""
+        dim = self._b_KD.shape[1]
+        everything = np.concatenate([self._phi_ND, self._target_phi_TD])
+        weights = np.concatenate([self._share_N / len(self._b_KD), self._omega_T])
+        _, axes = np.linalg.eigh((everything * weights[:, None]).T @ everything)
+        axes = axes[:, ::-1][:, : min(self._options.rank, dim)]
+
+        def inside(vectors: Array) -> Array:
+            return vectors @ axes
+
+        def outside(vectors: Array) -> Array:
+            return vectors - (vectors @ axes) @ axes.T
+
+        self._phi_NR, self._g_NR = inside(self._phi_ND), inside(self._g_ND)
+        self._b_KR, self._start_R = inside(self._b_KD), inside(self._start_D)
+        # Weight decay pulls towards 0, as a gradient that is neither clipped nor of a task.
+        decay_D = self._decay * self._store.vectors["parameters"].astype(np.float64)
+        self._decay_R = inside(decay_D)
+        self._target_outer_decay_T = self._target_g_TD @ outside(decay_D)
+        self._H_KRR = np.stack(
+            [
+                (self._phi_NR[own] * self._share_N[own, None]).T @ self._phi_NR[own]
+                for own in self._examples_of
+            ]
+        )
+        self._noise_K = self._trace_K / dim  # what the projection adds to every eigenvalue
+        self._target_g_TR = inside(self._target_g_TD)
+        self._target_phi_TR = inside(self._target_phi_TD)
+        self._target_b_R = inside(self._target_b_D)
+        self._target_noise = self._target_trace / dim
+        self._target_H_RR = (
+            self._target_phi_TR * self._omega_T[:, None]
+        ).T @ self._target_phi_TR - self._target_noise * np.eye(axes.shape[1])
+        outer_b_KD = outside(self._b_KD)
+        self._target_outer_b_TK = self._target_g_TD @ outer_b_KD.T
+        self._target_outer_start_T = self._target_g_TD @ outside(self._start_D)
+        self._outer_response_N = self._g_ND @ outside(self._target_b_D)
+        if self._training.get("max_grad_norm"):
+            plain_ND = self._store.scalar("loss")[1].astype(np.float64)
+            self._plain_b_KD = np.stack(
+                [self._share_N[own] @ plain_ND[own] for own in self._examples_of]
+            )
+            self._plain_square_N = (plain_ND**2).sum(1)
+        del self._g_ND, self._phi_ND, self._target_g_TD, self._target_phi_TD
+
+    def estimate(self, weights: ArrayLike) -> Estimate:
+        rows_MK = normalize_mixtures(weights, self._store.task_sizes)
+        columns = [
+            self._estimate_chunk(rows_MK[i : i + _MIXTURES_AT_ONCE])
+            for i in range(0, len(rows_MK), _MIXTURES_AT_ONCE)
+        ]
+        loss, deviation = (np.concatenate(column) for column in zip(*columns, strict=True))
+        return Estimate(
+            loss=np.maximum(loss, 0.0),
+            low=np.maximum(loss - NORMAL_95 * deviation, 0.0),
+            high=np.maximum(loss + NORMAL_95 * deviation, 0.0),
+            weights=rows_MK,
+        )
+
+    def _estimate_chunk(self, rows_MK: Array) -> tuple[Array, Array]:
+        """Loss and its standard deviation, float64 [M] each."""
+        idle_M = ~rows_MK.any(1)
+        w_MK = rows_MK * self._tokens_per_row_K
+        w_MK = w_MK / np.where(idle_M, 1.0, w_MK.sum(1))[:, None]
+        clip_M = self._clipping(rows_MK, w_MK)
+        values_MR, vectors_MRR = self._eigensystem(w_MK, clip_M)
+        b_MR = clip_M[:, None] * (w_MK @ self._b_KR) + self._decay_R
+
+        def turned(x: Array) -> Array:  # into each mixture's own axes
+            return (
+                np.einsum("mrs,...r->ms", vectors_MRR, x)
+                if x.ndim == 1
+                else np.einsum("mrs,mr->ms", vectors_MRR, x)
+            )
+
+        decay_MR = np.exp(-self._duration * values_MR)
+        response_MR = np.where(
+            values_MR * self._duration > 1e-12,
+            -np.expm1(-self._duration * values_MR) / np.maximum(values_MR, 1e-300),
+            self._duration,
+        )
+        own_MR = decay_MR * turned(self._start_R) - response_MR * turned(b_MR)
+        delta_MR = np.einsum("mrs,ms->mr", vectors_MRR, own_MR)
+        delta_MR[idle_M] = 0.0
+        # Outside the leading axes: no curvature.
+        outer_MT = self._target_outer_start_T - self._duration * (
+            (clip_M[:, None] * w_MK) @ self._target_outer_b_TK.T + self._target_outer_decay_T
+        )
+        outer_MT[idle_M] = 0.0
+        linear_MT = delta_MR @ self._target_g_TR.T + outer_MT
+        H_delta_MR = delta_MR @ self._target_H_RR
+        linear_M = linear_MT @ self._omega_T
+        quadratic_M = np.maximum((delta_MR * H_delta_MR).sum(1) / 2, 0.0)
+        loss_M = self._losses_T @ self._omega_T + linear_M + quadratic_M
+
+        slope_MR = np.einsum(
+            "mrs,ms->mr", vectors_MRR, response_MR * turned(self._target_b_R + H_delta_MR)
+        )
+        variance_M = self._target_variance(delta_MR, linear_MT)
+        variance_M = variance_M + self._task_variance(w_MK, clip_M, slope_MR, delta_MR)
+        variance_M += self._options.model_error**2 * (linear_M**2 + quadratic_M**2)
+        variance_M[idle_M] = 0.0
+        return loss_M, np.sqrt(variance_M)
+
+    def _clipping(self, rows_MK: Array, w_MK: Array) -> Array:
+        """Factor by which gradient clipping shortens the mean gradient of each mixture [M]."""
+        limit = self._training.get("max_grad_norm")
+        if not limit:
+            return np.ones(len(rows_MK))
+        # |mean|^2 plus the variance of a batch of B rows around it, both weighted by label tokens.
+        mean_MD = w_MK @ self._plain_b_KD
+        mean_square_M = (mean_MD**2).sum(1)
+        tokens_M = rows_MK @ self._tokens_per_row_K
+        tokens_M = np.where(tokens_M > 0, tokens_M, 1.0)  # no training has no batch
+        counts_K = np.array([len(own) for own in self._examples_of])
+        tokens_N = self._store.num_label_tokens
+        spread_K = np.bincount(self._store.task_ids, tokens_N**2 * self._plain_square_N) / counts_K
+        variance_M = rows_MK @ spread_K / tokens_M**2 - mean_square_M
+        norm_M = np.sqrt(
+            mean_square_M + np.maximum(variance_M, 0.0) / self._training["examples_per_step"]
+        )
+        return np.minimum(1.0, limit / np.maximum(norm_M, 1e-300))
+
+    def _eigensystem(self, w_MK: Array, clip_M: Array) -> tuple[Array, Array]:
+        """Eigenvalues [M, R] and vectors [M, R, R] of each mixture's curvature."""
+        H_MRR = np.tensordot(w_MK * clip_M[:, None], self._H_KRR, 1)
+        values_MR, vectors_MRR = np.linalg.eigh(H_MRR)
+        values_MR = np.maximum(values_MR - (clip_M * (w_MK @ self._noise_K))[:, None], 0.0)
+        return values_MR + self._decay, vectors_MRR
+
+    def _target_variance(self, delta_MR: Array, linear_MT: Array) -> Array:
+        """Variance of the loss over which rows of the target were captured [M]."""
+        count = len(self._omega_T)
+        missing = 1 - count / max(int(self._store.target.task_sizes[0]), count)
+        if missing == 0 or count < 2:
+            return np.zeros(len(delta_MR))
+        losses_MT = self._losses_T + linear_MT + (delta_MR @ self._target_phi_TR.T) ** 2 / 2
+        mean_M = losses_MT @ self._omega_T
+        spread_M = ((losses_MT - mean_M[:, None]) ** 2) @ self._omega_T**2
+        return missing * spread_M * count / (count - 1)
+
+    def _task_variance(self, w_MK: Array, clip_M: Array, slope_MR: Array, delta_MR: Array) -> Array:
+        """Variance of the loss over which rows of the tasks were captured [M]."""
+        variance_M = np.zeros(len(w_MK))
+        for k, own in enumerate(self._examples_of):
+            missing = 1 - len(own) / max(int(self._store.task_sizes[k]), len(own))
+            if missing == 0 or len(own) < 2:
+                continue
+            influence = slope_MR @ self._g_NR[own].T + self._duration * self._outer_response_N[own]
+            # Curvature acts on the displacement, which grows from 0: half of it on average.
+            influence += (slope_MR @ self._phi_NR[own].T) * (delta_MR @ self._phi_NR[own].T) / 2
+            influence -= influence @ self._share_N[own][:, None]
+            spread_M = (influence**2) @ self._share_N[own] ** 2
+            variance_M += (
+                missing * (clip_M * w_MK[:, k]) ** 2 * spread_M * len(own) / (len(own) - 1)
+            )
+        return variance_M
+
+    def diagnostics(self) -> dict[str, float]:
+        everything = np.ones((1, len(self._b_KR)), bool)
+        rows_MK = normalize_mixtures(everything, self._store.task_sizes)
+        w_MK = rows_MK * self._tokens_per_row_K
+        w_MK /= w_MK.sum()
+        clip_M = self._clipping(rows_MK, w_MK)
+        values_MR, _ = self._eigensystem(w_MK, clip_M)
+        spectrum = values_MR[0]
+        return {
+            "anchor_loss_nats": float(self._store.target.task_losses[0]),
+            "duration": self._duration,
+            "clipping_factor_all_tasks": float(clip_M[0]),
+            "largest_curvature_times_duration": float(spectrum.max() * self._duration),
+            "effective_dimension": float(spectrum.sum() ** 2 / max((spectrum**2).sum(), 1e-300)),
+            "outlier_gradient_share": outlier_share(self._g_NR, self._store.task_ids),
+        }

@@ -1,0 +1,459 @@
+"""The gradient pass: projected gradients of chosen examples of every task, into a store.
+
+Shapes: B examples of a batch, N examples in all, D projection_dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_auxselect.distributed import computed_once, gather, process_rank
+from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
+from hf_auxselect.per_example import (
+    SCALARS,
+    CollateFn,
+    GradientHooks,
+    LabelLogits,
+    NonFiniteError,
+    check_per_example_gradients,
+    evaluation_mode,
+    forward_label_logits,
+)
+from hf_auxselect.projection import PROJECTION_VERSION, CountSketch
+from hf_auxselect.seeds import random_words
+from hf_auxselect.store import Arrays, GradientStore, JsonDict, ShardSpec, StoreWriter
+
+logger = logging.getLogger(__name__)
+
+AT_OPTIMIZER = "@optimizer"
+"""Suffix of a scalar whose gradient is taken in the coordinates of the optimizer's steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskExamples:
+    """The examples of one task that the pass reads."""
+
+    name: str
+    rows: Sequence[Any]
+    """All rows of a dataset; ``example_ids`` picks some."""
+    example_ids: Sequence[int]
+    """Ascending row numbers."""
+    num_rows: int
+    """Rows that the task has for training."""
+    example_weights: Sequence[float] | None = None
+    """Share of each example in the task's loss; None: in proportion to its label tokens."""
+
+
+def capture_gradients(
+    model: nn.Module,
+    tasks: Mapping[str, Sequence[Any]],
+    target: Sequence[Any],
+    collate_fn: CollateFn,
+    *,
+    directory: str | Path,
+    projection_dim: int = 512,
+    batch_size: int = 16,
+    seed: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
+    scalars: Sequence[str] | None = None,
+    progress: bool = True,
+) -> GradientStore:
+    """Capture the projected gradient of every example of every task and of the target.
+
+    One forward per batch and one backward per scalar, in evaluation mode (no dropout); the model is
+    left as it was. A pass that was interrupted goes on where it stopped when it is called again
+    with the same arguments.
+
+    Args:
+        model: the model at the anchor, on its device; its trainable parameters are differentiated.
+        tasks: name -> examples of each auxiliary task.
+        target: examples of the target.
+        collate_fn: turns a list of examples into the model's keyword arguments with ``labels``
+            (int64 [B, S], -100 where there is no loss), on the model's device.
+        directory: where the store is written.
+        projection_dim: D, length of a projected gradient.
+        batch_size: examples of a forward pass; the numbers depend on it by rounding only.
+        seed: rules the projection and the labels that are drawn for ``sampled_loss``.
+        optimizer: the optimizer of the training that the estimates are about, for estimators that
+            model its steps.
+        scalars: what is differentiated: ``"margin"``, ``"loss"``, ``"sampled_loss"``, each also
+            with ``"@optimizer"`` behind it, for the gradient in the coordinates in which a step of
+            the optimizer is a plain gradient step. The first is the store's default. None: what the
+            estimators of this package need, with the optimizer if it is given.
+        progress: show a progress bar.
+
+    Returns:
+        The store, read from ``directory``.
+
+    Raises:
+        ValueError: no task, an empty task or target, an unknown scalar, an unsupported optimizer.
+        UnsupportedModuleError, GradientCheckError: see :func:`check_per_example_gradients`.
+        NonFiniteError: a loss or gradient is NaN or infinite; names task and row.
+
+    Source: Li et al., "Scalable Fine-tuning from Multiple Data Sources: A First-Order
+    Approximation Approach" (EMNLP Findings 2024), section 3, step 1.
+    """
+    if not tasks:
+        raise ValueError("tasks is empty; expected a mapping from task names to examples.")
+    if scalars is None:
+        scalars = ("margin",)
+        if optimizer is not None:
+            scalars += ("loss", "loss@optimizer", "sampled_loss@optimizer")
+
+    def examples_of(name: str, rows: Sequence[Any]) -> TaskExamples:
+        return TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))
+
+    return capture_examples(
+        model,
+        [examples_of(name, rows) for name, rows in tasks.items()],
+        examples_of("target", target),
+        collate_fn,
+        directory=directory,
+        projection_dim=projection_dim,
+        batch_size=batch_size,
+        seed=seed,
+        scalars=scalars,
+        optimizer=optimizer,
+        progress=progress,
+    )
+
+
+def capture_examples(
+    model: nn.Module,
+    tasks: Sequence[TaskExamples],
+    target: TaskExamples,
+    collate_fn: CollateFn,
+    *,
+    directory: str | Path,
+    projection_dim: int,
+    batch_size: int,
+    seed: int,
+    scalars: Sequence[str],
+    optimizer: torch.optim.Optimizer | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    training: JsonDict | None = None,
+    progress: bool = True,
+) -> GradientStore:
+    """:func:`capture_gradients` for chosen rows of each task, shared among the processes of a run.
+
+    With ``torch.distributed`` set up, every process calls this with the same arguments; each
+    captures its share of the shards, the first one writes them, and all return the same store
+    (``directory`` must be visible to all).
+
+    Args beyond those of :func:`capture_gradients`:
+        initial: values of the trainable parameters at the start of the run, if their distance from
+            the anchor is to be known.
+        training: what is known of the training to come, kept in the metadata.
+    """
+    for task in (*tasks, target):
+        if not len(task.example_ids):
+            raise ValueError(f"task {task.name!r} has no examples.")
+    for spec in scalars:
+        if spec.removesuffix(AT_OPTIMIZER) not in SCALARS:
+            raise ValueError(
+                f"unknown scalar {spec!r} in scalars; known are {sorted(SCALARS)}, each also with "
+                f"{AT_OPTIMIZER!r} behind it."
+            )
+        if spec.endswith(AT_OPTIMIZER) and optimizer is None:
+            raise ValueError(f"the scalar {spec!r} needs optimizer=...")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    rank, world_size = process_rank()
+    shards = _plan_shards(tasks, target)
+    by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
+    state = None if optimizer is None else read_optimizer(model, optimizer)
+    capture = _Capture(model, collate_fn, CountSketch(projection_dim, seed), scalars, seed, state)
+    with contextlib.suppress(NonFiniteError):  # the pass itself names task and row
+        error = check_per_example_gradients(
+            model, [task.rows[task.example_ids[0]] for task in (tasks[0], target)], collate_fn
+        )
+        logger.info("captured gradients agree with autograd; relative error at most %.1e", error)
+    metadata = capture.metadata | {"batch_size": batch_size, "training": training or {}}
+    writer: StoreWriter | None = None
+
+    def open_store() -> list[ShardSpec]:
+        nonlocal writer
+        writer = StoreWriter(
+            directory,
+            scalars=scalars,
+            tasks=[
+                {"name": task.name, "target": is_target, "num_rows": task.num_rows}
+                for task, is_target in _with_target(tasks, target)
+            ],
+            shards=shards,
+            metadata=metadata,
+            vectors=capture.vectors(initial),
+        )
+        return writer.pending
+
+    pending = computed_once(open_store)  # only the first process has a writer
+    num_done = sum(len(shard.example_ids) for shard in shards if shard not in pending)
+    bar = tqdm(
+        total=num_done + sum(len(shard.example_ids) for shard in pending),
+        initial=num_done,
+        desc="gradient pass",
+        unit="example",
+        disable=not progress or rank != 0,
+    )
+    with bar, capture:
+        for start in range(0, len(pending), world_size):
+            round_of_shards = pending[start : start + world_size]
+            result: Arrays | Exception | None = None
+            if rank < len(round_of_shards):
+                shard = round_of_shards[rank]
+                task = by_key[shard.task, shard.is_target]
+                try:
+                    result = capture.shard(shard, task, batch_size, advance=bar.update)
+                except Exception as caught:  # raised in all processes, so that none waits for it
+                    result = caught
+            results = gather(result)
+            for other in results:
+                if isinstance(other, Exception):
+                    raise other
+            if writer is not None:
+                for shard, arrays in zip(round_of_shards, results, strict=False):
+                    assert isinstance(arrays, dict)
+                    writer.write(shard, arrays)
+                bar.update(sum(len(shard.example_ids) for shard in round_of_shards[1:]))
+    gather(None)  # all shards are on disk before any process reads them
+    return GradientStore.load(directory)
+
+
+def time_batch(
+    model: nn.Module,
+    rows: Sequence[Any],
+    collate_fn: CollateFn,
+    *,
+    projection_dim: int,
+    scalars: Sequence[str],
+) -> float:
+    """Seconds that the pass takes for a batch of these rows, once it is warm."""
+    # Coordinates cost one more product per entry; the optimizer may not exist yet.
+    scalars = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in scalars))
+    capture = _Capture(model, collate_fn, CountSketch(projection_dim, 0), scalars, 0, None)
+    with capture:
+        for _ in range(2):
+            start = time.perf_counter()
+            capture.batch("", list(enumerate(rows)))
+    return time.perf_counter() - start
+
+
+class _Capture:
+    """Runs batches and collects losses, outputs and projected gradients of their examples."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collate_fn: CollateFn,
+        sketch: CountSketch,
+        scalars: Sequence[str],
+        seed: int,
+        optimizer: OptimizerState | None,
+    ) -> None:
+        self._model = model
+        self._collate_fn = collate_fn
+        self._sketch = sketch
+        self._scalars = scalars
+        self._seed = seed
+        self._optimizer = optimizer
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._hooks = GradientHooks(model, self._receive)
+        self._projected: dict[str, Tensor] = {}
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def metadata(self) -> JsonDict:
+        """What the captured numbers depend on; equal for equal numbers."""
+        state = self._optimizer
+        return {
+            "anchor": _digest(self._trainable),
+            "num_trainable_parameters": sum(p.numel() for p in self._trainable.values()),
+            "projection": "count_sketch",
+            "projection_version": PROJECTION_VERSION,
+            "projection_dim": self._sketch.dim,
+            "seed": self._seed,
+            "optimizer": state
+            and {
+                "name": state.name,
+                "scales": _digest(state.scales),
+                "momentum_coefficient": state.momentum_coefficient,
+                "learning_rate_factor": state.learning_rate_factor,
+                "weight_decay": state.weight_decay,
+            },
+            "versions": {name: version(name) for name in ("torch", "transformers")}
+            | {"python": platform.python_version()},
+        }
+
+    def vectors(self, initial: Mapping[str, Tensor] | None) -> Arrays:
+        """Projections [D], in the optimizer's coordinates, of what its steps depend on."""
+        state = self._optimizer
+        if state is None:
+            return {}
+        # A gradient scales by P^(1/2), the parameters themselves by its inverse.
+        vectors = {
+            "momentum": self._project_all(
+                {n: m * state.scales[n] for n, m in state.momentum.items()}
+            ),
+            "parameters": self._project_all(
+                {
+                    n: p.detach().float().flatten() / state.scales[n]
+                    for n, p in self._trainable.items()
+                }
+            ),
+        }
+        if initial is not None:
+            distance = {
+                name: (initial[name].to(p.device) - p.detach()).float().flatten()
+                / state.scales[name]
+                for name, p in self._trainable.items()
+            }
+            vectors["initial_displacement"] = self._project_all(distance)
+        return vectors
+
+    def _project_all(self, values: Mapping[str, Tensor]) -> np.ndarray:
+        parts = [
+            self._sketch.project(name, value.unsqueeze(0))[0] for name, value in values.items()
+        ]
+        return torch.stack(parts).sum(0).cpu().numpy()
+
+    def __enter__(self) -> _Capture:
+        self._stack.enter_context(evaluation_mode(self._model))
+        self._stack.enter_context(self._hooks)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def shard(
+        self,
+        shard: ShardSpec,
+        task: TaskExamples,
+        batch_size: int,
+        advance: Callable[[int], object],
+    ) -> Arrays:
+        """The arrays of one shard, in its order; batches hold examples of like length."""
+        rows = [(i, task.rows[i]) for i in shard.example_ids]
+        stream = f"{'target' if shard.is_target else 'task'}/{shard.task}"
+        by_length = np.argsort([_length(row) for _, row in rows], kind="stable")
+        parts: list[Arrays] = []
+        for start in range(0, len(rows), batch_size):
+            chosen = by_length[start : start + batch_size]
+            parts.append(self.batch(stream, [rows[i] for i in chosen]))
+            advance(len(chosen))
+        back = np.argsort(by_length)
+        arrays = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+        arrays["example_ids"] = np.array(shard.example_ids, np.int64)
+        arrays["example_weights"] = arrays["num_label_tokens"].astype(np.float64)
+        if task.example_weights is not None:
+            weight = dict(zip(task.example_ids, task.example_weights, strict=True))
+            arrays["example_weights"] = np.array([weight[i] for i in shard.example_ids], np.float64)
+        self._refuse_non_finite(task.name, arrays)
+        return arrays
+
+    def batch(self, stream: str, rows: list[tuple[int, Any]]) -> Arrays:
+        """Losses, label tokens, outputs and projected gradients of numbered examples of a task."""
+        self._hooks.batch_size = len(rows)
+        output = forward_label_logits(self._model, self._collate_fn([row for _, row in rows]))
+        names = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in self._scalars))
+        if "sampled_loss" in names:
+            output = replace(output, uniforms=self._uniforms(stream, [i for i, _ in rows], output))
+        arrays = {
+            "losses": SCALARS["loss"](output).detach().float().cpu().numpy(),
+            "num_label_tokens": output.num_label_tokens.cpu().numpy(),
+        }
+        for position, name in enumerate(names):
+            values = SCALARS[name](output)
+            specs = [s for s in self._scalars if s.removesuffix(AT_OPTIMIZER) == name]
+            zeros = output.logits.new_zeros(len(rows), self._sketch.dim)
+            self._projected = {spec: zeros.clone() for spec in specs}
+            # The parameters' own gradients are the price of reaching the hooks, and dropped: p.grad
+            # stays untouched, and no gradient reducer of a distributed wrapper wakes up.
+            torch.autograd.grad(
+                values.sum(),
+                list(self._trainable.values()),
+                allow_unused=True,
+                retain_graph=position + 1 < len(names),
+            )
+            for spec in specs:
+                arrays[f"outputs.{spec}"] = values.detach().float().cpu().numpy()
+                arrays[f"gradients.{spec}"] = self._projected[spec].float().cpu().numpy()
+        return arrays
+
+    def _uniforms(self, stream: str, ids: list[int], output: LabelLogits) -> Tensor:
+        """Random numbers for the label tokens that depend on the example, not on its batch."""
+        counts = output.num_label_tokens.tolist()
+        words = [
+            random_words(count, "sampled labels", self._seed, stream, int(example))
+            for example, count in zip(ids, counts, strict=True)
+        ]
+        uniforms = (np.concatenate(words) >> np.uint64(40)).astype(np.float32) * 2.0**-24
+        return torch.from_numpy(uniforms).to(output.logits.device)
+
+    def _receive(self, name: str, gradients: Tensor) -> None:
+        gradients = gradients.flatten(1)
+        for spec, projected in self._projected.items():
+            scaled = gradients
+            if spec.endswith(AT_OPTIMIZER):
+                assert self._optimizer is not None
+                scaled = gradients * self._optimizer.scales[name]
+            projected += self._sketch.project(name, scaled)
+
+    def _refuse_non_finite(self, task: str, arrays: Arrays) -> None:
+        for name, what in [("losses", "loss")] + [
+            (f"gradients.{spec}", f"gradient of the {spec}") for spec in self._scalars
+        ]:
+            finite = np.isfinite(arrays[name]).reshape(len(arrays[name]), -1).all(1)
+            if not finite.all():
+                row = arrays["example_ids"][np.flatnonzero(~finite)[0]]
+                raise NonFiniteError(
+                    f"task {task!r}, row {row}: the {what} is NaN or infinite. Look at that row (a "
+                    "token id out of range?) and at the learning rate: training may have diverged "
+                    "before the gradient pass."
+                )
+
+
+def _with_target(
+    tasks: Sequence[TaskExamples], target: TaskExamples
+) -> list[tuple[TaskExamples, bool]]:
+    return [(task, False) for task in tasks] + [(target, True)]
+
+
+def _plan_shards(tasks: Sequence[TaskExamples], target: TaskExamples) -> list[ShardSpec]:
+    """Cut each task into shards: small enough to share out and to lose, few enough to list."""
+    num_examples = sum(len(task.example_ids) for task, _ in _with_target(tasks, target))
+    size = min(max(num_examples // 64, 32), 4096)
+    return [
+        ShardSpec(
+            task=task.name,
+            is_target=is_target,
+            example_ids=tuple(int(i) for i in task.example_ids[start : start + size]),
+        )
+        for task, is_target in _with_target(tasks, target)
+        for start in range(0, len(task.example_ids), size)
+    ]
+
+
+def _length(row: Any) -> int:
+    return len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

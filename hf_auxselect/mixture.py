@@ -1,0 +1,225 @@
+"""Tasks of a training set, and the order in which a mixture of them is read.
+
+Shapes: N rows of the training set, K tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from hf_auxselect.seeds import random_permutation
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_TASKS_MARK = "hf_auxselect tasks: "
+
+MIN_SHARE = 1e-6
+"""Smallest share of a task in a mixture; a smaller one would be read less than once in a run."""
+
+
+def concatenate_tasks(
+    tasks: Mapping[str, Dataset] | Iterable[tuple[str, Dataset]], *, task_column: str = "task"
+) -> Dataset:
+    """Join the datasets of several tasks into one training set that remembers each row's task.
+
+    Args:
+        tasks: task name -> dataset, or (name, dataset) pairs. Columns and their types must agree.
+        task_column: name of the string column that is added.
+
+    Returns:
+        The rows of all tasks, task after task and in their own order.
+
+    Raises:
+        ValueError: no task, an empty task, a name that is empty or used twice, an existing
+            column ``task_column``, or columns that differ (the message names tasks and columns).
+        TypeError: a value is not a ``datasets.Dataset``, or a name not a string.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> a = Dataset.from_dict({"text": ["1+1=2", "2+2=4"]})
+        >>> b = Dataset.from_dict({"text": ["The sky is blue."]})
+        >>> concatenate_tasks({"sums": a, "facts": b})["task"][:]
+        ['sums', 'sums', 'facts']
+    """
+    from datasets import Dataset, Features, Value, concatenate_datasets
+
+    pairs = list(tasks.items() if isinstance(tasks, Mapping) else tasks)
+    if not pairs:
+        raise ValueError("tasks is empty; expected a mapping from task names to datasets.")
+    first_name, first = pairs[0]
+    seen: set[str] = set()
+    labelled = []
+    for name, dataset in pairs:
+        if not isinstance(name, str):
+            raise TypeError(f"tasks: names must be strings, got {name!r}.")
+        if not name.strip() or name in seen:
+            problem = "used twice" if name in seen else "empty"
+            raise ValueError(f"tasks: the name {name!r} is {problem}; give each task its own name.")
+        seen.add(name)
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"tasks[{name!r}] must be a datasets.Dataset, got {type(dataset).__name__}. "
+                "Materialise a stream with Dataset.from_generator or Dataset.from_list first."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"tasks[{name!r}] has no rows; leave the task out.")
+        if task_column in dataset.column_names:
+            raise ValueError(
+                f"tasks[{name!r}] already has a column {task_column!r}; rename it, or pass another "
+                "task_column here and to TaskSelectionCallback."
+            )
+        _require_equal_columns(first_name, first, name, dataset)
+        features = Features({**dataset.features, task_column: Value("string")})
+        column = dataset.add_column(task_column, [name] * len(dataset))
+        labelled.append(column.cast(features).select_columns([*first.column_names, task_column]))
+    joined = concatenate_datasets(labelled)
+    # The description outlives map and filter, and tells later which tasks have lost all their rows.
+    joined.info.description = _TASKS_MARK + json.dumps([name for name, _ in pairs])
+    return joined
+
+
+def joined_tasks(dataset: Any) -> list[str]:
+    """The tasks that :func:`concatenate_tasks` joined in a dataset; empty if it did not."""
+    description = getattr(getattr(dataset, "info", None), "description", "") or ""
+    return (
+        json.loads(description[len(_TASKS_MARK) :]) if description.startswith(_TASKS_MARK) else []
+    )
+
+
+def _require_equal_columns(first_name: str, first: Dataset, name: str, dataset: Dataset) -> None:
+    columns = sorted({*first.column_names, *dataset.column_names})
+    differing = [c for c in columns if first.features.get(c) != dataset.features.get(c)]
+    if differing:
+        details = "; ".join(
+            f"{column!r} is {first.features.get(column, 'missing')} in {first_name!r} and "
+            f"{dataset.features.get(column, 'missing')} in {name!r}"
+            for column in differing
+        )
+        raise ValueError(
+            f"tasks {first_name!r} and {name!r} differ in the columns {differing}: {details}. "
+            "Rename, remove or cast columns so that all tasks agree."
+        )
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """Which task each row of a training set belongs to."""
+
+    names: tuple[str, ...]
+    """The K tasks, in order of first appearance."""
+    ids: np.ndarray
+    """int64 [N]: position in ``names`` of each row's task."""
+
+    @classmethod
+    def from_labels(cls, labels: Iterable[str]) -> TaskRows:
+        """From the label of each row, as in the training set's task column."""
+        positions: dict[str, int] = {}
+        ids = [positions.setdefault(str(label), len(positions)) for label in labels]
+        return cls(tuple(positions), np.array(ids, np.int64))
+
+    @cached_property
+    def rows(self) -> list[np.ndarray]:
+        """Row numbers of each task, ascending."""
+        return [np.flatnonzero(self.ids == k) for k in range(len(self.names))]
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """int64 [K]: number of rows of each task."""
+        return np.bincount(self.ids, minlength=len(self.names))
+
+
+class MixtureSampler(Sampler[int]):
+    """Reads the rows of several tasks in given shares, in an order that can be entered anywhere.
+
+    The order is a pure function of (tasks, shares, seed) and position, so that every process of
+    a run sees the same one and a resumed run goes on exactly where it was. It comes in blocks
+    as long as the mixture has rows; a block holds each task in its share (rounded so that the
+    shares are exact over the blocks) and is shuffled. Within a task rows are drawn without
+    replacement until all are used, then again in a new order. With shares in proportion to the
+    tasks' rows a block is an ordinary shuffled epoch over them.
+
+    Args:
+        tasks: the rows' tasks.
+        shares: float [K], share of the drawn rows that comes from each task; sums to 1, and 0
+            leaves a task out.
+        seed: rules the order.
+        length: how many row numbers an iteration yields.
+        start: position of the first one.
+
+    Raises:
+        ValueError: shares that do not sum to 1, or are negative or below 1e-6 without being 0.
+    """
+
+    def __init__(
+        self, tasks: TaskRows, shares: np.ndarray, seed: int, *, length: int = 0, start: int = 0
+    ) -> None:
+        shares = np.asarray(shares, np.float64)
+        if shares.shape != (len(tasks.names),) or not abs(shares.sum() - 1) < 1e-9:
+            raise ValueError(
+                f"shares must hold one number per task ({len(tasks.names)}) and sum to 1, got "
+                f"{shares}."
+            )
+        if not ((shares == 0) | (shares >= MIN_SHARE)).all():
+            name = tasks.names[int(np.argmax((shares != 0) & ~(shares >= MIN_SHARE)))]
+            raise ValueError(
+                f"the share of task {name!r} is below {MIN_SHARE:g}; raise it, or leave the task "
+                "out (0)."
+            )
+        self.start = start
+        self.length = length
+        self._tasks = tasks
+        self._shares = shares
+        self._seed = seed
+        chosen = shares > 0
+        # A task's number of draws after whole blocks is then at least one larger per block, so that
+        # rounding can never take a draw back.
+        self._block_length = max(
+            int(tasks.counts[chosen].sum()), int(np.ceil(1 / shares[chosen].min()))
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        position, end = self.start, self.start + self.length
+        while position < end:
+            block, offset = divmod(position, self._block_length)
+            rows = self._block(block)[offset : offset + end - position]
+            yield from rows.tolist()
+            position += len(rows)
+
+    def _draws_before(self, block: int) -> np.ndarray:
+        """Draws from each task in the blocks before this one: shares, largest remainders up."""
+        exact = self._shares * (self._block_length * block)
+        draws = np.floor(exact).astype(np.int64)
+        missing = self._block_length * block - int(draws.sum())
+        draws[np.argsort(draws - exact, kind="stable")[:missing]] += 1
+        return draws
+
+    def _block(self, block: int) -> np.ndarray:
+        """Row numbers of one block."""
+        first, after = self._draws_before(block), self._draws_before(block + 1)
+        tasks = np.repeat(np.arange(len(first)), after - first)
+        tasks = tasks[random_permutation(len(tasks), self._seed, "block", block)]
+        rows = np.empty(len(tasks), np.int64)
+        for task in np.flatnonzero(after > first):
+            rows[tasks == task] = self._draw(int(task), int(first[task]), int(after[task]))
+        return rows
+
+    def _draw(self, task: int, first: int, after: int) -> np.ndarray:
+        """The draws first .. after - 1 from a task: row numbers."""
+        own = self._tasks.rows[task]
+        passes = range(first // len(own), -(-after // len(own)))
+        order = np.concatenate(
+            [own[random_permutation(len(own), self._seed, "pass", task, p)] for p in passes]
+        )
+        offset = first - passes.start * len(own)
+        return order[offset : offset + after - first]

@@ -1,0 +1,83 @@
+"""Run under torchrun by test_switch.py: writes what each process saw as JSON."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import numpy as np
+import tiny
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+
+from hf_auxselect import FixedSelection, TaskSelectionCallback, capture_gradients
+from hf_auxselect.switch import preserved_rng
+
+
+def digest(weights: dict[str, torch.Tensor]) -> str:
+    content = b"".join(weights[name].numpy().tobytes() for name in sorted(weights))
+    return hashlib.sha256(content).hexdigest()
+
+
+def main(output: Path) -> None:
+    torch.set_num_threads(1)
+    result: dict = {"leaks": {}}
+    for kind, make in tiny.TRAINERS.items():
+        for workers in (0, 2):
+            for accumulation in (1, 3):
+                callback = TaskSelectionCallback(
+                    warmup=4, selector=FixedSelection(["a", "c"]), projection_dim=16
+                )
+                name = f"{kind}/{workers}/{accumulation}"
+                trainer = make(
+                    output / name,
+                    callback,
+                    dataloader_num_workers=workers,
+                    gradient_accumulation_steps=accumulation,
+                )
+                seen = tiny.spy(trainer)
+                trainer.train()
+                result["leaks"][name] = seen
+    result["world_size"] = trainer.args.world_size
+
+    trainer = tiny.sft_trainer(
+        output / "trained", TaskSelectionCallback(warmup=4, projection_dim=16)
+    )
+    trainer.train()
+    result["weights"] = digest(tiny.weights(trainer))
+
+    # Without a learning rate the weights at the switch do not depend on the number of processes.
+    callback = TaskSelectionCallback(warmup=4, projection_dim=16)
+    tiny.sft_trainer(output / "selection", callback, learning_rate=0).train()
+    result["selection"] = {
+        "weights": callback.report.weights,
+        "rows": [row.loss for row in callback.report.rows],
+    }
+
+    # Uneven shards: the pass of both processes against that of one, on the same model.
+    model = get_peft_model(tiny.llama(), tiny.lora())
+    tasks = {name: list(tiny.tokenize(tiny.sums(n, n))) for name, n in {"x": 70, "y": 33}.items()}
+    target = list(tiny.tokenize(tiny.sums(5, 9)))
+
+    def capture(directory: Path) -> np.ndarray:
+        with preserved_rng():
+            store = capture_gradients(
+                model, tasks, target, tiny.collate, directory=directory, progress=False
+            )
+        return store.gradients
+
+    shared = capture(output / "shared")
+    dist.barrier()
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    alone = capture(output / f"alone{rank}")
+    result["largest_difference"] = float(np.abs(shared - alone).max())
+    (output / f"rank{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,245 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import logistic_displacement, logistic_estimate, random_store
+
+from hf_auxselect import GradExLogistic, GradientStore
+from hf_auxselect.estimators import normalize_mixtures
+
+
+class TestNormalizeMixtures:
+    def test_subsets_pool_rows_and_weights_are_shares(self):
+        sizes = [30, 10, 60]
+        subset = normalize_mixtures([[True, True, False]], sizes)
+        weights = normalize_mixtures([[3, 1, 0]], sizes)
+        assert subset.tolist() == weights.tolist() == [[0.75, 0.25, 0]]
+        assert normalize_mixtures([[1.0, 1.0, 0.0]], sizes).tolist() == [[0.5, 0.5, 0]]
+
+    def test_a_row_of_zeros_stays(self):
+        assert normalize_mixtures(np.zeros((1, 2)), [1, 1]).tolist() == [[0, 0]]
+
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            ([True, False], r"shape \[mixtures, 2\], one column per task, got \[2\]"),
+            ([[1, 1, 1]], r"got \[1, 3\]"),
+            ([[1, -1]], "not negative"),
+            ([[np.nan, 1]], "finite"),
+        ],
+    )
+    def test_bad_weights(self, weights, message):
+        with pytest.raises(ValueError, match=message):
+            normalize_mixtures(weights, [1, 1])
+
+
+masks = st.lists(st.booleans(), min_size=3, max_size=3).filter(any)
+
+
+class TestGradExLogistic:
+    @given(st.integers(0, 5), st.lists(masks, min_size=1, max_size=4))
+    def test_it_is_its_definition(self, seed, subsets):
+        store = random_store(seed)
+        fitted = GradExLogistic(regularization=0.03).fit(store)
+        expected = [logistic_estimate(store, np.array(mask), 0.03) for mask in subsets]
+        assert fitted.estimate(subsets).loss == pytest.approx(expected, rel=1e-6)
+
+    def test_mixture_weights_share_the_loss_among_tasks(self):
+        store = random_store(1)
+        weights = np.array([0.2, 0.0, 0.8])
+        shares = weights[store.task_ids] / np.array([7, 12, 5])[store.task_ids]
+        w = logistic_displacement(
+            store.outputs.astype(float), store.gradients.astype(float), shares, 0.05
+        )
+        fitted = GradExLogistic(regularization=0.05).fit(store)
+        # The fitted displacement is a rotation of the reference.
+        assert np.linalg.norm(fitted.displacement([10 * weights])) == pytest.approx(
+            np.linalg.norm(w), rel=1e-6
+        )
+        moved = store.target.outputs + store.target.gradients @ w
+        losses = (
+            store.target.losses + np.logaddexp(0, -moved) - np.logaddexp(0, -store.target.outputs)
+        )
+        assert fitted.estimate([weights]).loss[0] == pytest.approx(
+            losses @ store.target.example_weights, rel=1e-6
+        )
+
+    def test_it_solves_badly_conditioned_and_separable_problems_to_its_tolerance(self):
+        store = random_store(2, counts=(4, 5), dim=40)
+        scaled = dict(store._scalars)
+        outputs, gradients = scaled["margin"]
+        gradients = gradients * np.logspace(-3, 3, 40, dtype=np.float32)
+        hard = rebuilt(store, scalars={"margin": (outputs, gradients)})
+        fitted = GradExLogistic(regularization=1e-6, tolerance=1e-9).fit(hard)
+        mask = np.array([True, True])
+        w = logistic_displacement(
+            outputs.astype(float), gradients.astype(float), np.full(9, 1 / 9), 1e-6
+        )
+        margins = outputs + gradients @ w
+        objective = np.logaddexp(0, -margins).mean() + 1e-6 * w @ w
+        mine = fitted.displacement([mask])[0]
+        mine_margins = outputs + fitted._gradients_NR @ mine
+        assert np.logaddexp(0, -mine_margins).mean() + 1e-6 * mine @ mine <= objective * (1 + 1e-9)
+
+    def test_no_training_leaves_the_loss_at_the_anchor(self):
+        store = random_store(3)
+        estimate = GradExLogistic().fit(store).estimate(np.zeros((1, 3)))
+        assert estimate.loss[0] == pytest.approx(store.target.task_losses[0], rel=1e-6)
+        assert estimate.weights.tolist() == [[0, 0, 0]]
+
+    def test_a_margin_of_one_token_is_exact_in_nats(self):
+        """With one label token each, loss = softplus(-margin), and so it stays after a step."""
+        store = random_store(4)
+        target = store.target
+        exact = rebuilt(
+            target,
+            losses=np.logaddexp(0, -target.outputs),
+            num_label_tokens=np.ones(len(target), int),
+            example_weights=None,
+        )
+        store = rebuilt(store, target=exact)
+        w = logistic_displacement(
+            store.outputs.astype(float), store.gradients.astype(float), np.full(24, 1 / 24), 0.1
+        )
+        nats = np.logaddexp(0, -(exact.outputs + exact.gradients @ w)).mean()
+        estimate = GradExLogistic(regularization=0.1).fit(store).estimate(np.ones((1, 3), bool))
+        assert estimate.loss[0] == pytest.approx(nats, rel=1e-6)
+
+    def test_the_mean_margin_is_turned_into_nats_with_the_spread_of_the_anchor(self):
+        """Two tokens with margins m +- d: the gap to the softplus of the mean is kept."""
+        mean, spread, step = 0.3, 2.0, 0.5
+        before = np.logaddexp(0, -np.array([mean - spread, mean + spread])).mean()
+        target = GradientStore(
+            task_names=["target"],
+            task_ids=[0],
+            example_ids=[0],
+            losses=np.array([before]),
+            num_label_tokens=np.array([2]),
+            scalars={"margin": (np.array([mean]), np.array([[1.0]]))},
+        )
+        store = GradientStore(
+            task_names=["a"],
+            task_ids=[0],
+            example_ids=[0],
+            losses=np.array([1.0]),
+            num_label_tokens=np.array([1]),
+            scalars={"margin": (np.array([0.0]), np.array([[1.0]]))},
+            target=target,
+        )
+        # The regularization that makes the solution w = step: 2 lambda w = 1 / (1 + e^w).
+        regularization = 1 / (1 + np.exp(step)) / (2 * step)
+        estimate = GradExLogistic(regularization=regularization).fit(store).estimate([[True]])
+        moved = before + np.logaddexp(0, -(mean + step)) - np.logaddexp(0, -mean)
+        assert estimate.loss[0] == pytest.approx(moved, rel=1e-6)
+
+    def test_order_of_tasks_and_number_of_mixtures_do_not_matter(self, monkeypatch):
+        store = random_store(5)
+        rng = np.random.default_rng(0)
+        subsets = rng.random((50, 3)) < 0.5
+        whole = GradExLogistic().fit(store).estimate(subsets)
+        order = np.array([2, 0, 1])
+        permuted = rebuilt(
+            store,
+            task_names=[store.task_names[k] for k in order],
+            task_ids=np.argsort(order)[store.task_ids],
+            task_sizes=store.task_sizes[order],
+        )
+        other = GradExLogistic().fit(permuted).estimate(subsets[:, order])
+        assert other.loss == pytest.approx(whole.loss, rel=1e-9)
+        monkeypatch.setattr("hf_auxselect.estimators.logistic._ELEMENTS_AT_ONCE", 100)
+        chunked = GradExLogistic().fit(store).estimate(subsets)
+        assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)
+        assert chunked.high == pytest.approx(whole.high, rel=1e-9)
+
+    def test_the_default_does_not_depend_on_the_scale_of_gradients(self):
+        store = random_store(6)
+        outputs, gradients = store.scalar("margin")
+        target_outputs, target_gradients = store.target.scalar("margin")
+        scaled = rebuilt(
+            store,
+            scalars={"margin": (outputs, 100 * gradients)},
+            target=rebuilt(
+                store.target, scalars={"margin": (target_outputs, 100 * target_gradients)}
+            ),
+        )
+        one, other = (GradExLogistic().fit(s).estimate([[True] * 3]) for s in (store, scaled))
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+
+    def test_the_interval_is_that_of_a_bootstrap(self):
+        store = random_store(7, counts=(40, 60), num_target=80, dim=4)
+        options = GradExLogistic(regularization=0.1)
+        mask = np.array([[True, True]])
+        estimate = options.fit(store).estimate(mask)
+        rng = np.random.default_rng(0)
+        losses = [options.fit(resampled(store, rng)).estimate(mask).loss[0] for _ in range(400)]
+        low, high = np.quantile(losses, [0.05, 0.95])
+        assert estimate.high[0] - estimate.low[0] == pytest.approx(high - low, rel=0.15)
+        assert estimate.low[0] < estimate.loss[0] < estimate.high[0]
+
+    def test_diagnostics_are_numbers(self):
+        outputs, gradients = random_store(8).scalar("margin")
+        gradients = gradients.copy()
+        gradients[3] *= 1000
+        store = rebuilt(random_store(8), scalars={"margin": (outputs, gradients)})
+        diagnostics = GradExLogistic().fit(store).diagnostics()
+        assert all(isinstance(value, float) for value in diagnostics.values())
+        assert diagnostics["outlier_gradient_share"] == pytest.approx(1 / 24)
+        assert diagnostics["anchor_loss_nats"] == pytest.approx(store.target.task_losses[0])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"regularization": 0}, "regularization must be positive, got 0"),
+            ({"tolerance": 1}, "tolerance must be between 0 and 1, got 1"),
+        ],
+    )
+    def test_bad_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            GradExLogistic(**options)
+
+    def test_options_cannot_be_changed(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            GradExLogistic().tolerance = 1
+
+
+def rebuilt(store, **changes):
+    """A copy of a store with some of its arrays replaced."""
+    return GradientStore(
+        **{
+            "task_names": store.task_names,
+            "task_ids": store.task_ids,
+            "example_ids": store.example_ids,
+            "losses": store.losses,
+            "num_label_tokens": store.num_label_tokens,
+            "example_weights": store.example_weights,
+            "scalars": store._scalars,
+            "task_sizes": store.task_sizes,
+            "target": store._target,
+        }
+        | changes
+    )
+
+
+def resampled(store, rng, *, is_target=False):
+    """Draw a store's examples anew, with replacement, task by task."""
+    chosen = np.concatenate(
+        [
+            rng.choice(np.flatnonzero(store.task_ids == k), (store.task_ids == k).sum())
+            for k in range(len(store.task_names))
+        ]
+    )
+    return rebuilt(
+        store,
+        task_ids=store.task_ids[chosen],
+        losses=store.losses[chosen],
+        num_label_tokens=store.num_label_tokens[chosen],
+        example_weights=store.num_label_tokens[chosen],
+        example_ids=store.example_ids[chosen],
+        scalars={
+            name: (outputs[chosen], gradients[chosen])
+            for name, (outputs, gradients) in store._scalars.items()
+        },
+        target=None if is_target else resampled(store.target, rng, is_target=True),
+    )

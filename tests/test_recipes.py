@@ -1,0 +1,127 @@
+"""The recipes run; the slow ones at a small size, the model of the demo replaced by a tiny one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from datasets import Dataset
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def _recipes_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+
+
+class TestNoisyAddition:
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_right_groups_are_told_from_random_ones(self, seed, tmp_path):
+        import noisy_addition
+
+        scores = noisy_addition.score_groups(seed, str(tmp_path), disable_tqdm=True, use_cpu=True)
+        assert len(scores) == 20
+        assert noisy_addition.auroc(scores) == 1.0
+
+    def test_an_example(self):
+        import random
+
+        import noisy_addition
+
+        example = noisy_addition.addition(random.Random(0), is_right=True)
+        text = "".join(noisy_addition.CHARACTERS[i] for i in example["input_ids"])
+        question, *lines = text.strip().split("\n")
+        a, b = map(int, question.split("+"))
+        assert int(lines[-1]) == a + b
+        assert [len(line) for line in lines] == [2, 3, 4, 5, 6]
+        labelled = sum(label != -100 for label in example["labels"])
+        assert labelled == sum(len(line) + 1 for line in lines)
+
+    def test_random_examples_have_the_same_form(self):
+        import random
+
+        import noisy_addition
+
+        right = noisy_addition.addition(random.Random(0), is_right=True)
+        wrong = noisy_addition.addition(random.Random(0), is_right=False)
+        assert right["input_ids"][:12] == wrong["input_ids"][:12]
+        assert len(right["input_ids"]) == len(wrong["input_ids"])
+        assert right != wrong
+
+    def test_auroc(self):
+        import noisy_addition
+
+        assert noisy_addition.auroc({"right 0": 1, "right 1": 3, "random 2": 2}) == 0.5
+        assert noisy_addition.auroc({"right 0": 2, "random 1": 2}) == 0.5
+
+
+class TestArithmetic:
+    def test_the_tasks(self):
+        import arithmetic
+
+        tasks = arithmetic.training_tasks(6, seed=0)
+        assert len(tasks) == 11
+        assert all(len(dataset) == 6 for dataset in tasks.values())
+        assert "shuffled answers" in tasks
+        prompts = set(arithmetic.target_examples(6, 0)["prompt"])
+        assert not prompts & set(arithmetic.target_examples(6, 7)["prompt"])
+
+    def test_shuffling_keeps_questions_and_moves_answers(self):
+        import arithmetic
+
+        rows = Dataset.from_dict({"prompt": list("abcdef"), "completion": list("123456")})
+        mixed = arithmetic.shuffled_answers(rows, seed=0)
+        assert mixed["prompt"][:] == rows["prompt"][:]
+        assert sorted(mixed["completion"]) == sorted(rows["completion"])
+        assert mixed["completion"][:] != rows["completion"][:]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A checkpoint on disk, as a user would pass with --model."""
+    directory = tmp_path_factory.mktemp("model")
+    tiny.llama(max_position_embeddings=512).save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def test_the_script_to_copy_runs(tiny_model, tmp_path, monkeypatch, capsys):
+    import arithmetic
+
+    arguments = ["--model", tiny_model, "--output_dir", str(tmp_path), "--max_steps", "5"]
+    monkeypatch.setattr(sys, "argv", ["arithmetic.py", *arguments])
+    arithmetic.main()
+    shown = capsys.readouterr().out
+    assert "gradient pass after step 2" in shown
+    assert "target loss:" in shown
+
+
+def test_the_demo_runs(tiny_model, tmp_path, monkeypatch, capsys):
+    import demo
+
+    for name, value in {"STEPS": 6, "WARM_UP_STEPS": 2, "NUM_ROWS": 5}.items():
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(
+        sys, "argv", ["demo.py", "--model", tiny_model, "--output_dir", str(tmp_path)]
+    )
+    demo.main()
+    shown = capsys.readouterr().out
+    assert "Measured loss" in shown
+    for line in ("before training", "all tasks", "random tasks", "chosen by hf-auxselect"):
+        assert line in shown
+    assert (tmp_path / "measured.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ((3.0, 2.0, 2.5, 1.5), "The choice won; it is 0.5000 nats below"),
+        ((3.0, 1.0, 2.5, 1.5), "The choice did NOT win: all tasks had a lower loss"),
+    ],
+)
+def test_the_demo_says_plainly_whether_the_choice_won(losses, verdict):
+    import demo
+
+    names = ["before training", "all tasks", "3 random tasks", "chosen by hf-auxselect"]
+    assert demo.verdict(dict(zip(names, losses, strict=True))).startswith(verdict)

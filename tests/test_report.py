@@ -1,0 +1,199 @@
+import json
+
+import numpy as np
+import pytest
+from reference import random_store
+
+from hf_auxselect import FixedSelection, ForwardSelection, GradExLogistic, SelectionReport
+from hf_auxselect.report import (
+    compare,
+    escape_markdown,
+    estimator_from,
+    printable,
+    strategy_record,
+    summarize_tasks,
+)
+from hf_auxselect.selectors import RandomEnsemble
+
+
+def report_of(store, selector=None):
+    fitted = GradExLogistic().fit(store)
+    selection = (selector or ForwardSelection()).select(fitted.estimate, store.task_names)
+    return SelectionReport(
+        weights=selection.weights,
+        scores=selection.scores,
+        history=list(selection.history),
+        rows=compare(fitted, selection, store.task_names, seed=0),
+        tasks=summarize_tasks(store),
+        target=summarize_tasks(store.target)[0],
+        diagnostics=fitted.diagnostics(),
+        estimator=strategy_record(GradExLogistic()),
+        selector=strategy_record(ForwardSelection()),
+        run={"after": "continue", "switch_step": 4, "model": "tiny", "seconds": 1.5},
+    )
+
+
+@pytest.fixture
+def report():
+    return report_of(random_store(1))
+
+
+class TestTheComparison:
+    def test_it_has_what_a_reader_wants_to_compare(self, report):
+        store = random_store(1)
+        fitted = GradExLogistic().fit(store)
+        size = len(report.selected)
+        names = [row.name for row in report.rows]
+        assert names == [
+            "no further training",
+            "chosen",
+            "all tasks",
+            f"random {size} of 3 tasks",
+            *(f"all without {name}" for name in store.task_names),
+        ]
+        assert report.row("no further training").loss == pytest.approx(store.target.task_losses[0])
+        everything = fitted.estimate(np.ones((1, 3), bool))
+        assert report.row("all tasks").loss == everything.loss[0]
+        assert report.row("all tasks").low == everything.low[0]
+        without = fitted.estimate([[True, False, True]])
+        assert report.row("all without task1").high == without.high[0]
+        assert report.row("all without task1").left_out == "task1"
+
+    def test_random_subsets_have_the_chosen_size(self):
+        store = random_store(2, counts=(3, 4, 5, 6))
+        report = report_of(store, FixedSelection(["task0", "task2"]))
+        fitted = GradExLogistic().fit(store)
+        subsets = RandomEnsemble(num_subsets=200, subset_size=2, seed=0).subsets(4)
+        row = report.row("random 2 of 4 tasks")
+        losses = fitted.estimate(subsets).loss
+        assert row.loss == pytest.approx(losses.mean())
+        assert [row.low, row.high] == pytest.approx(np.quantile(losses, [0.05, 0.95]))
+
+
+class TestFiles:
+    def test_it_is_read_back_as_it_was(self, report, tmp_path):
+        report.save(tmp_path / "report")
+        again = SelectionReport.load(tmp_path / "report")
+        assert again.to_dict() == report.to_dict()
+        assert again.history == report.history
+        assert SelectionReport.load(tmp_path).to_dict() == report.to_dict()
+
+    def test_the_picture_is_one(self, report, tmp_path):
+        report.save(tmp_path)
+        assert (tmp_path / "left_out.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_without_estimates_there_is_no_picture(self, tmp_path):
+        SelectionReport(weights={"a": 1.0, "b": 0.0}).save(tmp_path)
+        assert not (tmp_path / "left_out.png").exists()
+        assert "left_out.png" not in (tmp_path / "README.md").read_text()
+
+    @pytest.mark.parametrize(
+        "content", ["", "{", "[]", '{"selected": []}', '{"selected": [], "x": 1}']
+    )
+    def test_a_damaged_report_is_named(self, content, tmp_path):
+        (tmp_path / "report.json").write_text(content)
+        with pytest.raises(ValueError, match=r"report\.json: damaged"):
+            SelectionReport.load(tmp_path)
+
+    def test_no_report(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"report\.json is missing"):
+            SelectionReport.load(tmp_path)
+
+    def test_an_unknown_estimator(self, report, tmp_path):
+        report.estimator = {"name": "Oracle"}
+        report.save(tmp_path / "report")
+        (tmp_path / "gradients").mkdir()
+        loaded = SelectionReport.load(tmp_path)
+        with pytest.raises((ValueError, FileNotFoundError)):
+            loaded.estimate(["task0"])
+
+
+class TestWhatIf:
+    def test_names_weights_and_arrays(self):
+        store = random_store(3)
+        report = report_of(store)
+        fitted = report._fitted = GradExLogistic().fit(store)
+        assert (
+            report.estimate(["task0", "task2"]).loss == fitted.estimate([[True, False, True]]).loss
+        )
+        mixture = report.estimate({"task0": 1, "task1": 3})
+        assert mixture.loss == fitted.estimate([[0.25, 0.75, 0.0]]).loss
+        assert len(report.estimate(np.ones((4, 3), bool))) == 4
+
+    def test_unknown_tasks(self, report):
+        with pytest.raises(ValueError, match="unknown task 'x'; the report knows"):
+            report.estimate(["x"])
+        with pytest.raises(TypeError, match="got the string 'task0'"):
+            report.estimate("task0")
+
+
+class TestRendering:
+    def test_the_page(self, report):
+        page = report.to_markdown()
+        assert page.startswith("# Task selection\n")
+        for name in report.selected:
+            assert f"**{name}**" in page
+        for row in report.rows:
+            assert f"| {row.name} | {row.loss:.4f} | {row.low:.4f} | {row.high:.4f} |" in page
+        assert "| switch\\_step | 4 |" in page
+        assert page.endswith("\n")
+
+    def test_the_table(self, report):
+        lines = report.to_text().splitlines()
+        assert lines[0].startswith(f"Selected {len(report.selected)} of 3 tasks: ")
+        assert len(lines) == 2 + len(report.rows)
+
+    def test_warnings_are_shown(self, report):
+        report.warnings = ["this is *odd*"]
+        assert "Warning: this is *odd*" in report.to_text()
+        assert "> **Warning.** this is \\*odd\\*" in report.to_markdown()
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "a|b",
+            "`rm`",
+            "<script>alert(1)</script>",
+            "a\nb",
+            "\x1b[31mred",
+            "\u202eevil",
+            "$x_1$",
+            "[l](u)",
+        ],
+    )
+    def test_names_cannot_break_out(self, name, tmp_path):
+        store = random_store(4)
+        store.task_names[1] = name
+        report = report_of(store, FixedSelection([name]))
+        report.save(tmp_path)
+        page, text = report.to_markdown(), report.to_text()
+        assert "<script>" not in page
+        assert "\x1b" not in page + text
+        assert "\u202e" not in page + text
+        assert len(text.splitlines()) == 2 + len(report.rows)
+        table = [line for line in page.splitlines() if line.startswith("| all without")]
+        assert [line.replace("\\|", "").count("|") for line in table] == [5] * 3
+        assert json.loads((tmp_path / "report.json").read_text())["selected"] == [name]
+
+    def test_printable(self):
+        assert printable("ü – ok") == "ü – ok"
+        assert printable("a\tb") == "a\\tb"
+
+    def test_escaping_is_undone_by_a_reader_of_markdown(self):
+        assert escape_markdown("a_b|c") == "a\\_b\\|c"
+        assert escape_markdown("<b>&") == "&lt;b&gt;&amp;"
+
+
+class TestStrategies:
+    def test_they_are_read_back(self):
+        options = GradExLogistic(regularization=0.5)
+        assert estimator_from(strategy_record(options)) == options
+
+    def test_an_unknown_one_is_named(self):
+        with pytest.raises(ValueError, match=r"unknown estimator 'Oracle'; known are \['GradEx"):
+            estimator_from({"name": "Oracle"})
+
+    def test_records_are_json(self):
+        record = strategy_record(FixedSelection({"a": 1.0}))
+        assert record == {"name": "FixedSelection", "tasks": {"a": 1.0}, "estimate": True}
+        assert json.dumps(record)

@@ -1,0 +1,207 @@
+"""Tiny models and tasks, made from configurations: nothing is downloaded."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from transformers import (
+    TrainerCallback as TrainerCallback,
+)
+
+from hf_auxselect import concatenate_tasks
+
+CHARACTERS = "0123456789+-=abcdefgh "
+VOCABULARY = {"<pad>": 0, "<eos>": 1} | {c: i + 2 for i, c in enumerate(CHARACTERS)}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    core = Tokenizer(WordLevel(VOCABULARY, unk_token="<pad>"))
+    core.pre_tokenizer = Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="right"
+    )
+
+
+def llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(VOCABULARY),
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 64,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": None,
+        }
+        | options
+    )
+    return LlamaForCausalLM(config)
+
+
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(
+        **{"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        | options
+    )
+
+
+def sums(
+    num_rows: int, seed: int = 0, *, mark: str = "", shuffled: bool = False, letters: bool = False
+) -> Dataset:
+    """Prompt and completion of one-digit sums; or of letters; or with wrong answers.
+
+    The first character of a prompt is ``mark``, by which a spy tells the task of a row.
+    """
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(num_rows):
+        a, b = rng.randrange(10), rng.randrange(10)
+        prompt, answer = f"{a}+{b}=", str(rng.randrange(19) if shuffled else a + b)
+        if letters:
+            prompt, answer = f"{'abcdefgh'[a % 8]}{'abcdefgh'[b % 8]}=", "abcdefgh"[a % 8]
+        rows.append({"prompt": mark + prompt, "completion": answer})
+    return Dataset.from_list(rows)
+
+
+def tasks(num_rows: int = 24) -> Dataset:
+    """Four tasks of different sizes: a and c sums, b letters, d wrong answers."""
+    return concatenate_tasks(
+        {
+            "a": sums(num_rows, 1, mark="a"),
+            "b": sums(num_rows // 2, 2, mark="b", letters=True),
+            "c": sums(num_rows, 3, mark="c"),
+            "d": sums(num_rows - 3, 4, mark="d", shuffled=True),
+        }
+    )
+
+
+def tokenize(dataset: Dataset) -> Dataset:
+    """Prompt and completion to input_ids, attention_mask and labels, for the plain Trainer."""
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        prompt = [VOCABULARY[c] for c in row["prompt"]]
+        completion = [VOCABULARY[c] for c in row["completion"]] + [1]
+        return {
+            "input_ids": prompt + completion,
+            "attention_mask": [1] * (len(prompt) + len(completion)),
+            "labels": [-100] * len(prompt) + completion,
+        }
+
+    return dataset.map(encode, remove_columns=["prompt", "completion"])
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad on the right."""
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([list(row[name]) + [value] * (length - len(row[name])) for row in rows])
+
+    return {
+        "input_ids": padded("input_ids", 0),
+        "attention_mask": padded("attention_mask", 0),
+        "labels": padded("labels", -100),
+    }
+
+
+ARGUMENTS: dict[str, Any] = {
+    "max_steps": 10,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "learning_rate": 1e-2,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 5,
+    "disable_tqdm": True,
+}
+
+
+def sft_trainer(output_dir: Path | str, *callbacks: Any, **options: Any) -> Any:
+    """An SFTTrainer on the tiny tasks; options are its own or those of SFTConfig."""
+    from trl import SFTConfig, SFTTrainer
+
+    own = _pop(options, "train_dataset", "eval_dataset", "peft_config", "model", "trainer_class")
+    trainer_class = own.pop("trainer_class", SFTTrainer)
+    return trainer_class(
+        **{
+            "model": llama(),
+            "args": SFTConfig(str(output_dir), **ARGUMENTS | {"max_length": 32} | options),
+            "train_dataset": tasks(),
+            "eval_dataset": sums(16, 9),
+            "peft_config": lora(lora_dropout=0.1),
+            "processing_class": tokenizer(),
+            "callbacks": list(callbacks),
+        }
+        | own
+    )
+
+
+def plain_trainer(output_dir: Path | str, *callbacks: Any, **options: Any) -> Any:
+    """A stock Trainer on the tiny tasks; options are its own or those of TrainingArguments."""
+    own = _pop(options, "train_dataset", "eval_dataset", "model", "data_collator", "trainer_class")
+    own |= _pop(options, "compute_loss_func", "optimizers")
+    trainer_class = own.pop("trainer_class", Trainer)
+    return trainer_class(
+        **{
+            "model": get_peft_model(llama(), lora(lora_dropout=0.1)),
+            "args": TrainingArguments(str(output_dir), **ARGUMENTS | options),
+            "train_dataset": tokenize(tasks()),
+            "eval_dataset": tokenize(sums(16, 9)),
+            "data_collator": collate,
+            "callbacks": list(callbacks),
+        }
+        | own
+    )
+
+
+TRAINERS = {"Trainer": plain_trainer, "SFTTrainer": sft_trainer}
+
+
+def _pop(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def spy(trainer: Any) -> list[str]:
+    """The tasks of the rows of every training batch that reaches the model, a string each."""
+    seen: list[str] = []
+    characters = {i: c for c, i in VOCABULARY.items()}
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            seen.append("".join(characters[int(i)] for i in ids[:, 0]))
+
+    trainer.model.get_base_model().model.register_forward_pre_hook(look, with_kwargs=True)
+    return seen
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bitwise."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
