@@ -148,9 +148,9 @@ def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
     gone = [name for name in joined_tasks(dataset) if name not in tasks.names]
     if gone:
         raise ValueError(
-            f"the task {gone[0]!r} has lost all its rows in the trainer's preparation: no label token "
-            "is left of any after truncation. Raise max_length, shorten its prompts, or leave the "
-            "task out."
+            f"the task {gone[0]!r} has lost all its rows in the trainer's preparation: no label "
+            "token is left of any after truncation. Raise max_length, shorten its prompts, or "
+            "leave the task out."
         )
     if len(tasks.names) < 2:
         raise ValueError(

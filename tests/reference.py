@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 
 from hf_auxselect.store import GradientStore
@@ -59,7 +60,7 @@ def logistic_displacement(
     def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
         margins = outputs + gradients @ w
         losses = np.logaddexp(0, -margins)
-        slope = -shares / (1 + np.exp(margins))
+        slope = -shares * np.exp(-np.logaddexp(0, margins))
         value = shares @ losses + regularization * w @ w
         return float(value), gradients.T @ slope + 2 * regularization * w
 
@@ -93,8 +94,98 @@ def logistic_estimate(store: GradientStore, mask: np.ndarray, regularization: fl
     return total
 
 
+def expected_gradient_norm(store: GradientStore, pooled: np.ndarray) -> float:
+    """Root of E|g|^2 for the gradient g of a batch of rows drawn with probability ``pooled`` [K]."""
+    counts = np.bincount(store.task_ids)
+    chance = (pooled / counts)[store.task_ids]  # of each example to be drawn
+    tokens, gradients = store.num_label_tokens, store.scalar("loss")[1].astype(np.float64)
+    tokens_per_row = chance @ tokens
+    mean = (chance * tokens) @ gradients / tokens_per_row
+    second = chance @ (tokens**2 * (gradients**2).sum(1)) / tokens_per_row**2
+    size = store.metadata["training"]["examples_per_step"]
+    return float(np.sqrt(mean @ mean + (second - mean @ mean) / size))
+
+
+def linearized_training(
+    store: GradientStore, pooled: np.ndarray, *, rank: int, learning_rates: Sequence[float]
+) -> float:
+    """The estimate of ``LinearizedTraining`` for one mixture, by integrating its flow in time.
+
+    ``pooled`` [K] are the shares of the tasks' rows in the mixture; they sum to 1.
+    """
+    optimizer, training = store.metadata["optimizer"], store.metadata["training"]
+    target = store.target
+    dim = store.gradients.shape[1]
+
+    def curvature(part: GradientStore, weights: np.ndarray) -> np.ndarray:
+        total = np.zeros((dim, dim))
+        for weight, phi in zip(weights, part.scalar("sampled_loss@optimizer")[1], strict=True):
+            total += weight * np.outer(phi.astype(np.float64), phi.astype(np.float64))
+        return total
+
+    share_in_task = np.array(
+        [
+            n / store.num_label_tokens[store.task_ids == k].sum()
+            for n, k in zip(store.num_label_tokens, store.task_ids, strict=True)
+        ]
+    )
+    tokens_per_row = [
+        store.num_label_tokens[store.task_ids == k].mean() for k in range(len(pooled))
+    ]
+    w = pooled * tokens_per_row / (pooled @ tokens_per_row)
+    # The leading axes, and the projector on them.
+    overall = curvature(store, share_in_task / len(pooled))
+    overall += curvature(target, target.example_weights)
+    axes = np.linalg.svd(overall)[0][:, :rank]
+    inside = axes @ axes.T
+
+    def denoised(matrix: np.ndarray, *, keep_positive: bool) -> np.ndarray:
+        """Within the axes, less what the projection adds to each eigenvalue."""
+        values, vectors = np.linalg.eigh(axes.T @ matrix @ axes)
+        values = values - np.trace(matrix) / dim
+        if keep_positive:
+            values = np.maximum(values, 0)
+        return axes @ (vectors * values) @ vectors.T @ axes.T
+
+    clip = 1.0
+    if training.get("max_grad_norm"):
+        clip = min(1.0, training["max_grad_norm"] / expected_gradient_norm(store, pooled))
+    b = (w[store.task_ids] * share_in_task) @ store.scalar("loss@optimizer")[1].astype(np.float64)
+    H = clip * denoised(curvature(store, w[store.task_ids] * share_in_task), keep_positive=True)
+    decay = optimizer["weight_decay"]
+    pull = clip * b + decay * store.vectors["parameters"].astype(np.float64)
+
+    duration, start = 0.0, np.zeros(dim)
+    for t, rate in enumerate(learning_rates, start=1):
+        rate = rate * optimizer["learning_rate_factor"]
+        late = 0 if training["after"] == "restart" else optimizer["momentum_coefficient"] ** t
+        duration += rate * (1 - late)
+        start -= rate * late * store.vectors["momentum"].astype(np.float64)
+    if training["after"] == "restart":
+        start = store.vectors["initial_displacement"].astype(np.float64)
+    flow = solve_ivp(
+        lambda _, delta: -pull - H @ delta - decay * (inside @ delta),
+        (0, duration),
+        start,
+        method="LSODA",
+        rtol=1e-10,
+        atol=1e-12,
+    )
+    delta = flow.y[:, -1]
+    target_b = target.example_weights @ target.scalar("loss@optimizer")[1].astype(np.float64)
+    target_H = denoised(curvature(target, target.example_weights), keep_positive=False)
+    bend = max(delta @ target_H @ delta / 2, 0.0)
+    return max(float(target.example_weights @ target.losses + target_b @ delta + bend), 0.0)
+
+
 def random_store(
-    seed: int = 0, *, counts: Sequence[int] = (7, 12, 5), num_target: int = 9, dim: int = 6
+    seed: int = 0,
+    *,
+    counts: Sequence[int] = (7, 12, 5),
+    num_target: int = 9,
+    dim: int = 6,
+    after: str = "continue",
+    max_grad_norm: float = 1.0,
 ) -> GradientStore:
     """A store of random numbers with the structure of a real one."""
     rng = np.random.default_rng(seed)
@@ -106,7 +197,8 @@ def random_store(
             "losses": np.logaddexp(0, -outputs) + gap,
             "num_label_tokens": rng.integers(1, 5, count),
             "scalars": {
-                "margin": (outputs, rng.normal(size=(count, dim)).astype(np.float32)),
+                name: (outputs, rng.normal(size=(count, dim)).astype(np.float32))
+                for name in ("margin", "loss", "loss@optimizer", "sampled_loss@optimizer")
             },
         }
 
@@ -121,5 +213,22 @@ def random_store(
         task_ids=np.repeat(np.arange(len(counts)), counts),
         example_ids=np.arange(sum(counts)),
         target=target,
+        metadata={
+            "optimizer": {
+                "learning_rate_factor": 1.0,
+                "momentum_coefficient": 0.9,
+                "weight_decay": 0.01,
+            },
+            "training": {
+                "learning_rates": [0.02, 0.01, 0.005],
+                "max_grad_norm": max_grad_norm,
+                "examples_per_step": 4,
+                "after": after,
+            },
+        },
+        vectors={
+            name: rng.normal(size=dim).astype(np.float32)
+            for name in ("momentum", "parameters", "initial_displacement")
+        },
         **arrays(sum(counts)),
     )

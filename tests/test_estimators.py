@@ -2,11 +2,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import logistic_displacement, logistic_estimate, random_store
+from reference import (
+    linearized_training,
+    logistic_displacement,
+    logistic_estimate,
+    random_store,
+)
 
-from hf_auxselect import GradExLogistic, GradientStore
+from hf_auxselect import GradExLogistic, GradientStore, LinearizedTraining, capture_gradients
 from hf_auxselect.estimators import normalize_mixtures
 
 
@@ -204,6 +211,178 @@ class TestGradExLogistic:
             GradExLogistic().tolerance = 1
 
 
+class TestLinearizedTraining:
+    @given(
+        seed=st.integers(0, 20),
+        subsets=st.lists(masks, min_size=1, max_size=3),
+        rank=st.sampled_from([1, 3, 6]),
+        after=st.sampled_from(["continue", "restart"]),
+        max_grad_norm=st.sampled_from([0.0, 0.5, 100.0]),
+    )
+    def test_it_is_its_definition(self, seed, subsets, rank, after, max_grad_norm):
+        store = random_store(seed, after=after, max_grad_norm=max_grad_norm)
+        rates = [0.3, 0.2, 0.1]
+        expected = [
+            linearized_training(
+                store, normalize_mixtures([mask], [7, 12, 5])[0], rank=rank, learning_rates=rates
+            )
+            for mask in subsets
+        ]
+        fitted = LinearizedTraining(rank=rank, learning_rates=rates).fit(store)
+        assert fitted.estimate(subsets).loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+    def test_rates_come_from_the_trainer_unless_given(self):
+        store = random_store(1)
+        rates = store.metadata["training"]["learning_rates"]
+        given = LinearizedTraining(learning_rates=rates).fit(store).estimate([[True] * 3])
+        assert LinearizedTraining().fit(store).estimate([[True] * 3]).loss == given.loss
+        longer = LinearizedTraining(learning_rates=[0.02] * 9).fit(store)
+        assert longer.estimate([[True] * 3]).loss != given.loss
+
+    def test_no_training_leaves_the_loss_at_the_anchor_and_is_certain(self):
+        store = random_store(2)
+        estimate = LinearizedTraining().fit(store).estimate(np.zeros((1, 3)))
+        assert estimate.loss[0] == pytest.approx(store.target.task_losses[0], rel=1e-6)
+        assert estimate.low[0] == estimate.high[0] == estimate.loss[0]
+
+    def test_momentum_turns_into_the_flow_that_it_follows(self):
+        """Gradient descent with momentum on the quadratic model itself ends where the flow does."""
+        store = random_store(3, counts=(30, 30), dim=5, max_grad_norm=0.0)
+        store.metadata["optimizer"]["weight_decay"] = 0.0
+        rates = list(np.linspace(0.01, 0.0001, 200))
+        estimate = LinearizedTraining(learning_rates=rates).fit(store).estimate([[True, False]])
+        own = store.task_ids == 0
+        share = store.num_label_tokens[own] / store.num_label_tokens[own].sum()
+        b = share @ store.scalar("loss@optimizer")[1][own].astype(float)
+        phi = store.scalar("sampled_loss@optimizer")[1][own].astype(float)
+        H = (phi * share[:, None]).T @ phi
+        values, vectors = np.linalg.eigh(H)
+        H = (vectors * np.maximum(values - np.trace(H) / 5, 0)) @ vectors.T
+        momentum, delta = store.vectors["momentum"].astype(float), np.zeros(5)
+        for rate in rates:
+            momentum = 0.9 * momentum + 0.1 * (b + H @ delta)
+            delta = delta - rate * momentum
+        target = store.target
+        target_b = target.example_weights @ target.scalar("loss@optimizer")[1].astype(float)
+        phi = target.scalar("sampled_loss@optimizer")[1].astype(float)
+        target_H = (phi * target.example_weights[:, None]).T @ phi
+        target_H -= np.trace(target_H) / 5 * np.eye(5)
+        change = target_b @ delta + max(delta @ target_H @ delta / 2, 0)
+        assert abs(change) > 0.05
+        assert estimate.loss[0] - target.task_losses[0] == pytest.approx(change, rel=0.05)
+
+    def test_it_foretells_short_real_training(self, tmp_path):
+        """A few steps of SGD with momentum on a tiny model, in the range of its first order."""
+        model = tiny.llama()
+        model.requires_grad_(False)
+        # One parameter of 384 entries fits into 512 cells without a collision: no projection error.
+        model.model.layers[0].mlp.down_proj.requires_grad_(True)
+        tasks = {
+            "sums": list(tiny.tokenize(tiny.sums(12, 1))),
+            "letters": list(tiny.tokenize(tiny.sums(12, 2, letters=True))),
+        }
+        target = list(tiny.tokenize(tiny.sums(12, 5)))
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        rate, steps = 2.0, 6
+        sgd = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], rate, momentum=0.5
+        )
+        store = capture_gradients(
+            model,
+            tasks,
+            target,
+            tiny.collate,
+            directory=tmp_path,
+            projection_dim=512,
+            optimizer=sgd,
+            progress=False,
+        )
+        fitted = LinearizedTraining(rank=36, learning_rates=[rate] * steps).fit(store)
+        estimated = fitted.estimate(np.eye(2, dtype=bool)).loss - fitted.estimate([[0, 0]]).loss
+
+        measured = []
+        for task in tasks.values():
+            model.load_state_dict(start)
+            sgd.state.clear()
+            batch = tiny.collate(task)
+            for _ in range(steps):
+                sgd.zero_grad()
+                model(**batch).loss.backward()
+                sgd.step()
+            with torch.no_grad():
+                measured.append(float(model(**tiny.collate(target)).loss))
+        change = np.array(measured) - store.target.task_losses[0]
+        assert abs(change).min() > 1e-4
+        assert estimated == pytest.approx(change, rel=0.1)
+
+    def test_the_interval_is_that_of_a_bootstrap(self):
+        """Without model error, when the captured rows are a small part of all."""
+        store = random_store(4, counts=(60, 80), num_target=90, dim=4, max_grad_norm=0.0)
+        store = rebuilt(
+            store,
+            task_sizes=[10**6, 10**6],
+            target=rebuilt(store.target, task_sizes=[10**6]),
+        )
+        options = LinearizedTraining(model_error=0.0, learning_rates=[0.2] * 2)
+        mask = np.array([[True, True]])
+        estimate = options.fit(store).estimate(mask)
+        rng = np.random.default_rng(0)
+        losses = [options.fit(resampled(store, rng)).estimate(mask).loss[0] for _ in range(400)]
+        low, high = np.quantile(losses, [0.05, 0.95])
+        assert estimate.high[0] - estimate.low[0] == pytest.approx(high - low, rel=0.25)
+
+    def test_nothing_is_left_to_chance_if_all_rows_were_captured(self):
+        estimate = LinearizedTraining(model_error=0.0).fit(random_store(5)).estimate([[True] * 3])
+        assert estimate.low[0] == estimate.high[0] == estimate.loss[0]
+
+    def test_order_of_tasks_and_number_of_mixtures_do_not_matter(self, monkeypatch):
+        store = random_store(6)
+        subsets = np.random.default_rng(0).random((40, 3)) < 0.5
+        whole = LinearizedTraining().fit(store).estimate(subsets)
+        order = np.array([2, 0, 1])
+        permuted = rebuilt(
+            store,
+            task_names=[store.task_names[k] for k in order],
+            task_ids=np.argsort(order)[store.task_ids],
+            task_sizes=store.task_sizes[order],
+        )
+        other = LinearizedTraining().fit(permuted).estimate(subsets[:, order])
+        assert other.loss == pytest.approx(whole.loss, rel=1e-9)
+        monkeypatch.setattr("hf_auxselect.estimators.linearized._MIXTURES_AT_ONCE", 7)
+        chunked = LinearizedTraining().fit(store).estimate(subsets)
+        assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)
+        assert chunked.low == pytest.approx(whole.low, rel=1e-9)
+
+    def test_diagnostics_are_numbers(self):
+        diagnostics = LinearizedTraining().fit(random_store(7)).diagnostics()
+        assert all(isinstance(value, float) for value in diagnostics.values())
+        assert 0 < diagnostics["clipping_factor_all_tasks"] <= 1
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rank": 0}, "rank must be at least 1, got 0"),
+            ({"model_error": -1}, "model_error must not be negative, got -1"),
+            ({"learning_rates": []}, "learning_rates must be rates of one or more steps"),
+            ({"learning_rates": [0.1, -0.1]}, "learning_rates must be rates"),
+        ],
+    )
+    def test_bad_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            LinearizedTraining(**options)
+
+    def test_a_store_without_the_optimizer(self):
+        store = rebuilt(random_store(8), metadata={})
+        with pytest.raises(ValueError, match="captured with the optimizer.*optimizer=..."):
+            LinearizedTraining().fit(store)
+
+    def test_a_store_without_the_steps_to_come(self):
+        store = random_store(8)
+        store = rebuilt(store, metadata={"optimizer": store.metadata["optimizer"]})
+        with pytest.raises(ValueError, match="Pass learning_rates=..., the rate of each"):
+            LinearizedTraining().fit(store)
+
+
 def rebuilt(store, **changes):
     """A copy of a store with some of its arrays replaced."""
     return GradientStore(
@@ -217,6 +396,8 @@ def rebuilt(store, **changes):
             "scalars": store._scalars,
             "task_sizes": store.task_sizes,
             "target": store._target,
+            "metadata": store.metadata,
+            "vectors": store.vectors,
         }
         | changes
     )
