@@ -412,10 +412,8 @@ class TaskSelectionCallback(TrainerCallback):
         if decision is not None and not self._same_strategies(decision):
             if at_switch and (self.after != "restart" or not self._needs_estimates):
                 logger.warning(
-                    "the checkpoint's decision was made with other options (%s, %s); nothing has "
-                    "been trained on it yet, so it is made anew.",
-                    decision.get("estimator"),
-                    decision.get("selector"),
+                    "the checkpoint's decision was made with other options; nothing has been "
+                    "trained on it yet, so it is made anew."
                 )
                 decision = None
             else:

@@ -212,8 +212,7 @@ class SelectionReport:
                 "## Estimated loss of the target after fine-tuning",
                 "",
                 "Nats per label token; lower is better. Intervals hold 90% (for random subsets: "
-                f"90% of {NUM_RANDOM_SUBSETS} subsets) and are as good as the estimator's own account "
-                "of its error.",
+                f"90% of {NUM_RANDOM_SUBSETS} subsets), by the estimator's own account.",
                 "",
                 *_table(
                     ["trained on", "loss", "low", "high"],

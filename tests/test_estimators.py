@@ -373,13 +373,13 @@ class TestLinearizedTraining:
 
     def test_a_store_without_the_optimizer(self):
         store = rebuilt(random_store(8), metadata={})
-        with pytest.raises(ValueError, match="captured with the optimizer.*optimizer=..."):
+        with pytest.raises(ValueError, match="captured with the optimizer"):
             LinearizedTraining().fit(store)
 
     def test_a_store_without_the_steps_to_come(self):
         store = random_store(8)
         store = rebuilt(store, metadata={"optimizer": store.metadata["optimizer"]})
-        with pytest.raises(ValueError, match="Pass learning_rates=..., the rate of each"):
+        with pytest.raises(ValueError, match="does not know the steps to come"):
             LinearizedTraining().fit(store)
 
 
