@@ -335,7 +335,10 @@ class TaskSelectionCallback(TrainerCallback):
                 "max_steps": trainer.state.max_steps,
                 "keep": list(self.keep),
                 "seed": self._plan.seed,
-                "model": trainer.model.config.name_or_path,
+                # Of a local directory the last part: a report is for others' eyes, too.
+                "model": Path(trainer.model.config.name_or_path).name
+                if Path(trainer.model.config.name_or_path).is_dir()
+                else trainer.model.config.name_or_path,
                 "versions": self._plan.to_dict()["versions"],
                 "reads_per_row": self._reads_per_row(trainer, selection.weights),
             },

@@ -23,8 +23,8 @@ from trl import SFTTrainer
 from hf_auxselect import FixedSelection, TaskSelectionCallback
 from hf_auxselect.store import to_json, write_atomically
 
-WARM_UP_STEPS, STEPS, BATCH_SIZE = 24, 60, 8
-NUM_ROWS, NUM_CAPTURED, NUM_HELD_OUT, SEED = 256, 32, 96, 0
+WARM_UP_STEPS, STEPS, BATCH_SIZE = 20, 48, 8
+NUM_ROWS, NUM_CAPTURED, NUM_HELD_OUT, SEED = 256, 16, 64, 0
 
 
 def held_out_loss(trainer: SFTTrainer) -> float:
@@ -60,6 +60,7 @@ def main() -> None:
     print("\n1. One run: warm-up on all tasks, selection, training on the selected ones\n")
     callback = TaskSelectionCallback(warmup=WARM_UP_STEPS, examples_per_task=NUM_CAPTURED)
     trainer = make(model, callback, options.output_dir / "selected")
+    print(callback.preview(trainer))
     measured = {"before training": held_out_loss(trainer)}
     trainer.train()
     measured["chosen by hf-auxselect"] = held_out_loss(trainer)
