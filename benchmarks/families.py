@@ -7,7 +7,6 @@ reasoning-gym with options that keep the rows short. ``small`` is a small model 
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
+from arithmetic import examples, shuffled_answers
 from models import smollm2
 
 Generator = tuple[str, dict[str, Any]]
@@ -45,24 +45,6 @@ class Family:
     def training_tasks(self) -> dict[str, Dataset]:
         """Rows of every auxiliary task."""
         return {name: self.make_task(name, i) for i, name in enumerate(self.tasks)}
-
-
-def examples(generator: Generator, num_rows: int, seed: int) -> Dataset:
-    """Questions and answers of one generator, as prompts and completions."""
-    import reasoning_gym
-
-    name, options = generator
-    rows = reasoning_gym.create_dataset(name, size=num_rows, seed=seed, **options)
-    return Dataset.from_list(
-        [{"prompt": f"Q: {r['question']}\nA:", "completion": f" {r['answer']}"} for r in rows]
-    )
-
-
-def shuffled_answers(dataset: Dataset, seed: int) -> Dataset:
-    """The same questions with one another's answers."""
-    answers = list(dataset["completion"])
-    random.Random(seed).shuffle(answers)
-    return dataset.remove_columns("completion").add_column("completion", answers)
 
 
 def _sums(num_terms: int) -> Generator:

@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_auxselect.callback import CostPreview as CostPreview
     from hf_auxselect.callback import TaskSelectionCallback as TaskSelectionCallback
     from hf_auxselect.estimators import AbstractEstimator as AbstractEstimator
     from hf_auxselect.estimators import Estimate as Estimate
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from hf_auxselect.per_example import NonFiniteError as NonFiniteError
     from hf_auxselect.per_example import UnsupportedModuleError as UnsupportedModuleError
     from hf_auxselect.per_example import check_per_example_gradients as check_per_example_gradients
+    from hf_auxselect.plan import CostPreview as CostPreview
     from hf_auxselect.report import SelectionReport as SelectionReport
     from hf_auxselect.selectors import AbstractSelector as AbstractSelector
     from hf_auxselect.selectors import BackwardElimination as BackwardElimination
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "callback": ("CostPreview", "TaskSelectionCallback"),
+    "callback": ("TaskSelectionCallback",),
     "estimators": (
         "AbstractEstimator",
         "Estimate",
@@ -52,6 +52,7 @@ _MODULES = {
         "UnsupportedModuleError",
         "check_per_example_gradients",
     ),
+    "plan": ("CostPreview",),
     "report": ("SelectionReport",),
     "selectors": (
         "AbstractSelector",

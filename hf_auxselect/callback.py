@@ -16,7 +16,7 @@ import logging
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,13 @@ from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, time_batch
 from hf_auxselect.mixture import MixtureSampler
 from hf_auxselect.optimizer_state import is_supported
 from hf_auxselect.per_example import check_per_example_gradients
-from hf_auxselect.plan import Plan, make_plan, require_same_plan, warn_of_leaked_target
+from hf_auxselect.plan import (
+    CostPreview,
+    Plan,
+    make_plan,
+    require_same_plan,
+    warn_of_leaked_target,
+)
 from hf_auxselect.projection import BYTES_PER_PARAMETER
 from hf_auxselect.report import SelectionReport, compare, strategy_record, summarize_tasks
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
@@ -45,34 +51,6 @@ DIRECTORY_NAME = "_task_selection"
 """Under the output directory; Trainer leaves names with an underscore out of its Hub uploads."""
 CHECKPOINT_FILE = "task_selection.json"
 MODES = ("continue", "restart", "observe")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostPreview:
-    """What the gradient pass will cost; ``str()`` is a readable summary.
-
-    Attributes:
-        num_examples: examples that the pass reads, the target's included.
-        seconds: predicted duration, from a timed batch.
-        disk_mib: size of the gradient store, MiB.
-        memory_mib: memory of the projection's tables, MiB, beyond that of an evaluation batch
-            with gradients.
-        switch_step: optimizer step after which the pass runs.
-    """
-
-    num_examples: int
-    seconds: float
-    disk_mib: float
-    memory_mib: float
-    switch_step: int
-
-    def __str__(self) -> str:
-        minutes, seconds = divmod(round(self.seconds), 60)
-        return (
-            f"gradient pass after step {self.switch_step}: {self.num_examples} examples, about "
-            f"{minutes} min {seconds:02d} s, {self.disk_mib:.1f} MiB on disk, "
-            f"{self.memory_mib:.0f} MiB of memory"
-        )
 
 
 class TaskSelectionCallback(TrainerCallback):

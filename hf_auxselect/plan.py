@@ -55,6 +55,34 @@ class Plan:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class CostPreview:
+    """What the gradient pass will cost; ``str()`` is a readable summary.
+
+    Attributes:
+        num_examples: examples that the pass reads, the target's included.
+        seconds: predicted duration, from a timed batch.
+        disk_mib: size of the gradient store, MiB.
+        memory_mib: memory of the projection's tables, MiB, beyond that of an evaluation batch
+            with gradients.
+        switch_step: optimizer step after which the pass runs.
+    """
+
+    num_examples: int
+    seconds: float
+    disk_mib: float
+    memory_mib: float
+    switch_step: int
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(round(self.seconds), 60)
+        return (
+            f"gradient pass after step {self.switch_step}: {self.num_examples} examples, about "
+            f"{minutes} min {seconds:02d} s, {self.disk_mib:.1f} MiB on disk, "
+            f"{self.memory_mib:.0f} MiB of memory"
+        )
+
+
 def make_plan(
     trainer: Trainer,
     *,

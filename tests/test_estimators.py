@@ -141,25 +141,6 @@ class TestGradExLogistic:
         moved = before + np.logaddexp(0, -(mean + step)) - np.logaddexp(0, -mean)
         assert estimate.loss[0] == pytest.approx(moved, rel=1e-6)
 
-    def test_order_of_tasks_and_number_of_mixtures_do_not_matter(self, monkeypatch):
-        store = random_store(5)
-        rng = np.random.default_rng(0)
-        subsets = rng.random((50, 3)) < 0.5
-        whole = GradExLogistic().fit(store).estimate(subsets)
-        order = np.array([2, 0, 1])
-        permuted = rebuilt(
-            store,
-            task_names=[store.task_names[k] for k in order],
-            task_ids=np.argsort(order)[store.task_ids],
-            task_sizes=store.task_sizes[order],
-        )
-        other = GradExLogistic().fit(permuted).estimate(subsets[:, order])
-        assert other.loss == pytest.approx(whole.loss, rel=1e-9)
-        monkeypatch.setattr("hf_auxselect.estimators.logistic._ELEMENTS_AT_ONCE", 100)
-        chunked = GradExLogistic().fit(store).estimate(subsets)
-        assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)
-        assert chunked.high == pytest.approx(whole.high, rel=1e-9)
-
     def test_the_default_does_not_depend_on_the_scale_of_gradients(self):
         store = random_store(6)
         outputs, gradients = store.scalar("margin")
@@ -335,24 +316,6 @@ class TestLinearizedTraining:
         estimate = LinearizedTraining(model_error=0.0).fit(random_store(5)).estimate([[True] * 3])
         assert estimate.low[0] == estimate.high[0] == estimate.loss[0]
 
-    def test_order_of_tasks_and_number_of_mixtures_do_not_matter(self, monkeypatch):
-        store = random_store(6)
-        subsets = np.random.default_rng(0).random((40, 3)) < 0.5
-        whole = LinearizedTraining().fit(store).estimate(subsets)
-        order = np.array([2, 0, 1])
-        permuted = rebuilt(
-            store,
-            task_names=[store.task_names[k] for k in order],
-            task_ids=np.argsort(order)[store.task_ids],
-            task_sizes=store.task_sizes[order],
-        )
-        other = LinearizedTraining().fit(permuted).estimate(subsets[:, order])
-        assert other.loss == pytest.approx(whole.loss, rel=1e-9)
-        monkeypatch.setattr("hf_auxselect.estimators.linearized._MIXTURES_AT_ONCE", 7)
-        chunked = LinearizedTraining().fit(store).estimate(subsets)
-        assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)
-        assert chunked.low == pytest.approx(whole.low, rel=1e-9)
-
     def test_diagnostics_are_numbers(self):
         diagnostics = LinearizedTraining().fit(random_store(7)).diagnostics()
         assert all(isinstance(value, float) for value in diagnostics.values())
@@ -381,6 +344,27 @@ class TestLinearizedTraining:
         store = rebuilt(store, metadata={"optimizer": store.metadata["optimizer"]})
         with pytest.raises(ValueError, match="does not know the steps to come"):
             LinearizedTraining().fit(store)
+
+
+@pytest.mark.parametrize("options", [GradExLogistic(), LinearizedTraining()], ids=repr)
+def test_order_of_tasks_and_number_of_mixtures_do_not_matter(options, monkeypatch):
+    store = random_store(5)
+    subsets = np.random.default_rng(0).random((50, 3)) < 0.5
+    whole = options.fit(store).estimate(subsets)
+    order = np.array([2, 0, 1])
+    permuted = rebuilt(
+        store,
+        task_names=[store.task_names[k] for k in order],
+        task_ids=np.argsort(order)[store.task_ids],
+        task_sizes=store.task_sizes[order],
+    )
+    other = options.fit(permuted).estimate(subsets[:, order])
+    assert other.loss == pytest.approx(whole.loss, rel=1e-9)
+    monkeypatch.setattr("hf_auxselect.estimators.logistic._ELEMENTS_AT_ONCE", 100)
+    monkeypatch.setattr("hf_auxselect.estimators.linearized._MIXTURES_AT_ONCE", 7)
+    chunked = options.fit(store).estimate(subsets)
+    assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)
+    assert chunked.high == pytest.approx(whole.high, rel=1e-9)
 
 
 def rebuilt(store, **changes):
