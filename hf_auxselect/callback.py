@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_auxselect import switch
 from hf_auxselect.distributed import computed_once, process_rank
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
-from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, time_batch
+from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_seconds
 from hf_auxselect.mixture import MixtureSampler
 from hf_auxselect.optimizer_state import is_supported
 from hf_auxselect.per_example import check_per_example_gradients
@@ -77,7 +77,10 @@ class TaskSelectionCallback(TrainerCallback):
             at most, drawn by ``seed``; None: all.
         projection_dim: length of a projected gradient.
         batch_size: examples of a forward pass of the gradient pass; None: the trainer's
-            ``per_device_train_batch_size``.
+            ``per_device_train_batch_size``. Short examples are filled up to as many tokens as in
+            one of the longest.
+        one_by_one: capture each example alone: slow, but right for models whose trainable
+            parameters hooks cannot capture.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
         seed: rules examples, projection and the mixture's order; None: the trainer's ``data_seed``,
             or else its ``seed``.
@@ -103,6 +106,7 @@ class TaskSelectionCallback(TrainerCallback):
         examples_per_task: int | None = 256,
         projection_dim: int = 512,
         batch_size: int | None = None,
+        one_by_one: bool = False,
         output_dir: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
@@ -142,6 +146,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.examples_per_task = examples_per_task
         self.projection_dim = projection_dim
         self.batch_size = batch_size
+        self.one_by_one = one_by_one
         self.output_dir = output_dir
         self.seed = seed
         self.report: SelectionReport | None = None
@@ -170,24 +175,23 @@ class TaskSelectionCallback(TrainerCallback):
             loader = trainer.get_train_dataloader()
             max_steps = trainer.set_initial_training_values(trainer.args, loader)[-1]
             plan = self._make_plan(trainer, max_steps)
-            examples = [(t, i) for t in (*plan.examples, plan.target) for i in t.example_ids]
-            size = self._pass_batch_size(trainer)
-            # Every n-th example of all tasks: as long as the average batch.
-            sample = examples[:: max(1, len(examples) // size)][:size]
             with trainer.compute_loss_context_manager():
-                seconds = time_batch(
+                seconds = predict_seconds(
                     trainer.model,
-                    [task.rows[example] for task, example in sample],
+                    plan.examples,
+                    plan.target,
                     switch.collate_function(trainer),
                     projection_dim=self.projection_dim,
+                    batch_size=self._pass_batch_size(trainer),
                     scalars=self.estimator.scalars,
+                    one_by_one=self.one_by_one,
                 )
         num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
         return CostPreview(
-            num_examples=len(examples),
-            seconds=seconds * len(examples) / len(sample) / trainer.args.world_size,
-            disk_mib=len(examples) * bytes_per_example / 2**20,
+            num_examples=plan.num_examples,
+            seconds=seconds / trainer.args.world_size,
+            disk_mib=plan.num_examples * bytes_per_example / 2**20,
             memory_mib=num_trainable * BYTES_PER_PARAMETER / 2**20,
             switch_step=plan.switch_step,
         )
@@ -250,11 +254,15 @@ class TaskSelectionCallback(TrainerCallback):
         fitted: FittedEstimator | None = None
         with switch.preserved_rng():
             store = self._capture(trainer) if self._needs_estimates else None
+            pass_seconds = time.perf_counter() - start
 
             def choose() -> SelectionReport:
                 nonlocal fitted
                 fitted = self.estimator.fit(store) if store is not None else None
-                return self._make_report(trainer, store, fitted, start)
+                report = self._make_report(trainer, store, fitted)
+                report.run["gradient_pass_seconds"] = round(pass_seconds, 3)
+                report.run["seconds"] = round(time.perf_counter() - start, 3)
+                return report
 
             report = computed_once(choose)
         report.gradients_directory = self._directory / "gradients"
@@ -286,6 +294,7 @@ class TaskSelectionCallback(TrainerCallback):
                 optimizer=trainer.optimizer if self._needs_optimizer else None,
                 initial=self._initial if self.after == "restart" else None,
                 training=switch.training_to_come(trainer, self._plan.switch_step, self.after),
+                one_by_one=self.one_by_one,
                 progress=not trainer.args.disable_tqdm,
             )
 
@@ -294,7 +303,6 @@ class TaskSelectionCallback(TrainerCallback):
         trainer: Trainer,
         store: GradientStore | None,
         fitted: FittedEstimator | None,
-        start: float,
     ) -> SelectionReport:
         assert self._plan is not None
         names = self._plan.tasks.names
@@ -326,7 +334,6 @@ class TaskSelectionCallback(TrainerCallback):
             report.tasks = summarize_tasks(store)
             report.target = summarize_tasks(store.target)[0]
             report.diagnostics = fitted.diagnostics()
-        report.run["seconds"] = round(time.perf_counter() - start, 3)
         return report
 
     def _reads_per_row(self, trainer: Trainer, weights: dict[str, float]) -> dict[str, float]:
@@ -474,6 +481,8 @@ class TaskSelectionCallback(TrainerCallback):
                     f"SGD, not of optim={str(trainer.args.optim)!r}. Use optim='adamw_torch', or "
                     "pass estimator=GradExLogistic()."
                 )
+            if self.one_by_one:
+                return
             tasks = (plan.examples[0], plan.target)
             with trainer.compute_loss_context_manager():
                 check_per_example_gradients(

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from hf_auxselect.per_example import (
     GradientHooks,
     LabelLogits,
     NonFiniteError,
+    at_least_float32,
     check_per_example_gradients,
     evaluation_mode,
     forward_label_logits,
@@ -70,6 +71,7 @@ def capture_gradients(
     seed: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
     scalars: Sequence[str] | None = None,
+    one_by_one: bool = False,
     progress: bool = True,
 ) -> GradientStore:
     """Capture the projected gradient of every example of every task and of the target.
@@ -86,7 +88,9 @@ def capture_gradients(
             (int64 [B, S], -100 where there is no loss), on the model's device.
         directory: where the store is written.
         projection_dim: D, length of a projected gradient.
-        batch_size: examples of a forward pass; the numbers depend on it by rounding only.
+        batch_size: examples of a forward pass if they are as long as the longest; shorter ones are
+            filled up to as many tokens (at most four times as many examples). The numbers depend on
+            it by rounding only.
         seed: rules the projection and the labels that are drawn for ``sampled_loss``.
         optimizer: the optimizer of the training that the estimates are about, for estimators that
             model its steps.
@@ -94,6 +98,7 @@ def capture_gradients(
             with ``"@optimizer"`` behind it, for the gradient in the coordinates in which a step of
             the optimizer is a plain gradient step. The first is the store's default. None: what the
             estimators of this package need, with the optimizer if it is given.
+        one_by_one: run each example alone, without hooks: slow, but right for any model.
         progress: show a progress bar.
 
     Returns:
@@ -128,6 +133,7 @@ def capture_gradients(
         seed=seed,
         scalars=scalars,
         optimizer=optimizer,
+        one_by_one=one_by_one,
         progress=progress,
     )
 
@@ -146,6 +152,7 @@ def capture_examples(
     optimizer: torch.optim.Optimizer | None = None,
     initial: Mapping[str, Tensor] | None = None,
     training: JsonDict | None = None,
+    one_by_one: bool = False,
     progress: bool = True,
 ) -> GradientStore:
     """:func:`capture_gradients` for chosen rows of each task, shared among the processes of a run.
@@ -176,12 +183,14 @@ def capture_examples(
     shards = _plan_shards(tasks, target)
     by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
     state = None if optimizer is None else read_optimizer(model, optimizer)
-    capture = _Capture(model, collate_fn, CountSketch(projection_dim, seed), scalars, seed, state)
-    with contextlib.suppress(NonFiniteError):  # the pass itself names task and row
-        error = check_per_example_gradients(
-            model, [task.rows[task.example_ids[0]] for task in (tasks[0], target)], collate_fn
-        )
-        logger.info("captured gradients agree with autograd; relative error at most %.1e", error)
+    sketch = CountSketch(projection_dim, seed)
+    capture = _Capture(model, collate_fn, sketch, scalars, seed, state, one_by_one=one_by_one)
+    if not one_by_one:
+        with contextlib.suppress(NonFiniteError):  # the pass itself names task and row
+            error = check_per_example_gradients(
+                model, [task.rows[task.example_ids[0]] for task in (tasks[0], target)], collate_fn
+            )
+            logger.info("captured gradients agree with autograd; relative error %.1e", error)
     metadata = capture.metadata | {"batch_size": batch_size, "training": training or {}}
     writer: StoreWriter | None = None
 
@@ -201,6 +210,7 @@ def capture_examples(
         return writer.pending
 
     pending = computed_once(open_store)  # only the first process has a writer
+    limits = _BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
     num_done = sum(len(shard.example_ids) for shard in shards if shard not in pending)
     bar = tqdm(
         total=num_done + sum(len(shard.example_ids) for shard in pending),
@@ -217,7 +227,7 @@ def capture_examples(
                 shard = round_of_shards[rank]
                 task = by_key[shard.task, shard.is_target]
                 try:
-                    result = capture.shard(shard, task, batch_size, advance=bar.update)
+                    result = capture.shard(shard, task, limits, advance=bar.update)
                 except Exception as caught:  # raised in all processes, so that none waits for it
                     result = caught
             results = gather(result)
@@ -233,23 +243,75 @@ def capture_examples(
     return GradientStore.load(directory)
 
 
-def time_batch(
+def predict_seconds(
     model: nn.Module,
-    rows: Sequence[Any],
+    tasks: Sequence[TaskExamples],
+    target: TaskExamples,
     collate_fn: CollateFn,
     *,
     projection_dim: int,
+    batch_size: int,
     scalars: Sequence[str],
+    one_by_one: bool = False,
 ) -> float:
-    """Seconds that the pass takes for a batch of these rows, once it is warm."""
+    """Seconds that one process needs for the pass: the middle one of its batches, timed.
+
+    The pass takes that batch's time times the ratio of the tokens, padding included.
+    """
+    limits = _BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
+    by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
+    batches: list[tuple[int, list[Any]]] = []  # tokens (or rows, if lengths are unknown), rows
+    for shard in _plan_shards(tasks, target):
+        rows = [by_key[shard.task, shard.is_target].rows[i] for i in shard.example_ids]
+        lengths = np.array([_length(row) for row in rows])
+        for chosen in limits.cut(np.argsort(lengths, kind="stable"), lengths):
+            size = len(chosen) * max(int(lengths[chosen].max()), 1)
+            batches.append((size, [rows[i] for i in chosen]))
+    size, rows = sorted(batches, key=lambda batch: batch[0])[len(batches) // 2]
     # Coordinates cost one more product per entry; the optimizer may not exist yet.
     scalars = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in scalars))
-    capture = _Capture(model, collate_fn, CountSketch(projection_dim, 0), scalars, 0, None)
+    sketch = CountSketch(projection_dim, 0)
+    capture = _Capture(model, collate_fn, sketch, scalars, 0, None, one_by_one=one_by_one)
     with capture:
-        for _ in range(2):
+        for _ in range(2):  # the first builds tables and warms up
             start = time.perf_counter()
             capture.batch("", list(enumerate(rows)))
-    return time.perf_counter() - start
+            seconds = time.perf_counter() - start
+    return seconds * sum(tokens for tokens, _ in batches) / size
+
+
+@dataclass(frozen=True)
+class _BatchLimits:
+    """How many examples fit into a batch: as many tokens as in one of the longest examples."""
+
+    tokens: int
+    """With padding."""
+    examples: int
+
+    @classmethod
+    def of(cls, batch_size: int, tasks: Sequence[TaskExamples]) -> _BatchLimits:
+        """Batches of short examples hold more of them, up to four times ``batch_size``.
+
+        A batch of any length then needs no more memory for activations than training on the longest
+        rows does.
+        """
+        if batch_size == 1:
+            return cls(0, 1)
+        longest = max(_length(task.rows[i]) for task in tasks for i in task.example_ids)
+        return cls(batch_size * longest, 4 * batch_size if longest else batch_size)
+
+    def cut(self, order: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """Cut ``order``, positions of examples by ascending length, into batches."""
+        start = 0
+        for end in range(1, len(order) + 1):
+            size = end + 1 - start
+            if (
+                end == len(order)
+                or size > self.examples
+                or size * lengths[order[end]] > self.tokens
+            ):
+                yield order[start:end]
+                start = end
 
 
 class _Capture:
@@ -263,6 +325,8 @@ class _Capture:
         scalars: Sequence[str],
         seed: int,
         optimizer: OptimizerState | None,
+        *,
+        one_by_one: bool = False,
     ) -> None:
         self._model = model
         self._collate_fn = collate_fn
@@ -271,7 +335,7 @@ class _Capture:
         self._seed = seed
         self._optimizer = optimizer
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._hooks = GradientHooks(model, self._receive)
+        self._hooks = None if one_by_one else GradientHooks(model, self._receive)
         self._projected: dict[str, Tensor] = {}
         self._stack = contextlib.ExitStack()
 
@@ -332,7 +396,8 @@ class _Capture:
 
     def __enter__(self) -> _Capture:
         self._stack.enter_context(evaluation_mode(self._model))
-        self._stack.enter_context(self._hooks)
+        if self._hooks is not None:
+            self._stack.enter_context(self._hooks)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -342,16 +407,16 @@ class _Capture:
         self,
         shard: ShardSpec,
         task: TaskExamples,
-        batch_size: int,
+        limits: _BatchLimits,
         advance: Callable[[int], object],
     ) -> Arrays:
         """The arrays of one shard, in its order; batches hold examples of like length."""
         rows = [(i, task.rows[i]) for i in shard.example_ids]
         stream = f"{'target' if shard.is_target else 'task'}/{shard.task}"
-        by_length = np.argsort([_length(row) for _, row in rows], kind="stable")
+        lengths = np.array([_length(row) for _, row in rows])
+        by_length = np.argsort(lengths, kind="stable")
         parts: list[Arrays] = []
-        for start in range(0, len(rows), batch_size):
-            chosen = by_length[start : start + batch_size]
+        for chosen in limits.cut(by_length, lengths):
             parts.append(self.batch(stream, [rows[i] for i in chosen]))
             advance(len(chosen))
         back = np.argsort(by_length)
@@ -366,7 +431,8 @@ class _Capture:
 
     def batch(self, stream: str, rows: list[tuple[int, Any]]) -> Arrays:
         """Losses, label tokens, outputs and projected gradients of numbered examples of a task."""
-        self._hooks.batch_size = len(rows)
+        if self._hooks is not None:
+            self._hooks.batch_size = len(rows)
         output = forward_label_logits(self._model, self._collate_fn([row for _, row in rows]))
         names = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in self._scalars))
         if "sampled_loss" in names:
@@ -380,14 +446,18 @@ class _Capture:
             specs = [s for s in self._scalars if s.removesuffix(AT_OPTIMIZER) == name]
             zeros = output.logits.new_zeros(len(rows), self._sketch.dim)
             self._projected = {spec: zeros.clone() for spec in specs}
-            # The parameters' own gradients are the price of reaching the hooks, and dropped: p.grad
-            # stays untouched, and no gradient reducer of a distributed wrapper wakes up.
-            torch.autograd.grad(
+            # With hooks, the parameters' own gradients are the price of reaching them, and dropped:
+            # p.grad stays untouched, and no gradient reducer of a distributed wrapper wakes up.
+            gradients = torch.autograd.grad(
                 values.sum(),
                 list(self._trainable.values()),
                 allow_unused=True,
                 retain_graph=position + 1 < len(names),
             )
+            if self._hooks is None:  # one example alone
+                for parameter, gradient in zip(self._trainable, gradients, strict=True):
+                    if gradient is not None:
+                        self._receive(parameter, at_least_float32(gradient).unsqueeze(0))
             for spec in specs:
                 arrays[f"outputs.{spec}"] = values.detach().float().cpu().numpy()
                 arrays[f"gradients.{spec}"] = self._projected[spec].float().cpu().numpy()
@@ -433,18 +503,17 @@ def _with_target(
 
 
 def _plan_shards(tasks: Sequence[TaskExamples], target: TaskExamples) -> list[ShardSpec]:
-    """Cut each task into shards: small enough to share out and to lose, few enough to list."""
-    num_examples = sum(len(task.example_ids) for task, _ in _with_target(tasks, target))
-    size = min(max(num_examples // 64, 32), 4096)
-    return [
-        ShardSpec(
-            task=task.name,
-            is_target=is_target,
-            example_ids=tuple(int(i) for i in task.example_ids[start : start + size]),
-        )
-        for task, is_target in _with_target(tasks, target)
-        for start in range(0, len(task.example_ids), size)
-    ]
+    """Cut each task into shards: small enough to share out and to lose, few enough to list.
+
+    The cuts depend on the task alone, so that its shards are found again beside other tasks.
+    """
+    shards = []
+    for task, is_target in _with_target(tasks, target):
+        size = min(max(len(task.example_ids) // 16, 32), 4096)
+        for start in range(0, len(task.example_ids), size):
+            ids = tuple(int(i) for i in task.example_ids[start : start + size])
+            shards.append(ShardSpec(task=task.name, is_target=is_target, example_ids=ids))
+    return shards
 
 
 def _length(row: Any) -> int:

@@ -1,8 +1,8 @@
 """Per-example gradients of every trainable parameter, from one backward of a batch.
 
 Hooks on the modules that own trainable parameters see each module's input x and the gradient g of
-its output, from which the gradient of every example follows (for a linear layer the sum over
-positions of the outer products g x^T).
+its output, from which the gradient of every example follows: for a linear layer the sum over
+positions of the outer products g x^T, for any other module its own vector-Jacobian product.
 
 Shapes: B examples of a batch, S positions, V vocabulary, L label tokens of a batch.
 """
@@ -24,11 +24,17 @@ from transformers.pytorch_utils import Conv1D
 Batch = Mapping[str, Any]
 CollateFn = Callable[[list[Any]], Batch]
 ReceiveFn = Callable[[str, Tensor], None]
+Rule = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
 
 IGNORE_INDEX = -100
 """Label of positions that carry no loss, in all of Transformers."""
 
 _HALF = (torch.float16, torch.bfloat16)
+_FULL = (torch.float32, torch.float64)
+_LISTS = (nn.ParameterList, nn.ParameterDict)
+
+
+_ONE_BY_ONE = "pass one_by_one=True, which runs each example alone: slow, but right for any model"
 
 
 class UnsupportedModuleError(ValueError):
@@ -43,27 +49,33 @@ class NonFiniteError(ValueError):
     """A loss or gradient of an example that is NaN or infinite; names task and row."""
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision as float32; anything else as it is."""
     return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def _autocast_dtype(output: Any) -> torch.dtype | None:
+    """What operations on the device of a tensor are autocast to now; None: they are not."""
+    device = output.device.type if isinstance(output, Tensor) else "cpu"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _flat_positions(tensor: Tensor) -> Tensor:
     """[B, ..., C] -> [B, S, C], in at least float32 because half precision loses sums over S."""
-    return _at_least_float32(tensor).reshape(len(tensor), -1, tensor.shape[-1])
+    return at_least_float32(tensor).reshape(len(tensor), -1, tensor.shape[-1])
 
 
-def _linear_gradients(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def _linear_gradients(module: nn.Linear, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     grad_BSo, x_BSi = _flat_positions(grad), _flat_positions(x)
     return {"weight": grad_BSo.mT @ x_BSi, "bias": grad_BSo.sum(1)}
 
 
-def _conv1d_gradients(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def _conv1d_gradients(module: Conv1D, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     grad_BSo, x_BSi = _flat_positions(grad), _flat_positions(x)
     return {"weight": x_BSi.mT @ grad_BSo, "bias": grad_BSo.sum(1)}
 
 
-def _embedding_gradients(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    assert isinstance(module, nn.Embedding)
+def _embedding_gradients(module: nn.Embedding, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     grad_BSd, ids_BS = _flat_positions(grad), x.reshape(len(x), -1)
     if module.padding_idx is not None:
         grad_BSd = grad_BSd * (ids_BS != module.padding_idx).unsqueeze(-1)
@@ -71,29 +83,99 @@ def _embedding_gradients(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str
     return {"weight": rows.scatter_add_(1, ids_BS.unsqueeze(-1).expand_as(grad_BSd), grad_BSd)}
 
 
-def _other_gradients(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Any module of one tensor: its own vector-Jacobian product, vectorised over the batch."""
-    trainable = {
-        name: parameter.detach()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
-    }
-
-    def gradients_of_one(x_one: Tensor, grad_one: Tensor) -> dict[str, Tensor]:
-        def forward(parameters: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(module, parameters, (x_one.unsqueeze(0),))
-
-        pull_back = torch.func.vjp(forward, trainable)[1]
-        return pull_back(grad_one.unsqueeze(0))[0]
-
-    return torch.func.vmap(gradients_of_one)(x, grad)
-
-
-_RULES: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]] = {
+_RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: _linear_gradients,
     Conv1D: _conv1d_gradients,
     nn.Embedding: _embedding_gradients,
 }
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module that owns trainable parameters."""
+
+    path: str
+    module: nn.Module
+    own: Mapping[str, str]
+    """Names of those parameters, in the module -> in the model."""
+    inputs: Sequence[Any]
+    """Positional arguments, then keyword arguments; tensors are detached."""
+    keywords: Sequence[str]
+    autocast: torch.dtype | None
+    """What the call was autocast to; a backward often runs outside of that context."""
+
+    def tensors(self) -> list[Tensor]:
+        return [value for value in self.inputs if isinstance(value, Tensor)]
+
+    def splits_by_example(self, output: Tensor) -> bool:
+        """Whether every tensor, in and out, has the batch as its first dimension."""
+        plain = (Tensor, nn.Module, str, int, float, type(None))
+        tensors = self.tensors()
+        return (
+            len(tensors) > 0
+            and all(tensor.shape[:1] == output.shape[:1] for tensor in tensors)
+            and all(isinstance(value, plain) for value in self.inputs)
+        )
+
+    def gradients(self, grad: Tensor) -> dict[str, Tensor]:
+        """Gradients [B, *shape] of the own parameters from that of the output [B, ...]."""
+        rule = self._rule() if len(self.inputs) == 1 else None
+        if rule is None:
+            return self._replay(grad)
+        # In an autocast that spans the backward, sums over positions would be rounded.
+        with torch.autocast(grad.device.type, enabled=False):
+            return rule(self.module, self.tensors()[0], grad)
+
+    def _rule(self) -> Rule | None:
+        """The rule for the own parameters; None if the module may compute something else."""
+        for kind, rule in _RULES.items():
+            # Subclasses that compute otherwise (quantized layers do) add their bias all the same.
+            known = type(self.module).forward is kind.forward or self.own.keys() == {"bias"}
+            if isinstance(self.module, kind) and known and self.own.keys() <= {"weight", "bias"}:
+                return rule
+        return None
+
+    def _replay(self, grad: Tensor) -> dict[str, Tensor]:
+        """The module's vector-Jacobian product, vectorised over the examples."""
+        trainable = {
+            name: parameter.detach()
+            for name, parameter in self.module.named_parameters()
+            if name in self.own
+        }
+        num_positional = len(self.inputs) - len(self.keywords)
+
+        def gradients_of_one(tensors: list[Tensor], grad_one: Tensor) -> dict[str, Tensor]:
+            rest = iter(tensors)
+            inputs = [
+                next(rest).unsqueeze(0) if isinstance(value, Tensor) else value
+                for value in self.inputs
+            ]
+            args = tuple(inputs[:num_positional])
+            kwargs = dict(zip(self.keywords, inputs[num_positional:], strict=True))
+
+            def forward(parameters: dict[str, Tensor]) -> Tensor:
+                return torch.func.functional_call(self.module, parameters, args, kwargs)
+
+            pull_back = torch.func.vjp(forward, trainable)[1]
+            return pull_back(grad_one.unsqueeze(0))[0]
+
+        # Casts that autocast keeps for later would outlive the replay.
+        enabled = self.autocast is not None
+        with torch.autocast(grad.device.type, self.autocast, enabled=enabled, cache_enabled=False):
+            gradients = torch.func.vmap(gradients_of_one)(self.tensors(), grad)
+        return {name: at_least_float32(gradient) for name, gradient in gradients.items()}
+
+
+def _reaches_below(module: nn.Module) -> bool:
+    """Whether a module's forward uses trainable parameters below it without calling their owner."""
+    in_lists = any(
+        isinstance(child, _LISTS) and any(p.requires_grad for p in child.parameters())
+        for child in module.children()
+    )
+    # DoRA takes the bias of its base layer off that layer's output.
+    bias = getattr(getattr(module, "base_layer", None), "bias", None)
+    has_dora = len(getattr(module, "lora_magnitude_vector", ())) > 0
+    return in_lists or (has_dora and isinstance(bias, Tensor) and bias.requires_grad)
 
 
 class GradientHooks:
@@ -106,8 +188,9 @@ class GradientHooks:
     as it was.
 
     Args:
-        model: any model whose trainable parameters belong to modules that map one tensor [B, ...]
-            to one tensor [B, ...].
+        model: any model whose trainable parameters belong to modules that map tensors [B, ...] to
+            one tensor [B, ...]. A module with a ``ParameterDict`` or ``ParameterList`` (as in LoRA
+            on embeddings) owns those and all that is below it.
         receive: called with the parameter's name in ``model.named_parameters()``.
 
     Raises:
@@ -118,32 +201,29 @@ class GradientHooks:
         self.names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         self.batch_size: int | None = None
         """B of the batch that runs, to refuse modules that mix examples; None: not checked."""
-        self.half_precision = False
-        """Whether a gradient in half precision was seen."""
+        self.half_precision = any(p.dtype not in _FULL for p in model.parameters())
+        """Whether half precision, or less, was seen in parameters, outputs or autocast."""
         self._model = model
         self._receive = receive
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaying = False
 
     def __enter__(self) -> GradientHooks:
+        below: set[nn.Module] = set()
         for path, module in self._model.named_modules():
+            if module in below:
+                continue
+            whole = _reaches_below(module)
+            if whole:
+                below.update(module.modules())
             own = {
                 local: self.names[id(parameter)]
-                for local, parameter in module.named_parameters(recurse=False)
+                for local, parameter in module.named_parameters(recurse=whole)
                 if parameter.requires_grad
             }
-            if not own:
-                continue
-            if isinstance(module, nn.ParameterDict | nn.ParameterList):
-                self.__exit__()
-                raise UnsupportedModuleError(
-                    f"the trainable parameter {next(iter(own.values()))!r} is used outside a "
-                    "module's forward (as in LoRA on embeddings or DoRA), where its per-example "
-                    "gradient cannot be captured. Freeze it, or leave that layer out of "
-                    "target_modules."
-                )
-            hook = partial(self._after_forward, path, own)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            if own:
+                hook = partial(self._after_forward, path, own)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -161,48 +241,55 @@ class GradientHooks:
     ) -> None:
         if self._replaying or not torch.is_grad_enabled():
             return
-        inputs = [*args, *kwargs.values()]
+        inputs = [v.detach() if isinstance(v, Tensor) else v for v in [*args, *kwargs.values()]]
+        call = _Call(path, module, own, inputs, list(kwargs), _autocast_dtype(output))
         if not isinstance(output, Tensor):
-            raise UnsupportedModuleError(self._complaint(path, own, module, inputs, output))
+            raise UnsupportedModuleError(self._complaint(call, output))
         if not output.requires_grad:
             return
-        simple = len(inputs) == 1 and isinstance(inputs[0], Tensor)
-        if simple and len(inputs[0]) == len(output) and self.batch_size in (None, len(output)):
-            output.register_hook(partial(self._after_backward, module, own, inputs[0].detach()))
+        self.half_precision |= output.dtype in _HALF or call.autocast is not None
+        if call.splits_by_example(output) and self.batch_size in (None, len(output)):
+            output.register_hook(partial(self._after_backward, call))
             return
 
+        complaint = self._complaint(call, output)
+
         def refuse(grad: Tensor) -> None:
-            raise UnsupportedModuleError(self._complaint(path, own, module, inputs, output))
+            raise UnsupportedModuleError(complaint)
 
         # Harmless unless a gradient arrives: DoRA, for one, runs LoRA's layers on a unit matrix.
         output.register_hook(refuse)
 
-    def _complaint(
-        self, path: str, own: dict[str, str], module: nn.Module, inputs: list[Any], output: Any
-    ) -> str:
+    def _complaint(self, call: _Call, output: Any) -> str:
         def shape(value: Any) -> str:
             return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
         return (
-            f"the trainable parameter {next(iter(own.values()))!r} belongs to the module {path!r} "
-            f"({type(module).__name__}), which maps {', '.join(map(shape, inputs))} to "
-            f"{shape(output)}; a per-example gradient can be captured only if it maps one tensor "
-            f"to one tensor, both with the batch size ({self.batch_size}) as first dimension. "
-            "Freeze the parameter; or, for position embeddings, let the collator return "
-            "position_ids of the shape of input_ids."
+            f"the trainable parameter {next(iter(call.own.values()))!r} belongs to the module "
+            f"{call.path!r} ({type(call.module).__name__}), which maps "
+            f"{', '.join(map(shape, call.inputs))} to {shape(output)}; a per-example gradient can "
+            "be captured only if it maps tensors to one tensor, all with the batch size "
+            f"({self.batch_size}) as first dimension. Freeze the parameter; or, for position "
+            "embeddings, let the collator return position_ids of the shape of input_ids; or "
+            f"{_ONE_BY_ONE}."
         )
 
-    def _after_backward(
-        self, module: nn.Module, own: dict[str, str], x: Tensor, grad: Tensor
-    ) -> None:
-        self.half_precision |= grad.dtype in _HALF
-        rule = next((r for kind, r in _RULES.items() if isinstance(module, kind)), _other_gradients)
+    def _after_backward(self, call: _Call, grad: Tensor) -> None:
         self._replaying = True
         try:
-            gradients = rule(module, x, grad)
+            gradients = call.gradients(grad)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UnsupportedModuleError(
+                f"the trainable parameter {next(iter(call.own.values()))!r} belongs to the module "
+                f"{call.path!r} ({type(call.module).__name__}), whose backward PyTorch cannot "
+                f"vectorise over the examples of a batch ({error}). Freeze the parameter, or "
+                f"{_ONE_BY_ONE}."
+            ) from error
         finally:
             self._replaying = False
-        for local, name in own.items():
+        for local, name in call.own.items():
             self._receive(name, gradients[local])
 
 
@@ -256,7 +343,7 @@ def forward_label_logits(model: nn.Module, batch: Batch) -> LabelLogits:
     examples, columns = is_label.nonzero(as_tuple=True)
     logits = model(**inputs).logits[examples, columns]
     return LabelLogits(
-        logits=_at_least_float32(logits),
+        logits=at_least_float32(logits),
         labels=labels[examples, columns],
         examples=examples,
         num_label_tokens=is_label.sum(1),
@@ -317,6 +404,51 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def autograd_gradients(
+    value: Tensor, trainable: Mapping[str, nn.Parameter], *, retain_graph: bool = False
+) -> dict[str, Tensor]:
+    """Autograd's gradient of a scalar, by name; 0 for parameters that it does not depend on.
+
+    Raises:
+        UnsupportedModuleError: it depends on none.
+    """
+    if not value.requires_grad:
+        raise UnsupportedModuleError(
+            "no gradient reaches a trainable parameter: the model has none, or its adapter is "
+            "merged or disabled. Train a LoRA adapter (peft_config=...) or unfreeze parameters."
+        )
+    gradients = torch.autograd.grad(
+        value, list(trainable.values()), allow_unused=True, retain_graph=retain_graph
+    )
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(trainable.items(), gradients, strict=True)
+    }
+
+
+def gradients_one_by_one(
+    model: nn.Module, examples: Sequence[Any], collate_fn: CollateFn, *, scalar: str = "margin"
+) -> Iterator[dict[str, Tensor]]:
+    """Autograd's gradient of each example, run alone: slow, obviously right, for any model.
+
+    Args:
+        model: a model with trainable parameters, in the mode that is meant.
+        examples: rows for ``collate_fn``.
+        collate_fn: turns a list of examples into the model's keyword arguments with labels.
+        scalar: what is differentiated, a key of ``SCALARS``.
+
+    Yields:
+        For each example, the gradient of every trainable parameter, of its shape, by name.
+
+    Raises:
+        UnsupportedModuleError: no trainable parameter gets a gradient.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for row in examples:
+        value = SCALARS[scalar](forward_label_logits(model, collate_fn([row]))).sum()
+        yield autograd_gradients(value, trainable)
+
+
 def check_per_example_gradients(
     model: nn.Module, examples: Sequence[Any], collate_fn: CollateFn, *, scalar: str = "margin"
 ) -> float:
@@ -349,27 +481,16 @@ def check_per_example_gradients(
     def receive(name: str, gradients: Tensor) -> None:
         captured[name] = captured[name] + gradients if name in captured else gradients
 
-    def autograd(rows: list[Any]) -> tuple[Tensor | None, ...]:
-        total = SCALARS[scalar](forward_label_logits(model, collate_fn(rows))).sum()
-        if not total.requires_grad:
-            raise UnsupportedModuleError(
-                "no gradient reaches a trainable parameter: the model has none, or its adapter is "
-                "merged or disabled. Train a LoRA adapter (peft_config=...) or unfreeze parameters."
-            )
-        return torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
-
     with evaluation_mode(model):
         with GradientHooks(model, receive) as hooks:
             hooks.batch_size = len(examples)
-            autograd(list(examples))
-        references = [autograd([row]) for row in examples]
+            output = forward_label_logits(model, collate_fn(list(examples)))
+            autograd_gradients(SCALARS[scalar](output).sum(), trainable)
+        references = list(gradients_one_by_one(model, examples, collate_fn, scalar=scalar))
 
     largest, largest_of_parameter, culprit = 0.0, 0.0, ""
     for row, reference in enumerate(references):
-        expected = {
-            name: (p.new_zeros(p.shape) if gradient is None else gradient).double()
-            for (name, p), gradient in zip(trainable.items(), reference, strict=True)
-        }
+        expected = {name: gradient.double() for name, gradient in reference.items()}
         norms = {name: float(gradient.norm()) for name, gradient in expected.items()}
         norm = math.hypot(*norms.values())
         if not math.isfinite(norm):
@@ -391,7 +512,7 @@ def check_per_example_gradients(
             f"{largest:.1e} of its norm (at most {tolerances[0]:.0e} is expected), most of all for "
             f"{culprit!r} (by {largest_of_parameter:.1e}). The parameter is used in a way that the "
             "hooks cannot see, or examples of a batch influence each other (padding that is "
-            "attended to, packing, batch statistics). Freeze the parameter, or leave its layer out "
-            "of target_modules."
+            "attended to, packing, batch statistics). Freeze the parameter, leave its layer out of "
+            f"target_modules, or {_ONE_BY_ONE}."
         )
     return largest

@@ -1,16 +1,10 @@
-import functools
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from peft import get_peft_model
 from reference import loss_of_example, margin_of_example, per_example_gradients
+from tiny import adapted, gpt2, randomized, rows_of
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from hf_auxselect import (
     GradientCheckError,
@@ -20,205 +14,8 @@ from hf_auxselect import (
     capture_gradients,
     check_per_example_gradients,
 )
-from hf_auxselect.per_example import SCALARS, GradientHooks, LabelLogits, forward_label_logits
+from hf_auxselect.per_example import SCALARS, LabelLogits, forward_label_logits
 from hf_auxselect.projection import CountSketch
-
-VOCABULARY_SIZE = len(tiny.VOCABULARY)
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """In float64 with random parameters: LoRA's B starts at 0, where half the gradients vanish."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(0.3 * noise.to(parameter.dtype))
-    return model.double().eval()
-
-
-def adapted(base: nn.Module, **options) -> nn.Module:
-    return randomized(get_peft_model(base, tiny.lora(**options)))
-
-
-def gpt2(**options) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY_SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=32, **options
-        )
-    )
-
-
-def t5() -> T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCABULARY_SIZE,
-            d_model=16,
-            d_kv=8,
-            d_ff=24,
-            num_layers=1,
-            num_heads=2,
-            decoder_start_token_id=0,
-        )
-    )
-
-
-def with_position_ids(rows):
-    batch = tiny.collate(rows)
-    shape = batch["input_ids"].shape
-    return batch | {"position_ids": torch.arange(shape[1]).expand(shape)}
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
-    "lora": (lambda: adapted(tiny.llama()), tiny.collate),
-    "lora on tied weights": (lambda: adapted(tiny.llama(tie_word_embeddings=True)), tiny.collate),
-    "rslora": (lambda: adapted(tiny.llama(), use_rslora=True), tiny.collate),
-    "lora_bias": (lambda: adapted(tiny.llama(), lora_bias=True), tiny.collate),
-    "bias=lora_only": (
-        lambda: adapted(tiny.llama(attention_bias=True), bias="lora_only"),
-        tiny.collate,
-    ),
-    "modules_to_save": (lambda: adapted(tiny.llama(), modules_to_save=["lm_head"]), tiny.collate),
-    "lora on Conv1D": (
-        lambda: adapted(gpt2(), target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True),
-        tiny.collate,
-    ),
-    "all of a Llama": (lambda: randomized(tiny.llama()), tiny.collate),
-    "all of a GPT-2": (lambda: randomized(gpt2()), with_position_ids),
-}
-
-
-@functools.cache
-def model_of(kind: str) -> tuple[nn.Module, Callable]:
-    """A model that tests share because they leave it as it is."""
-    make, collate = MODELS[kind]
-    return make(), collate
-
-
-def rows_of(lengths_and_labels):
-    """Rows with given lengths; label positions by a bit mask, at least one."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for length, mask in lengths_and_labels:
-        ids = rng.integers(2, VOCABULARY_SIZE, length).tolist()
-        labels = [t if mask >> i & 1 else -100 for i, t in enumerate(ids)]
-        labels[-1] = ids[-1]
-        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
-    return rows
-
-
-batches = st.lists(st.tuples(st.integers(2, 9), st.integers(0, 511)), min_size=1, max_size=5)
-
-
-def captured_gradients(model, batch, scalar="margin"):
-    """What the hooks see, summed over calls: name -> [B, *shape]."""
-    captured: dict[str, torch.Tensor] = {}
-
-    def receive(name, gradients):
-        captured[name] = captured.get(name, 0) + gradients
-
-    with GradientHooks(model, receive):
-        SCALARS[scalar](forward_label_logits(model, batch)).sum().backward()
-    model.zero_grad()
-    return captured
-
-
-def largest_relative_error(captured, references):
-    worst = 0.0
-    for i, reference in enumerate(references):
-        total = max(float(sum(g.norm() ** 2 for g in reference.values()) ** 0.5), 1e-30)
-        for name, expected in reference.items():
-            error = (captured[name][i] - expected).norm()
-            worst = max(worst, float(error / max(float(expected.norm()), 1e-3 * total)))
-    return worst
-
-
-class TestAgainstAutograd:
-    @pytest.mark.parametrize("kind", MODELS)
-    @settings(max_examples=12)
-    @given(shape=batches)
-    def test_hooks_see_the_gradient_of_every_example(self, kind, shape):
-        model, collate = model_of(kind)
-        rows = rows_of(shape)
-        references = per_example_gradients(model, rows, collate)
-        captured = captured_gradients(model, collate(rows))
-        assert set(captured) == {n for n, p in model.named_parameters() if p.requires_grad}
-        assert largest_relative_error(captured, references) < 1e-9
-
-    @pytest.mark.parametrize("kind", ["lora", "lora on Conv1D", "all of a GPT-2"])
-    def test_in_float32_to_1e_5(self, kind):
-        make, collate = MODELS[kind]
-        model, rows = make().float(), rows_of([(9, 500), (4, 3), (6, 0)])
-        references = per_example_gradients(model, rows, collate)
-        assert largest_relative_error(captured_gradients(model, collate(rows)), references) < 1e-5
-
-    @given(shape=batches)
-    def test_the_loss_is_the_models_own(self, shape):
-        (model, _), rows = model_of("lora"), rows_of(shape)
-        references = per_example_gradients(model, rows, tiny.collate, loss_of_example)
-        captured = captured_gradients(model, tiny.collate(rows), scalar="loss")
-        assert largest_relative_error(captured, references) < 1e-5  # its loss is in float32
-
-    def test_the_sum_over_examples_is_the_gradient_of_the_batch(self):
-        model, rows = adapted(tiny.llama()), rows_of([(9, 500), (4, 3), (6, 0)])
-        captured = captured_gradients(model, tiny.collate(rows))
-        output = forward_label_logits(model, tiny.collate(rows))
-        SCALARS["margin"](output).sum().backward()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                assert torch.allclose(captured[name].sum(0), parameter.grad, atol=1e-12)
-
-    def test_padding_on_the_left(self):
-        def collate(rows):
-            length = max(len(row["input_ids"]) for row in rows)
-            padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-            batch = {
-                name: torch.tensor([[value] * (length - len(r[name])) + r[name] for r in rows])
-                for name, value in padding.items()
-            }
-            positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            return batch | {"position_ids": positions}
-
-        # A label on the first token counts only where a pad comes before it, so there is none.
-        model, rows = adapted(tiny.llama()), rows_of([(9, 500), (4, 2), (6, 0)])
-        references = per_example_gradients(model, rows, tiny.collate)
-        assert largest_relative_error(captured_gradients(model, collate(rows)), references) < 1e-9
-
-    def test_an_encoder_decoder_model(self):
-        model = adapted(t5(), target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
-        rows = rows_of([(9, 500), (4, 3)])
-
-        def margin(model, batch):
-            logits = model(**batch).logits[0].log_softmax(-1)
-            chosen = batch["labels"][0] != -100
-            log_p = logits[chosen].gather(1, batch["labels"][0][chosen, None]).squeeze(1)
-            return (log_p - torch.log1p(-log_p.exp())).mean()
-
-        references = per_example_gradients(model, rows, tiny.collate, margin)
-        captured = captured_gradients(model, tiny.collate(rows))
-        assert largest_relative_error(captured, references) < 1e-9
-
-    def test_a_module_that_runs_twice(self):
-        class Twice(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.embed = nn.Embedding(VOCABULARY_SIZE, 8, padding_idx=0)
-                self.layer = nn.Linear(8, 8)
-                self.head = nn.Linear(8, VOCABULARY_SIZE)
-                self.norm = nn.LayerNorm(8)
-
-            def forward(self, input_ids, attention_mask):
-                x = self.embed(input_ids)
-                x = self.norm(self.layer(torch.tanh(self.layer(x))))
-                return type("Output", (), {"logits": self.head(x)})
-
-        model, rows = randomized(Twice()), rows_of([(9, 500), (4, 3)])
-        references = per_example_gradients(model, rows, tiny.collate)
-        assert (
-            largest_relative_error(captured_gradients(model, tiny.collate(rows)), references) < 1e-9
-        )
 
 
 class TestScalars:
@@ -312,18 +109,6 @@ class TestTheCheck:
         with pytest.raises(GradientCheckError, match=r"'base_model.model.model.norm.weight'"):
             check_per_example_gradients(model, rows_of([(6, 5), (6, 0)]), tiny.collate)
 
-    @pytest.mark.parametrize(
-        ("options", "name"),
-        [
-            ({"use_dora": True}, "lora_magnitude_vector"),
-            ({"target_modules": ["embed_tokens"]}, "lora_embedding"),
-        ],
-    )
-    def test_what_cannot_be_captured_is_named(self, options, name):
-        model = adapted(tiny.llama(), **options)
-        with pytest.raises((UnsupportedModuleError, GradientCheckError), match=name):
-            check_per_example_gradients(model, rows_of([(6, 5), (6, 0)]), tiny.collate)
-
     def test_position_embeddings_without_position_ids(self):
         with pytest.raises(UnsupportedModuleError, match=r"transformer.wpe.*return position_ids"):
             check_per_example_gradients(randomized(gpt2()), rows_of([(6, 5), (6, 0)]), tiny.collate)
@@ -400,6 +185,52 @@ class TestCaptureGradients:
         )
         assert one.gradients == pytest.approx(other.gradients, abs=1e-6)
         assert one.example_ids.tolist() == other.example_ids.tolist()
+
+    def test_batches_are_filled_up_to_the_tokens_of_the_longest(self, target, tmp_path):
+        rows = rows_of([(3, 0)] * 11 + [(12, 0), (6, 0), (12, 0), (12, 0)])
+        shapes = []
+
+        def collate(batch):
+            shapes.append((len(batch), max(len(row["input_ids"]) for row in batch)))
+            return tiny.collate(batch)
+
+        capture_gradients(
+            adapted(tiny.llama()),
+            {"a": rows},
+            target,
+            collate,
+            directory=tmp_path,
+            projection_dim=8,
+            batch_size=2,
+            progress=False,
+        )
+        # At most 2 rows of 12 tokens, and at most 4 * 2 rows; the check comes first.
+        assert shapes[3:7] == [(8, 3), (4, 6), (2, 12), (1, 12)]
+
+    def test_one_by_one_gives_the_same_without_hooks(self, tasks, target, tmp_path):
+        options = {"scalars": ("margin", "sampled_loss")}
+        by_hooks = self.capture(tasks, target, tmp_path / "hooks", **options)
+        alone = self.capture(tasks, target, tmp_path / "alone", one_by_one=True, **options)
+        for scalar in options["scalars"]:
+            for one, other in zip(alone.scalar(scalar), by_hooks.scalar(scalar), strict=True):
+                assert one == pytest.approx(other, abs=1e-5)
+
+    def test_one_by_one_takes_what_hooks_cannot(self, tasks, target, tmp_path):
+        model = adapted(tiny.llama())
+        norm = model.get_base_model().model.norm
+        norm.weight.requires_grad_(True)
+        # The parameter acts outside of its module.
+        model.get_base_model().lm_head.register_forward_hook(
+            lambda module, args, output: output * norm.weight.mean()
+        )
+        with pytest.raises(GradientCheckError, match="one_by_one=True"):
+            self.capture(tasks, target, tmp_path, model)
+        store = self.capture(tasks, target, tmp_path, model, one_by_one=True)
+        row = tasks["sums"][0]
+        reference = per_example_gradients(model, [row], tiny.collate)[0]
+        sketch = CountSketch(32, seed=0)
+        expected = sum(sketch.project(name, g.flatten()[None])[0] for name, g in reference.items())
+        assert store.gradients[0] == pytest.approx(expected.numpy(), abs=1e-5)
 
     def test_several_scalars_from_one_forward(self, tasks, target, tmp_path):
         store = self.capture(tasks, target, tmp_path, scalars=("loss", "margin"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -13,6 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -58,11 +62,46 @@ def llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def gpt2(**options: Any) -> GPT2LMHeadModel:
+    """Its linear layers are Conv1D, and its positions are embedded."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(VOCABULARY), **sizes | options))
+
+
 def lora(**options: Any) -> LoraConfig:
     return LoraConfig(
         **{"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         | options
     )
+
+
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
+    """In float64 with random parameters: LoRA's B starts at 0, where half the gradients vanish."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * noise.to(parameter.dtype))
+    return model.double().eval()
+
+
+def adapted(base: torch.nn.Module, **options: Any) -> torch.nn.Module:
+    """With LoRA, in float64."""
+    return randomized(get_peft_model(base, lora(**options)))
+
+
+def rows_of(lengths_and_labels: Sequence[tuple[int, int]]) -> list[dict[str, list[int]]]:
+    """Rows of given lengths with random tokens; labels by a bit mask, at least the last token."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for length, mask in lengths_and_labels:
+        ids = rng.integers(2, len(VOCABULARY), length).tolist()
+        labels = [t if mask >> i & 1 else -100 for i, t in enumerate(ids)]
+        labels[-1] = ids[-1]
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
+    return rows
 
 
 def sums(

@@ -6,8 +6,8 @@ D projection_dim, R dimensions in which curvature is modelled.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -25,6 +25,9 @@ from hf_auxselect.estimators.base import (
 from hf_auxselect.store import GradientStore, JsonDict
 
 _MIXTURES_AT_ONCE = 64
+
+_ROWS_AT_ONCE = 4096
+"""Rows of gradients that are in memory at once in float64 (16 MB for 512 numbers each)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,8 @@ class LinearizedTraining(AbstractEstimator):
     if all rows were), and that of the model itself, taken for a share ``model_error`` of the root
     mean square of the linear and the quadratic term.
 
-    Cost: one product of R^2 numbers per task, and one eigendecomposition R x R, per mixture.
+    Cost: one product of R^2 numbers per task, and one eigendecomposition R x R, per mixture. The
+    gradients are read twice, some rows at a time; in memory stay 2 R float32 numbers per example.
 
     Args:
         rank: R.
@@ -125,39 +129,35 @@ class FittedLinearizedTraining(FittedEstimator):
         self._reduce()
 
     def _read_tasks(self, store: GradientStore) -> None:
-        """Mean gradients, curvature and label tokens of each task."""
-        self._g_ND = store.scalar("loss@optimizer")[1].astype(np.float64)
-        self._phi_ND = store.scalar("sampled_loss@optimizer")[1].astype(np.float64)
-        counts_K = np.bincount(store.task_ids)
+        """Label tokens of each task, shares of the examples in its loss, mean gradients."""
+        self._counts_K = np.bincount(store.task_ids)
         tokens_N = store.num_label_tokens.astype(np.float64)
         tokens_K = np.bincount(store.task_ids, tokens_N)
-        self._tokens_per_row_K = tokens_K / counts_K
+        self._tokens_per_row_K = tokens_K / self._counts_K
         self._share_N = tokens_N / tokens_K[store.task_ids]  # of an example in its task's loss
-        self._trace_K = np.bincount(store.task_ids, self._share_N * (self._phi_ND**2).sum(1))
-        self._b_KD = np.stack(
-            [self._share_N[of_task] @ self._g_ND[of_task] for of_task in self._examples_of]
-        )
-
-    @cached_property
-    def _examples_of(self) -> list[Array]:
-        ids = self._store.task_ids
-        return [np.flatnonzero(ids == k) for k in range(len(self._store.task_names))]
+        self._b_KD, self._trace_K, self._sum_H_DD = _moments(store, self._share_N)
+        if self._training.get("max_grad_norm"):
+            gradients_ND = store.scalar("loss")[1]
+            self._plain_b_KD = np.zeros_like(self._b_KD)
+            self._plain_spread_K = np.zeros(len(self._b_KD))
+            for k, rows in _chunks(store.task_ids):
+                chunk = gradients_ND[rows].astype(np.float64)
+                self._plain_b_KD[k] += self._share_N[rows] @ chunk
+                self._plain_spread_K[k] += tokens_N[rows] ** 2 @ (chunk**2).sum(1)
+            self._plain_spread_K /= self._counts_K
 
     def _read_target(self, target: GradientStore) -> None:
         self._omega_T = target.example_weights
         self._losses_T = target.losses.astype(np.float64)
-        self._target_g_TD = target.scalar("loss@optimizer")[1].astype(np.float64)
-        self._target_phi_TD = target.scalar("sampled_loss@optimizer")[1].astype(np.float64)
-        self._target_b_D = self._omega_T @ self._target_g_TD
-        self._target_trace = float(self._omega_T @ (self._target_phi_TD**2).sum(1))
+        means_1D, traces_1, self._target_H_DD = _moments(target, self._omega_T)
+        self._target_b_D, self._target_trace = means_1D[0], float(traces_1[0])
 
     def _reduce(self) -> None:
         """Turn everything into the R leading axes, and keep what lies outside as inner products."""
-        dim = self._b_KD.shape[1]
-        everything = np.concatenate([self._phi_ND, self._target_phi_TD])
-        weights = np.concatenate([self._share_N / len(self._b_KD), self._omega_T])
-        _, axes = np.linalg.eigh((everything * weights[:, None]).T @ everything)
+        num_tasks, dim = self._b_KD.shape
+        _, axes = np.linalg.eigh(self._sum_H_DD / num_tasks + self._target_H_DD)
         axes = axes[:, ::-1][:, : min(self._options.rank, dim)]
+        rank = axes.shape[1]
 
         def inside(vectors: Array) -> Array:
             return vectors @ axes
@@ -165,37 +165,44 @@ class FittedLinearizedTraining(FittedEstimator):
         def outside(vectors: Array) -> Array:
             return vectors - (vectors @ axes) @ axes.T
 
-        self._phi_NR, self._g_NR = inside(self._phi_ND), inside(self._g_ND)
         self._b_KR, self._start_R = inside(self._b_KD), inside(self._start_D)
         # Weight decay pulls towards 0, as a gradient that is neither clipped nor of a task.
         decay_D = self._decay * self._store.vectors["parameters"].astype(np.float64)
         self._decay_R = inside(decay_D)
-        self._target_outer_decay_T = self._target_g_TD @ outside(decay_D)
-        self._H_KRR = np.stack(
-            [
-                (self._phi_NR[own] * self._share_N[own, None]).T @ self._phi_NR[own]
-                for own in self._examples_of
-            ]
-        )
         self._noise_K = self._trace_K / dim  # what the projection adds to every eigenvalue
-        self._target_g_TR = inside(self._target_g_TD)
-        self._target_phi_TR = inside(self._target_phi_TD)
-        self._target_b_R = inside(self._target_b_D)
         self._target_noise = self._target_trace / dim
-        self._target_H_RR = (
-            self._target_phi_TR * self._omega_T[:, None]
-        ).T @ self._target_phi_TR - self._target_noise * np.eye(axes.shape[1])
-        outer_b_KD = outside(self._b_KD)
-        self._target_outer_b_TK = self._target_g_TD @ outer_b_KD.T
-        self._target_outer_start_T = self._target_g_TD @ outside(self._start_D)
-        self._outer_response_N = self._g_ND @ outside(self._target_b_D)
-        if self._training.get("max_grad_norm"):
-            plain_ND = self._store.scalar("loss")[1].astype(np.float64)
-            self._plain_b_KD = np.stack(
-                [self._share_N[own] @ plain_ND[own] for own in self._examples_of]
-            )
-            self._plain_square_N = (plain_ND**2).sum(1)
-        del self._g_ND, self._phi_ND, self._target_g_TD, self._target_phi_TD
+
+        g_ND, phi_ND = _gradients(self._store)
+        outer_target_b_D = outside(self._target_b_D)
+        self._H_KRR = np.zeros((num_tasks, rank, rank))
+        # For the interval alone, and no less precise than the gradients were.
+        self._phi_NR = np.empty((len(g_ND), rank), np.float32)
+        self._g_NR = np.empty((len(g_ND), rank), np.float32)
+        self._outer_response_N = np.empty(len(g_ND))
+        self._norm_N = np.empty(len(g_ND))
+        for k, rows in _chunks(self._store.task_ids):
+            gradients = g_ND[rows].astype(np.float64)
+            phi, g = inside(phi_ND[rows]), inside(gradients)
+            self._H_KRR[k] += (phi * self._share_N[rows, None]).T @ phi
+            self._phi_NR[rows], self._g_NR[rows] = phi, g
+            self._norm_N[rows] = np.linalg.norm(g, axis=1)
+            self._outer_response_N[rows] = gradients @ outer_target_b_D
+        self._outer_response_K = self._b_KD @ outer_target_b_D
+
+        g_TD, phi_TD = _gradients(self._store.target)
+        self._target_b_R = inside(self._target_b_D)
+        self._target_H_RR = inside(inside(self._target_H_DD).T) - self._target_noise * np.eye(rank)
+        self._target_phi_TR = np.empty((len(g_TD), rank))
+        self._target_g_TR = np.empty((len(g_TD), rank))
+        outer_D = outside(np.vstack([self._b_KD, self._start_D, decay_D])).T
+        outer_T = np.empty((len(g_TD), num_tasks + 2))
+        for _, rows in _chunks(self._store.target.task_ids):
+            gradients = g_TD[rows].astype(np.float64)
+            self._target_phi_TR[rows] = inside(phi_TD[rows])
+            self._target_g_TR[rows] = inside(gradients)
+            outer_T[rows] = gradients @ outer_D
+        self._target_outer_b_TK = outer_T[:, :num_tasks]
+        self._target_outer_start_T, self._target_outer_decay_T = outer_T[:, num_tasks:].T
 
     def estimate(self, weights: ArrayLike) -> Estimate:
         rows_MK = normalize_mixtures(weights, self._store.task_sizes)
@@ -266,10 +273,7 @@ class FittedLinearizedTraining(FittedEstimator):
         mean_square_M = (mean_MD**2).sum(1)
         tokens_M = rows_MK @ self._tokens_per_row_K
         tokens_M = np.where(tokens_M > 0, tokens_M, 1.0)  # no training has no batch
-        counts_K = np.array([len(own) for own in self._examples_of])
-        tokens_N = self._store.num_label_tokens
-        spread_K = np.bincount(self._store.task_ids, tokens_N**2 * self._plain_square_N) / counts_K
-        variance_M = rows_MK @ spread_K / tokens_M**2 - mean_square_M
+        variance_M = rows_MK @ self._plain_spread_K / tokens_M**2 - mean_square_M
         norm_M = np.sqrt(
             mean_square_M + np.maximum(variance_M, 0.0) / self._training["examples_per_step"]
         )
@@ -295,20 +299,21 @@ class FittedLinearizedTraining(FittedEstimator):
 
     def _task_variance(self, w_MK: Array, clip_M: Array, slope_MR: Array, delta_MR: Array) -> Array:
         """Variance of the loss over which rows of the tasks were captured [M]."""
-        variance_M = np.zeros(len(w_MK))
-        for k, own in enumerate(self._examples_of):
-            missing = 1 - len(own) / max(int(self._store.task_sizes[k]), len(own))
-            if missing == 0 or len(own) < 2:
-                continue
-            influence = slope_MR @ self._g_NR[own].T + self._duration * self._outer_response_N[own]
-            # Curvature acts on the displacement, which grows from 0: half of it on average.
-            influence += (slope_MR @ self._phi_NR[own].T) * (delta_MR @ self._phi_NR[own].T) / 2
-            influence -= influence @ self._share_N[own][:, None]
-            spread_M = (influence**2) @ self._share_N[own] ** 2
-            variance_M += (
-                missing * (clip_M * w_MK[:, k]) ** 2 * spread_M * len(own) / (len(own) - 1)
-            )
-        return variance_M
+        missing_K = 1 - self._counts_K / np.maximum(self._store.task_sizes, self._counts_K)
+        missing_K[self._counts_K < 2] = 0.0
+        # Curvature acts on the displacement, which grows from 0: half of it on average.
+        mean_MK = slope_MR @ self._b_KR.T + self._duration * self._outer_response_K
+        mean_MK += np.einsum("mr,krs,ms->mk", slope_MR, self._H_KRR, delta_MR, optimize=True) / 2
+        spread_MK = np.zeros_like(mean_MK)
+        for k, rows in _chunks(self._store.task_ids):
+            if missing_K[k]:
+                phi_NR = self._phi_NR[rows].astype(np.float64)
+                influence_MN = (slope_MR @ phi_NR.T) * (delta_MR @ phi_NR.T) / 2
+                influence_MN += slope_MR @ self._g_NR[rows].T
+                influence_MN += self._duration * self._outer_response_N[rows] - mean_MK[:, [k]]
+                spread_MK[:, k] += influence_MN**2 @ self._share_N[rows] ** 2
+        factor_K = missing_K * self._counts_K / np.maximum(self._counts_K - 1, 1)
+        return ((clip_M[:, None] * w_MK) ** 2 * spread_MK) @ factor_K
 
     def diagnostics(self) -> dict[str, float]:
         everything = np.ones((1, len(self._b_KR)), bool)
@@ -318,11 +323,41 @@ class FittedLinearizedTraining(FittedEstimator):
         clip_M = self._clipping(rows_MK, w_MK)
         values_MR, _ = self._eigensystem(w_MK, clip_M)
         spectrum = values_MR[0]
+        norms_N1 = self._norm_N[:, None]  # the norm of a norm is itself
         return {
             "anchor_loss_nats": float(self._store.target.task_losses[0]),
             "duration": self._duration,
             "clipping_factor_all_tasks": float(clip_M[0]),
             "largest_curvature_times_duration": float(spectrum.max() * self._duration),
             "effective_dimension": float(spectrum.sum() ** 2 / max((spectrum**2).sum(), 1e-300)),
-            "outlier_gradient_share": outlier_share(self._g_NR, self._store.task_ids),
+            "outlier_gradient_share": outlier_share(norms_N1, self._store.task_ids),
         }
+
+
+def _gradients(store: GradientStore) -> tuple[Array, Array]:
+    """Gradients of the loss, and of losses of drawn labels, in the optimizer's coordinates."""
+    return store.scalar("loss@optimizer")[1], store.scalar("sampled_loss@optimizer")[1]
+
+
+def _moments(store: GradientStore, weights_N: Array) -> tuple[Array, Array, Array]:
+    """Of each task b [K, D] and the trace of H [K]; the sum over tasks of H [D, D]."""
+    g_ND, phi_ND = _gradients(store)
+    b_KD = np.zeros((len(store.task_names), g_ND.shape[1]))
+    trace_K = np.zeros(len(b_KD))
+    sum_H_DD = np.zeros((b_KD.shape[1], b_KD.shape[1]))
+    for k, rows in _chunks(store.task_ids):
+        phi = phi_ND[rows].astype(np.float64)
+        b_KD[k] += weights_N[rows] @ g_ND[rows]
+        trace_K[k] += weights_N[rows] @ (phi**2).sum(1)
+        sum_H_DD += (phi * weights_N[rows, None]).T @ phi
+    return b_KD, trace_K, sum_H_DD
+
+
+def _chunks(task_ids: Array) -> Iterator[tuple[int, slice]]:
+    """Rows of one task that follow each other, few at a time: the task, and which rows."""
+    ends = [*(np.flatnonzero(np.diff(task_ids)) + 1).tolist(), len(task_ids)]
+    start = 0
+    for end in ends:
+        for first in range(start, end, _ROWS_AT_ONCE):
+            yield int(task_ids[start]), slice(first, min(first + _ROWS_AT_ONCE, end))
+        start = end

@@ -59,7 +59,8 @@ class GradExLogistic(AbstractEstimator):
     no rescaling of w, and the target is evaluated with its own gradients instead of a forward
     pass per subset.
 
-    Cost: about 100 products with the N x R gradient matrix per mixture.
+    Cost: about 100 products with the N x R gradient matrix per mixture. Memory: up to
+    three such matrices in float64.
 
     Args:
         regularization: lambda, per squared unit of w. None: 0.1 times the mean squared norm of g_i,
