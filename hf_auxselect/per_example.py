@@ -90,6 +90,26 @@ _RULES: dict[type[nn.Module], Rule] = {
 }
 
 
+def _autograd_gradients(
+    output: Tensor, parameters: Mapping[str, Tensor], grad: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Autograd's gradient, by name; 0 for parameters that the output does not depend on.
+
+    Raises:
+        UnsupportedModuleError: it depends on none.
+    """
+    if not output.requires_grad:
+        raise UnsupportedModuleError(
+            "no gradient reaches a trainable parameter: the model has none, or its adapter is "
+            "merged or disabled. Train a LoRA adapter (peft_config=...) or unfreeze parameters."
+        )
+    gradients = torch.autograd.grad(output, list(parameters.values()), grad, allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+
+
 @dataclass(frozen=True)
 class _Call:
     """A call of a module that owns trainable parameters."""
@@ -136,7 +156,7 @@ class _Call:
         return None
 
     def _replay(self, grad: Tensor) -> dict[str, Tensor]:
-        """The module's vector-Jacobian product, vectorised over the examples."""
+        """The module's vector-Jacobian product of each example."""
         trainable = {
             name: parameter.detach()
             for name, parameter in self.module.named_parameters()
@@ -144,7 +164,7 @@ class _Call:
         }
         num_positional = len(self.inputs) - len(self.keywords)
 
-        def gradients_of_one(tensors: list[Tensor], grad_one: Tensor) -> dict[str, Tensor]:
+        def forward(parameters: dict[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
             rest = iter(tensors)
             inputs = [
                 next(rest).unsqueeze(0) if isinstance(value, Tensor) else value
@@ -152,17 +172,26 @@ class _Call:
             ]
             args = tuple(inputs[:num_positional])
             kwargs = dict(zip(self.keywords, inputs[num_positional:], strict=True))
+            return torch.func.functional_call(self.module, parameters, args, kwargs)
 
-            def forward(parameters: dict[str, Tensor]) -> Tensor:
-                return torch.func.functional_call(self.module, parameters, args, kwargs)
+        def vectorised(tensors: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
+            pull_back = torch.func.vjp(partial(forward, tensors=tensors), trainable)[1]
+            return pull_back(grad.unsqueeze(0))[0]
 
-            pull_back = torch.func.vjp(forward, trainable)[1]
-            return pull_back(grad_one.unsqueeze(0))[0]
+        def alone(tensors: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
+            parameters = {name: p.detach().requires_grad_() for name, p in trainable.items()}
+            with torch.enable_grad():
+                output = forward(parameters, tensors)
+            return _autograd_gradients(output, parameters, grad.unsqueeze(0))
 
+        tensors, enabled = self.tensors(), self.autocast is not None
         # Casts that autocast keeps for later would outlive the replay.
-        enabled = self.autocast is not None
         with torch.autocast(grad.device.type, self.autocast, enabled=enabled, cache_enabled=False):
-            gradients = torch.func.vmap(gradients_of_one)(self.tensors(), grad)
+            try:
+                gradients = torch.func.vmap(vectorised)(tensors, grad)
+            except RuntimeError:  # kernels that vmap knows no rule for, or what is changed in place
+                each = [alone([t[i] for t in tensors], grad[i]) for i in range(len(grad))]
+                gradients = {name: torch.stack([g[name] for g in each]) for name in trainable}
         return {name: at_least_float32(gradient) for name, gradient in gradients.items()}
 
 
@@ -278,15 +307,6 @@ class GradientHooks:
         self._replaying = True
         try:
             gradients = call.gradients(grad)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UnsupportedModuleError(
-                f"the trainable parameter {next(iter(call.own.values()))!r} belongs to the module "
-                f"{call.path!r} ({type(call.module).__name__}), whose backward PyTorch cannot "
-                f"vectorise over the examples of a batch ({error}). Freeze the parameter, or "
-                f"{_ONE_BY_ONE}."
-            ) from error
         finally:
             self._replaying = False
         for local, name in call.own.items():
@@ -336,14 +356,16 @@ def forward_label_logits(model: nn.Module, batch: Batch) -> LabelLogits:
     if getattr(config, "use_cache", False):
         inputs["use_cache"] = False
     is_label = labels != IGNORE_INDEX
-    if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
+    # Prompt tuning and its like put virtual tokens before the others.
+    virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if not virtual and "logits_to_keep" in inspect.signature(type(base).forward).parameters:
         positions = is_label.any(0).nonzero().squeeze(1)
         labels, is_label = labels[:, positions], is_label[:, positions]
         inputs["logits_to_keep"] = positions
     examples, columns = is_label.nonzero(as_tuple=True)
-    logits = model(**inputs).logits[examples, columns]
+    logits = model(**inputs).logits[:, -batch["labels"].shape[1] :]
     return LabelLogits(
-        logits=at_least_float32(logits),
+        logits=at_least_float32(logits[examples, columns]),
         labels=labels[examples, columns],
         examples=examples,
         num_label_tokens=is_label.sum(1),
@@ -404,28 +426,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def autograd_gradients(
-    value: Tensor, trainable: Mapping[str, nn.Parameter], *, retain_graph: bool = False
-) -> dict[str, Tensor]:
-    """Autograd's gradient of a scalar, by name; 0 for parameters that it does not depend on.
-
-    Raises:
-        UnsupportedModuleError: it depends on none.
-    """
-    if not value.requires_grad:
-        raise UnsupportedModuleError(
-            "no gradient reaches a trainable parameter: the model has none, or its adapter is "
-            "merged or disabled. Train a LoRA adapter (peft_config=...) or unfreeze parameters."
-        )
-    gradients = torch.autograd.grad(
-        value, list(trainable.values()), allow_unused=True, retain_graph=retain_graph
-    )
-    return {
-        name: torch.zeros_like(parameter) if gradient is None else gradient
-        for (name, parameter), gradient in zip(trainable.items(), gradients, strict=True)
-    }
-
-
 def gradients_one_by_one(
     model: nn.Module, examples: Sequence[Any], collate_fn: CollateFn, *, scalar: str = "margin"
 ) -> Iterator[dict[str, Tensor]]:
@@ -446,7 +446,7 @@ def gradients_one_by_one(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for row in examples:
         value = SCALARS[scalar](forward_label_logits(model, collate_fn([row]))).sum()
-        yield autograd_gradients(value, trainable)
+        yield _autograd_gradients(value, trainable)
 
 
 def check_per_example_gradients(
@@ -485,7 +485,7 @@ def check_per_example_gradients(
         with GradientHooks(model, receive) as hooks:
             hooks.batch_size = len(examples)
             output = forward_label_logits(model, collate_fn(list(examples)))
-            autograd_gradients(SCALARS[scalar](output).sum(), trainable)
+            _autograd_gradients(SCALARS[scalar](output).sum(), trainable)
         references = list(gradients_one_by_one(model, examples, collate_fn, scalar=scalar))
 
     largest, largest_of_parameter, culprit = 0.0, 0.0, ""

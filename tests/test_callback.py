@@ -623,11 +623,11 @@ class TestRefusals:
 
     def test_a_model_that_cannot_be_captured(self, run_dir):
         self.refuse(
-            "lora_magnitude_vector",
+            r"transformer.wpe.*one_by_one=True",
             make=tiny.plain_trainer,
             directory=run_dir,
             error=UnsupportedModuleError,
-            model=get_peft_model(tiny.llama(), tiny.lora(use_dora=True)),
+            model=tiny.gpt2(),
         )
 
     def test_losses_other_than_the_token_loss(self, run_dir):

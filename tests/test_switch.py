@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from reference import per_example_gradients
 
-from hf_auxselect import FixedSelection, TaskSelectionCallback
-from hf_auxselect.switch import consumed_batches, find_trainer
+from hf_auxselect import FixedSelection, TaskSelectionCallback, concatenate_tasks
+from hf_auxselect.per_example import (
+    SCALARS,
+    GradientHooks,
+    evaluation_mode,
+    forward_label_logits,
+)
+from hf_auxselect.switch import ModelRows, collate_function, consumed_batches, find_trainer
 
 TESTS = Path(__file__).parent
 
@@ -103,6 +110,40 @@ def test_evaluation_in_between_sees_the_whole_target(run_dir):
     logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(logged) == 4  # after steps 3, 6, 9 and 10
     assert trainer.evaluate()["eval_loss"] == pytest.approx(logged[-1], rel=1e-6)
+
+
+def test_gradients_of_packed_rows_are_those_of_their_documents_alone(run_dir):
+    from trl import pack_dataset
+
+    documents = {
+        name: tiny.tokenize(dataset).remove_columns("attention_mask")
+        for name, dataset in {
+            "a": tiny.sums(9, 1, mark="a"),
+            "b": tiny.sums(6, 2, mark="b", letters=True),
+            "c": tiny.sums(6, 3, mark="c", shuffled=True),
+        }.items()
+    }
+    packed = concatenate_tasks({n: pack_dataset(d, 24, "bfd") for n, d in documents.items()})
+    assert len(packed) == 7
+    trainer = tiny.sft_trainer(
+        run_dir, train_dataset=packed, packing=False, padding_free=True, max_length=None
+    )
+    model = tiny.randomized(trainer.model)
+    rows = list(ModelRows(trainer, trainer.train_dataset))
+    tasks = [packed["task"][i] for i in ModelRows(trainer, packed).packed_rows]
+    assert sorted((n, d["input_ids"], d["labels"]) for n, d in zip(tasks, rows, strict=True)) == (
+        sorted((n, d["input_ids"], d["labels"]) for n, part in documents.items() for d in part)
+    )
+
+    captured = {}
+    with evaluation_mode(model), GradientHooks(model, captured.__setitem__):
+        batch = collate_function(trainer)(rows)
+        SCALARS["margin"](forward_label_logits(model, batch)).sum().backward()
+    alone = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    for i, reference in enumerate(per_example_gradients(model, alone, tiny.collate)):
+        whole = torch.stack([gradient.norm() for gradient in reference.values()]).norm()
+        for name, gradient in reference.items():
+            assert (captured[name][i] - gradient).norm() < 1e-9 * whole
 
 
 class TestConsumedBatches:
