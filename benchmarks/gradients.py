@@ -250,6 +250,7 @@ def prepare(num_batches: int, seed: int, directory: str) -> Setting:
     """Train a few steps, and tokenize the rows."""
     from arithmetic import TASKS, build
 
+    warnings.filterwarnings("ignore", category=FutureWarning)
     count = num_batches * BATCH_SIZE
     trainer = build(
         smollm2(),

@@ -33,7 +33,6 @@ _HALF = (torch.float16, torch.bfloat16)
 _FULL = (torch.float32, torch.float64)
 _LISTS = (nn.ParameterList, nn.ParameterDict)
 
-
 _ONE_BY_ONE = "pass one_by_one=True, which runs each example alone: slow, but right for any model"
 
 
@@ -133,6 +132,7 @@ class _Call:
         tensors = self.tensors()
         return (
             len(tensors) > 0
+            and output.ndim > 0
             and all(tensor.shape[:1] == output.shape[:1] for tensor in tensors)
             and all(isinstance(value, plain) for value in self.inputs)
         )
