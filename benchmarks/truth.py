@@ -11,12 +11,14 @@ takes hours on a CPU; it can be stopped at any time and goes on where it stopped
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -151,12 +153,17 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     for seed in range(1, options.seeds + 1):
         for mode in options.modes.split(","):
-            for family in options.families.split(","):
+            # In turn, so that every family has something to compare with soon.
+            families = [
                 run_family(family, mode, seed, options.rounds)
+                for family in options.families.split(",")
+            ]
+            for _ in itertools.zip_longest(*families):
+                pass
 
 
-def run_family(family: str, mode: str, seed: int, rounds: int) -> None:
-    """All mixtures of one family, mode and seed."""
+def run_family(family: str, mode: str, seed: int, rounds: int) -> Iterator[None]:
+    """Run the mixtures of one family, mode and seed, one at each step of the iterator."""
     path = RESULTS / f"{family}-{mode}.json"
     names = FAMILIES[family].tasks
     record: dict[str, Any] = {
@@ -174,8 +181,9 @@ def run_family(family: str, mode: str, seed: int, rounds: int) -> None:
         "runs": [],
     }
     if path.is_file():
-        record["runs"] = json.loads(path.read_text())["runs"]
-    if "anchor_loss" not in record:
+        before = json.loads(path.read_text())
+        record |= {name: before[name] for name in ("anchor_loss", "runs")}
+    else:
         record["anchor_loss"] = anchor_loss(family)
     done = {(tuple(run["weights"]), run["seed"]) for run in record["runs"]}
     for weights in mixtures(len(names), rounds):
@@ -187,6 +195,7 @@ def run_family(family: str, mode: str, seed: int, rounds: int) -> None:
                 f"{family} {mode} seed {seed}: {run['loss']:.4f} ({run['seconds']:.0f} s)",
                 flush=True,
             )
+            yield
 
 
 if __name__ == "__main__":

@@ -357,6 +357,7 @@ class _Capture:
                 "momentum_coefficient": state.momentum_coefficient,
                 "learning_rate_factor": state.learning_rate_factor,
                 "weight_decay": state.weight_decay,
+                "steps_taken": state.steps_taken,
             },
             "versions": {name: version(name) for name in ("torch", "transformers")}
             | {"python": platform.python_version()},

@@ -31,6 +31,8 @@ class OptimizerState:
         learning_rate_factor: by which the learning rate is multiplied (1 / (1 - beta) for SGD,
             whose momentum adds gradients up instead of averaging them).
         weight_decay: decoupled decay, per unit of learning rate; 0 if none.
+        steps_taken: steps by which the momentum's bias towards 0 is corrected; None where it is
+            not (SGD).
     """
 
     name: str
@@ -39,6 +41,7 @@ class OptimizerState:
     momentum_coefficient: float
     learning_rate_factor: float
     weight_decay: float
+    steps_taken: int | None = None
 
 
 def is_supported(optimizer: Any) -> bool:
@@ -99,4 +102,5 @@ def read_optimizer(model: torch.nn.Module, optimizer: Any) -> OptimizerState:
         momentum_coefficient=beta,
         learning_rate_factor=1.0 if is_adam else 1 / (1 - beta),
         weight_decay=float(group["weight_decay"]),
+        steps_taken=int(step) if is_adam else None,
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from scipy.optimize import minimize
 
 from hf_auxselect.store import GradientStore
@@ -109,7 +108,7 @@ def expected_gradient_norm(store: GradientStore, pooled: np.ndarray) -> float:
 def linearized_training(
     store: GradientStore, pooled: np.ndarray, *, rank: int, learning_rates: Sequence[float]
 ) -> float:
-    """The estimate of ``LinearizedTraining`` for one mixture, by integrating its flow in time.
+    """The estimate of ``LinearizedTraining`` for one mixture, step by step in all D dimensions.
 
     ``pooled`` [K] are the shares of the tasks' rows in the mixture; they sum to 1.
     """
@@ -133,49 +132,137 @@ def linearized_training(
         store.num_label_tokens[store.task_ids == k].mean() for k in range(len(pooled))
     ]
     w = pooled * tokens_per_row / (pooled @ tokens_per_row)
-    # The leading axes, and the projector on them.
+    # The leading axes.
     overall = curvature(store, share_in_task / len(pooled))
     overall += curvature(target, target.example_weights)
     axes = np.linalg.svd(overall)[0][:, :rank]
-    inside = axes @ axes.T
-
-    def denoised(matrix: np.ndarray, *, keep_positive: bool) -> np.ndarray:
-        """Within the axes, less what the projection adds to each eigenvalue."""
-        values, vectors = np.linalg.eigh(axes.T @ matrix @ axes)
-        values = values - np.trace(matrix) / dim
-        if keep_positive:
-            values = np.maximum(values, 0)
-        return axes @ (vectors * values) @ vectors.T @ axes.T
+    outside = np.eye(dim) - axes @ axes.T
 
     clip = 1.0
     if training.get("max_grad_norm"):
         clip = min(1.0, training["max_grad_norm"] / expected_gradient_norm(store, pooled))
-    b = (w[store.task_ids] * share_in_task) @ store.scalar("loss@optimizer")[1].astype(np.float64)
-    H = clip * denoised(curvature(store, w[store.task_ids] * share_in_task), keep_positive=True)
-    decay = optimizer["weight_decay"]
-    pull = clip * b + decay * store.vectors["parameters"].astype(np.float64)
+    is_restart, steps_taken = training["after"] == "restart", optimizer["steps_taken"]
+    beta, decay = optimizer["momentum_coefficient"], optimizer["weight_decay"]
+    rates = np.array(learning_rates) * optimizer["learning_rate_factor"]
+    # Training has just begun to converge along this curvature.
+    slowest = 1 / sum(rate * (1 - beta**t) for t, rate in enumerate(rates, start=1))
 
-    duration, start = 0.0, np.zeros(dim)
-    for t, rate in enumerate(learning_rates, start=1):
-        rate = rate * optimizer["learning_rate_factor"]
-        late = 0 if training["after"] == "restart" else optimizer["momentum_coefficient"] ** t
-        duration += rate * (1 - late)
-        start -= rate * late * store.vectors["momentum"].astype(np.float64)
-    if training["after"] == "restart":
-        start = store.vectors["initial_displacement"].astype(np.float64)
-    flow = solve_ivp(
-        lambda _, delta: -pull - H @ delta - decay * (inside @ delta),
-        (0, duration),
-        start,
-        method="LSODA",
-        rtol=1e-10,
-        atol=1e-12,
-    )
-    delta = flow.y[:, -1]
+    def denoised(matrix: np.ndarray, *, least: float) -> np.ndarray:
+        """Full within the axes, isotropic outside; less what the projection adds to each value."""
+        noise = np.trace(matrix) / dim
+        values, vectors = np.linalg.eigh(axes.T @ matrix @ axes)
+        result = axes @ (vectors * np.maximum(values - noise, least)) @ vectors.T @ axes.T
+        if rank < dim:
+            left = np.trace(outside @ matrix @ outside) / (dim - rank)
+            result += max(left - noise, least) * outside
+        return result
+
+    b = (w[store.task_ids] * share_in_task) @ store.scalar("loss@optimizer")[1].astype(np.float64)
+    H = denoised(clip * curvature(store, w[store.task_ids] * share_in_task), least=-slowest)
+    parameters = store.vectors["parameters"].astype(np.float64)
+    delta, momentum = np.zeros(dim), np.zeros(dim)
+    if is_restart:
+        delta = store.vectors["initial_displacement"].astype(np.float64)
+        steps_taken = steps_taken and 0
+    else:
+        momentum = store.vectors["momentum"].astype(np.float64)
+        if steps_taken is not None:
+            momentum *= 1 - beta**steps_taken
+    for t, rate in enumerate(rates, start=1):
+        momentum = beta * momentum + (1 - beta) * (clip * b + H @ delta)
+        correction = 1 if steps_taken is None else 1 - beta ** (steps_taken + t)
+        delta = delta - rate * (momentum / correction + decay * (parameters + delta))
     target_b = target.example_weights @ target.scalar("loss@optimizer")[1].astype(np.float64)
-    target_H = denoised(curvature(target, target.example_weights), keep_positive=False)
+    target_H = denoised(curvature(target, target.example_weights), least=-np.inf)
     bend = max(delta @ target_H @ delta / 2, 0.0)
     return max(float(target.example_weights @ target.losses + target_b @ delta + bend), 0.0)
+
+
+def gauss_newton(
+    store: GradientStore, pooled: np.ndarray, *, curvature: str, damping: float, rank: int
+) -> float:
+    """The estimate of ``GaussNewton`` for one mixture, with whole matrices.
+
+    ``pooled`` [K] are the shares of the tasks' rows in the mixture; they sum to 1 or are 0.
+    """
+    target, dim = store.target, store.gradients.shape[1]
+
+    def second_moment(part: GradientStore, weights: np.ndarray) -> np.ndarray:
+        name = "loss" if curvature == "empirical" else "sampled_loss"
+        total = np.zeros((dim, dim))
+        for weight, g, n in zip(weights, part.scalar(name)[1], part.num_label_tokens, strict=True):
+            tokens = n if curvature == "empirical" else 1
+            total += weight * tokens * np.outer(g.astype(np.float64), g.astype(np.float64))
+        return total
+
+    def by_tokens(rows: np.ndarray) -> np.ndarray:
+        """Share of each example in the loss of a mixture of rows."""
+        counts = np.bincount(store.task_ids)
+        tokens = (rows / counts)[store.task_ids] * store.num_label_tokens
+        return tokens / tokens.sum()
+
+    each = [second_moment(store, by_tokens(row)) for row in np.eye(len(pooled))]
+    target_H = second_moment(target, target.example_weights)
+    axes = np.linalg.svd(sum(each) / len(each) + target_H)[0][:, :rank]
+    inside = axes @ axes.T
+    outside = np.eye(dim) - inside
+
+    def denoised(matrix: np.ndarray, *, keep_positive: bool) -> np.ndarray:
+        """Isotropic outside the axes, and less what the projection adds to each eigenvalue."""
+        left = np.trace(outside @ matrix) / (dim - rank) if rank < dim else 0.0
+        flat = inside @ matrix @ inside + left * outside - np.trace(matrix) / dim * np.eye(dim)
+        values, vectors = np.linalg.eigh(flat)
+        if keep_positive:
+            values = np.maximum(values, 0.0)
+        return (vectors * values) @ vectors.T
+
+    sizes = store.task_sizes / store.task_sizes.sum()
+    everything = inside @ second_moment(store, by_tokens(sizes)) @ inside
+    matrix, b = damping * np.linalg.eigvalsh(everything)[-1] * np.eye(dim), np.zeros(dim)
+    if pooled.any():
+        shares = by_tokens(pooled)
+        matrix = matrix + denoised(second_moment(store, shares), keep_positive=True)
+        b = shares @ store.scalar("loss")[1].astype(np.float64)
+    delta = -np.linalg.solve(matrix, b)
+    target_b = target.example_weights @ target.scalar("loss")[1].astype(np.float64)
+    bend = max(delta @ denoised(target_H, keep_positive=False) @ delta / 2, 0.0)
+    return max(float(target.example_weights @ target.losses + target_b @ delta + bend), 0.0)
+
+
+def kernel_ridge(
+    shares: np.ndarray,
+    losses: np.ndarray,
+    asked: np.ndarray,
+    *,
+    penalty: float,
+    gamma: float | None,
+) -> np.ndarray:
+    """argmin_{c, a} |y - c - K a|^2 + penalty a^T K a at ``asked`` [Q, K], from its normal equations.
+
+    The kernel is linear without ``gamma``, which counts in units of four variances of the shares;
+    then it is scaled so that the mean squared deviation of its features is 1.
+    """
+    variance = ((shares - shares.mean(0)) ** 2).sum(1).mean()
+
+    def kernel(one: np.ndarray, other: np.ndarray) -> float:
+        if gamma is None:
+            return float(one @ other)
+        return float(np.exp(-gamma * ((one - other) ** 2).sum() / (4 * variance)))
+
+    K = np.array([[kernel(one, other) for other in shares] for one in shares])
+    K_asked = np.array([[kernel(one, other) for other in shares] for one in asked])
+    scale = np.trace(K) / len(K) - K.mean()
+    return solve_kernel_ridge(K / scale, losses, K_asked / scale, penalty)
+
+
+def solve_kernel_ridge(
+    K: np.ndarray, losses: np.ndarray, K_asked: np.ndarray, penalty: float
+) -> np.ndarray:
+    """Kernel ridge with an intercept that has no penalty: prediction at the asked points."""
+    count = len(K)
+    system = np.block([[K + penalty * np.eye(count), np.ones((count, 1))], [np.ones(count), 0.0]])
+    solution = np.linalg.solve(system, np.append(losses, 0.0))
+    return K_asked @ solution[:-1] + solution[-1]
 
 
 def random_store(
@@ -186,9 +273,11 @@ def random_store(
     dim: int = 6,
     after: str = "continue",
     max_grad_norm: float = 1.0,
+    steps_taken: int | None = 7,
 ) -> GradientStore:
     """A store of random numbers with the structure of a real one."""
     rng = np.random.default_rng(seed)
+    other_rng = np.random.default_rng([seed, 1])  # leaves the other numbers as they were
 
     def arrays(count: int) -> dict[str, Any]:
         outputs = rng.normal(0.5, 1.5, count).astype(np.float32)
@@ -199,7 +288,8 @@ def random_store(
             "scalars": {
                 name: (outputs, rng.normal(size=(count, dim)).astype(np.float32))
                 for name in ("margin", "loss", "loss@optimizer", "sampled_loss@optimizer")
-            },
+            }
+            | {"sampled_loss": (outputs, other_rng.normal(size=(count, dim)).astype(np.float32))},
         }
 
     target = GradientStore(
@@ -218,6 +308,7 @@ def random_store(
                 "learning_rate_factor": 1.0,
                 "momentum_coefficient": 0.9,
                 "weight_decay": 0.01,
+                "steps_taken": steps_taken,
             },
             "training": {
                 "learning_rates": [0.02, 0.01, 0.005],

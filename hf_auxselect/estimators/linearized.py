@@ -1,4 +1,4 @@
-"""The rest of the run, integrated in a linearised model.
+"""The rest of the run, step by step, in a linearised model.
 
 Shapes: N examples of the auxiliary tasks, T examples of the target, K tasks, M mixtures,
 D projection_dim, R dimensions in which curvature is modelled.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,13 +26,16 @@ from hf_auxselect.store import GradientStore, JsonDict
 
 _MIXTURES_AT_ONCE = 64
 
+_GRID_POINTS = 8192
+"""Eigenvalues at which the steps to come are tabulated; between them it is interpolated."""
+
 _ROWS_AT_ONCE = 4096
 """Rows of gradients that are in memory at once in float64 (16 MB for 512 numbers each)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearizedTraining(AbstractEstimator):
-    """Integrates the steps that the run has still to take, in a quadratic model of its losses.
+    """Takes the steps that the run has still to take, in a quadratic model of its losses.
 
     Around the anchor, and in the coordinates in which a step of the optimizer is a plain gradient
     step (see ``OptimizerState``), the training loss of a mixture w and the target's loss are
@@ -42,22 +45,25 @@ class LinearizedTraining(AbstractEstimator):
 
     where b is the mean loss gradient and H the Gauss-Newton matrix, E[phi phi^T] over gradients phi
     of losses of labels drawn from the model. Both are linear in the mixture, weighted by label
-    tokens as in the trainer's loss: b_w = sum_k w_k b_k. The optimizer's momentum m, gradient
-    clipping by a factor c_w = min(1, max_grad_norm / E|g|), and the schedule eta_t of the steps to
-    come turn into a gradient flow of the duration tau that starts from delta_0:
+    tokens as in the trainer's loss: b_w = sum_k w_k b_k. With the schedule eta_t of the steps to
+    come, the optimizer's momentum coefficient beta and weight decay, and gradient clipping by a
+    factor c_w = min(1, max_grad_norm / E|g|), step t is
 
-        tau = sum_t eta_t (1 - beta^t),    delta_0 = -m sum_t eta_t beta^t,
-        delta = exp(-tau c H) delta_0 - (1 - exp(-tau c H)) H^-1 b                     (b, H: of w),
+        m_t = beta m_{t-1} + (1 - beta) c_w (b_w + H_w delta_{t-1}),
+        delta_t = delta_{t-1} - eta_t (m_t / (1 - beta^(t_0 + t)) + decay (theta + delta_{t-1})),
 
-    (t from 1) since momentum delays the new gradients by as much as it prolongs the old ones. When
-    training restarts, the flow starts from the initial parameters, with no momentum. The estimate
-    is
+    from the optimizer's own m_0 after its t_0 steps; SGD has no division by 1 - beta^(t_0 + t).
+    When training restarts, the steps begin at the initial parameters, with m_0 = 0 and t_0 = 0. The
+    recursion is linear, and in the eigenvectors of H_w it falls apart into one of two numbers per
+    eigenvalue; what it makes of m_0, delta_0, b_w and theta is tabulated once as a function of the
+    eigenvalue. The estimate is
 
-        L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2.
+        L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2     after the last step.
 
-    No constant is tuned: steps, rates, clipping and preconditioner are the run's own. Outside the R
-    leading axes of the tasks' and the target's H, curvature is taken for 0. A random projection to
-    D dimensions adds trace(H)/D to every eigenvalue in expectation, which is subtracted.
+    No constant is tuned: steps, rates, clipping and preconditioner are the run's own. A random
+    projection to D dimensions adds trace(H)/D to every eigenvalue in expectation, which is
+    subtracted. Outside the R leading axes of the tasks' and the target's H, curvature is the same
+    in all directions, with the trace that is left.
 
     The interval joins two independent errors: which examples were captured (the delta method; none
     if all rows were), and that of the model itself, taken for a share ``model_error`` of the root
@@ -71,9 +77,9 @@ class LinearizedTraining(AbstractEstimator):
         learning_rates: eta_t of the steps to come; None: as the trainer told the store.
         model_error: standard error of the predicted change of the loss, as a share of its terms.
 
-    Source: the flow of a linearised network is that of Lee et al., "Wide Neural Networks of Any
-    Depth Evolve as Linear Models" (NeurIPS 2019), eq. 8, with Gauss-Newton curvature (Martens,
-    JMLR 2020, section 8) in place of the kernel.
+    Source: gradient descent on the linearised network as in Lee et al., "Wide Neural Networks of
+    Any Depth Evolve as Linear Models" (NeurIPS 2019), section 2.2, with Gauss-Newton curvature
+    (Martens, JMLR 2020, section 8) in place of the kernel, and momentum.
     """
 
     scalars: ClassVar[tuple[str, ...]] = ("loss", "loss@optimizer", "sampled_loss@optimizer")
@@ -116,13 +122,17 @@ class FittedLinearizedTraining(FittedEstimator):
                 "without a trainer. Pass learning_rates=..., the rate of each remaining step."
             )
         rates = np.asarray(rates, np.float64) * optimizer["learning_rate_factor"]
-        fading = optimizer["momentum_coefficient"] ** np.arange(1, len(rates) + 1)
-        self._is_restart = self._training.get("after") == "restart"
-        self._duration = float(rates.sum() if self._is_restart else (rates * (1 - fading)).sum())
-        if self._is_restart:
-            self._start_D = store.vectors["initial_displacement"].astype(np.float64)
-        else:
-            self._start_D = -float((rates * fading).sum()) * store.vectors["momentum"].astype(float)
+        is_restart = self._training.get("after") == "restart"
+        steps_taken = optimizer.get("steps_taken")
+        start = "initial_displacement" if is_restart else "momentum"
+        self._start_D = store.vectors[start].astype(np.float64)
+        self._recursion = _Recursion(
+            rates,
+            momentum_coefficient=optimizer["momentum_coefficient"],
+            steps_taken=steps_taken and (0 if is_restart else steps_taken),
+            weight_decay=optimizer["weight_decay"],
+            is_restart=is_restart,
+        )
         self._decay = optimizer["weight_decay"]
         self._read_tasks(store)
         self._read_target(store.target)
@@ -166,9 +176,8 @@ class FittedLinearizedTraining(FittedEstimator):
             return vectors - (vectors @ axes) @ axes.T
 
         self._b_KR, self._start_R = inside(self._b_KD), inside(self._start_D)
-        # Weight decay pulls towards 0, as a gradient that is neither clipped nor of a task.
-        decay_D = self._decay * self._store.vectors["parameters"].astype(np.float64)
-        self._decay_R = inside(decay_D)
+        parameters_D = (self._decay > 0) * self._store.vectors["parameters"].astype(np.float64)
+        self._parameters_R = inside(parameters_D)
         self._noise_K = self._trace_K / dim  # what the projection adds to every eigenvalue
         self._target_noise = self._target_trace / dim
 
@@ -191,18 +200,28 @@ class FittedLinearizedTraining(FittedEstimator):
 
         g_TD, phi_TD = _gradients(self._store.target)
         self._target_b_R = inside(self._target_b_D)
-        self._target_H_RR = inside(inside(self._target_H_DD).T) - self._target_noise * np.eye(rank)
+        self._target_H_RR = inside(inside(self._target_H_DD).T)
+        self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
+        self._target_outer_curvature = self._curvature_left(self._target_H_RR, self._target_trace)
+        self._target_H_RR -= self._target_noise * np.eye(rank)
         self._target_phi_TR = np.empty((len(g_TD), rank))
         self._target_g_TR = np.empty((len(g_TD), rank))
-        outer_D = outside(np.vstack([self._b_KD, self._start_D, decay_D])).T
-        outer_T = np.empty((len(g_TD), num_tasks + 2))
+        # Sources of the displacement: the tasks' gradients, the start, the parameters (decay).
+        outer_SD = outside(np.vstack([self._b_KD, self._start_D, parameters_D]))
+        self._outer_gram_SS = outer_SD @ outer_SD.T
+        self._target_outer_TS = np.empty((len(g_TD), num_tasks + 2))
         for _, rows in _chunks(self._store.target.task_ids):
             gradients = g_TD[rows].astype(np.float64)
             self._target_phi_TR[rows] = inside(phi_TD[rows])
             self._target_g_TR[rows] = inside(gradients)
-            outer_T[rows] = gradients @ outer_D
-        self._target_outer_b_TK = outer_T[:, :num_tasks]
-        self._target_outer_start_T, self._target_outer_decay_T = outer_T[:, num_tasks:].T
+            self._target_outer_TS[rows] = gradients @ outer_SD.T
+
+    def _curvature_left(self, H_RR: Array, trace: Array | float) -> Array:
+        """Mean eigenvalue outside the leading axes, less what the projection adds; [...]."""
+        rank, dim = H_RR.shape[-1], self._b_KD.shape[1]
+        if rank == dim:
+            return np.zeros_like(trace)
+        return (trace - np.trace(H_RR, axis1=-2, axis2=-1)) / (dim - rank) - trace / dim
 
     def estimate(self, weights: ArrayLike) -> Estimate:
         rows_MK = normalize_mixtures(weights, self._store.task_sizes)
@@ -225,40 +244,39 @@ class FittedLinearizedTraining(FittedEstimator):
         w_MK = w_MK / np.where(idle_M, 1.0, w_MK.sum(1))[:, None]
         clip_M = self._clipping(rows_MK, w_MK)
         values_MR, vectors_MRR = self._eigensystem(w_MK, clip_M)
-        b_MR = clip_M[:, None] * (w_MK @ self._b_KR) + self._decay_R
+        b_MR = clip_M[:, None] * (w_MK @ self._b_KR)
 
         def turned(x: Array) -> Array:  # into each mixture's own axes
-            return (
-                np.einsum("mrs,...r->ms", vectors_MRR, x)
-                if x.ndim == 1
-                else np.einsum("mrs,mr->ms", vectors_MRR, x)
-            )
+            return np.einsum("mrs,...r->ms" if x.ndim == 1 else "mrs,mr->ms", vectors_MRR, x)
 
-        decay_MR = np.exp(-self._duration * values_MR)
-        response_MR = np.where(
-            values_MR * self._duration > 1e-12,
-            -np.expm1(-self._duration * values_MR) / np.maximum(values_MR, 1e-300),
-            self._duration,
-        )
-        own_MR = decay_MR * turned(self._start_R) - response_MR * turned(b_MR)
+        response = self._recursion.response(values_MR)
+        own_MR = response.start * turned(self._start_R) - response.gradient * turned(b_MR)
+        own_MR -= response.parameters * turned(self._parameters_R)
         delta_MR = np.einsum("mrs,ms->mr", vectors_MRR, own_MR)
         delta_MR[idle_M] = 0.0
-        # Outside the leading axes: no curvature.
-        outer_MT = self._target_outer_start_T - self._duration * (
-            (clip_M[:, None] * w_MK) @ self._target_outer_b_TK.T + self._target_outer_decay_T
+
+        outer_M = clip_M * (w_MK @ self._outer_curvature_K)
+        outer = self._recursion.response(outer_M)
+        sources_MS = np.column_stack(
+            [-(outer.gradient * clip_M)[:, None] * w_MK, outer.start, -outer.parameters]
         )
-        outer_MT[idle_M] = 0.0
-        linear_MT = delta_MR @ self._target_g_TR.T + outer_MT
+        sources_MS[idle_M] = 0.0
+        square_M = np.einsum("ms,st,mt->m", sources_MS, self._outer_gram_SS, sources_MS)
+
+        linear_MT = delta_MR @ self._target_g_TR.T + sources_MS @ self._target_outer_TS.T
         H_delta_MR = delta_MR @ self._target_H_RR
         linear_M = linear_MT @ self._omega_T
-        quadratic_M = np.maximum((delta_MR * H_delta_MR).sum(1) / 2, 0.0)
+        quadratic_M = (delta_MR * H_delta_MR).sum(1) + self._target_outer_curvature * square_M
+        quadratic_M = np.maximum(quadratic_M / 2, 0.0)
         loss_M = self._losses_T @ self._omega_T + linear_M + quadratic_M
 
         slope_MR = np.einsum(
-            "mrs,ms->mr", vectors_MRR, response_MR * turned(self._target_b_R + H_delta_MR)
+            "mrs,ms->mr", vectors_MRR, response.gradient * turned(self._target_b_R + H_delta_MR)
         )
         variance_M = self._target_variance(delta_MR, linear_MT)
-        variance_M = variance_M + self._task_variance(w_MK, clip_M, slope_MR, delta_MR)
+        variance_M = variance_M + self._task_variance(
+            w_MK, clip_M, slope_MR, outer.gradient, delta_MR
+        )
         variance_M += self._options.model_error**2 * (linear_M**2 + quadratic_M**2)
         variance_M[idle_M] = 0.0
         return loss_M, np.sqrt(variance_M)
@@ -283,8 +301,7 @@ class FittedLinearizedTraining(FittedEstimator):
         """Eigenvalues [M, R] and vectors [M, R, R] of each mixture's curvature."""
         H_MRR = np.tensordot(w_MK * clip_M[:, None], self._H_KRR, 1)
         values_MR, vectors_MRR = np.linalg.eigh(H_MRR)
-        values_MR = np.maximum(values_MR - (clip_M * (w_MK @ self._noise_K))[:, None], 0.0)
-        return values_MR + self._decay, vectors_MRR
+        return values_MR - (clip_M * (w_MK @ self._noise_K))[:, None], vectors_MRR
 
     def _target_variance(self, delta_MR: Array, linear_MT: Array) -> Array:
         """Variance of the loss over which rows of the target were captured [M]."""
@@ -297,12 +314,14 @@ class FittedLinearizedTraining(FittedEstimator):
         spread_M = ((losses_MT - mean_M[:, None]) ** 2) @ self._omega_T**2
         return missing * spread_M * count / (count - 1)
 
-    def _task_variance(self, w_MK: Array, clip_M: Array, slope_MR: Array, delta_MR: Array) -> Array:
+    def _task_variance(
+        self, w_MK: Array, clip_M: Array, slope_MR: Array, outer_slope_M: Array, delta_MR: Array
+    ) -> Array:
         """Variance of the loss over which rows of the tasks were captured [M]."""
         missing_K = 1 - self._counts_K / np.maximum(self._store.task_sizes, self._counts_K)
         missing_K[self._counts_K < 2] = 0.0
         # Curvature acts on the displacement, which grows from 0: half of it on average.
-        mean_MK = slope_MR @ self._b_KR.T + self._duration * self._outer_response_K
+        mean_MK = slope_MR @ self._b_KR.T + outer_slope_M[:, None] * self._outer_response_K
         mean_MK += np.einsum("mr,krs,ms->mk", slope_MR, self._H_KRR, delta_MR, optimize=True) / 2
         spread_MK = np.zeros_like(mean_MK)
         for k, rows in _chunks(self._store.task_ids):
@@ -310,7 +329,8 @@ class FittedLinearizedTraining(FittedEstimator):
                 phi_NR = self._phi_NR[rows].astype(np.float64)
                 influence_MN = (slope_MR @ phi_NR.T) * (delta_MR @ phi_NR.T) / 2
                 influence_MN += slope_MR @ self._g_NR[rows].T
-                influence_MN += self._duration * self._outer_response_N[rows] - mean_MK[:, [k]]
+                influence_MN += outer_slope_M[:, None] * self._outer_response_N[rows]
+                influence_MN -= mean_MK[:, [k]]
                 spread_MK[:, k] += influence_MN**2 @ self._share_N[rows] ** 2
         factor_K = missing_K * self._counts_K / np.maximum(self._counts_K - 1, 1)
         return ((clip_M[:, None] * w_MK) ** 2 * spread_MK) @ factor_K
@@ -322,16 +342,74 @@ class FittedLinearizedTraining(FittedEstimator):
         w_MK /= w_MK.sum()
         clip_M = self._clipping(rows_MK, w_MK)
         values_MR, _ = self._eigensystem(w_MK, clip_M)
-        spectrum = values_MR[0]
+        spectrum = np.maximum(values_MR[0], 0.0)
         norms_N1 = self._norm_N[:, None]  # the norm of a norm is itself
         return {
             "anchor_loss_nats": float(self._store.target.task_losses[0]),
-            "duration": self._duration,
+            "duration": self._recursion.duration,
             "clipping_factor_all_tasks": float(clip_M[0]),
-            "largest_curvature_times_duration": float(spectrum.max() * self._duration),
+            "largest_curvature_times_duration": float(spectrum.max() * self._recursion.duration),
             "effective_dimension": float(spectrum.sum() ** 2 / max((spectrum**2).sum(), 1e-300)),
             "outlier_gradient_share": outlier_share(norms_N1, self._store.task_ids),
         }
+
+
+class _Response(NamedTuple):
+    """Displacement after the last step per unit of each source, at some eigenvalues."""
+
+    start: Array
+    gradient: Array
+    """With the opposite sign: training goes against the gradient."""
+    parameters: Array
+    """Of weight decay, with the opposite sign."""
+
+
+class _Recursion:
+    """What the steps to come make of a start, a gradient and weight decay, by eigenvalue of H."""
+
+    def __init__(
+        self,
+        rates: Array,
+        *,
+        momentum_coefficient: float,
+        steps_taken: int | None,
+        weight_decay: float,
+        is_restart: bool,
+    ) -> None:
+        beta = momentum_coefficient
+        fading = beta ** np.arange(1, len(rates) + 1)
+        self.duration = float((rates * (1 - fading)).sum()) or 1.0
+        """Sum of the learning rates, less what momentum delays: 1 / duration is the curvature in
+        whose direction training has just begun to converge."""
+        # Where a step would overshoot for good, real training does not diverge but leaves the
+        # quadratic model; there the response is that of the largest curvature which converges.
+        # Negative curvature is an error of the projection: it may cancel that of other directions,
+        # but not grow beyond a factor of e.
+        largest = 0.9 * 2 * (1 + beta) / ((1 - beta) * max(rates.max(), 1e-300))
+        self._x_G = np.linspace(0.0, np.log(largest * self.duration + 2), _GRID_POINTS)
+        values_G = (np.exp(self._x_G) - 2) / self.duration
+
+        # Columns: start, gradient, parameters.
+        delta_3G, momentum_3G = np.zeros((2, 3, _GRID_POINTS))
+        if is_restart:
+            delta_3G[0] = 1.0
+        else:
+            momentum_3G[0] = 1.0 if steps_taken is None else 1 - beta**steps_taken
+        sources_3G = np.zeros((3, 1)), np.zeros((3, 1))
+        sources_3G[0][1], sources_3G[1][2] = 1.0, weight_decay
+        for t, rate in enumerate(rates, start=1):
+            momentum_3G *= beta
+            momentum_3G += (1 - beta) * (values_G * delta_3G + sources_3G[0])
+            correction = 1.0 if steps_taken is None else 1 - beta ** (steps_taken + t)
+            delta_3G *= 1 - rate * weight_decay
+            delta_3G -= rate * (momentum_3G / correction + sources_3G[1])
+        self._delta_3G = delta_3G
+
+    def response(self, values: Array) -> _Response:
+        """At eigenvalues of any shape."""
+        x = np.log(np.maximum(values * self.duration, -1.0) + 2)
+        start, gradient, parameters = (np.interp(x, self._x_G, d) for d in self._delta_3G)
+        return _Response(start, -gradient, -parameters)
 
 
 def _gradients(store: GradientStore) -> tuple[Array, Array]:
