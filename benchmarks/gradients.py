@@ -298,8 +298,8 @@ def peak_memory() -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def inspect(name: str, setting: Setting) -> dict[str, Any]:
-    """Memory, size and inner products [N, N] of what a method gives."""
+def measure_memory(name: str, setting: Setting) -> dict[str, int]:
+    """Peak memory in bytes of the plain pass, and of a method above it."""
     model, losses = load(setting)
     longest = setting.batches[-1]
     for _ in range(2):  # the first warms up
@@ -310,18 +310,20 @@ def inspect(name: str, setting: Setting) -> dict[str, Any]:
         peak_memory()
         run(longest)
         run(longest)
-        peak = peak_memory()
+    return {"plain_peak": plain_peak, "memory": peak_memory() - plain_peak}
+
+
+def inspect(name: str, setting: Setting) -> dict[str, Any]:
+    """Size and inner products [N, N] of what a method gives."""
+    model, losses = load(setting)
+    with METHODS[name].open(model, setting.rows, losses) as run:
         results = [run(indices) for indices in setting.batches]
     gram = torch.zeros(len(setting.rows), len(setting.rows), dtype=torch.float64)
     for parts in zip(*[result[: METHODS[name].num_parts] for result in results], strict=True):
         vectors = torch.cat(parts).flatten(1).double()
         gram += vectors @ vectors.T
-    return {
-        "plain_peak": plain_peak,
-        "memory": peak - plain_peak,
-        "bytes_per_example": sum(part.nbytes for part in results[0]) // BATCH_SIZE,
-        "gram": gram,
-    }
+    num_bytes = sum(part.nbytes for part in results[0]) // BATCH_SIZE
+    return {"bytes_per_example": num_bytes, "gram": gram}
 
 
 def measure_time(name: str, setting: Setting) -> np.ndarray:
@@ -406,10 +408,13 @@ def main() -> None:
     parser.add_argument("--num_batches", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="some only; writes no JSON")
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
     names = []
     for name, method in METHODS.items():
+        if options.methods and name not in (*options.methods, "plain", EXACT):
+            continue
         missing = [package for package in method.packages if find_spec(package) is None]
         if missing:
             print(f"skipped: {name} ({missing[0]} is not installed)")
@@ -422,7 +427,8 @@ def main() -> None:
         )
         seen = {}
         for name in names:
-            seen[name] = in_own_process(inspect, name, setting, malloc=GIVE_BACK)
+            seen[name] = in_own_process(measure_memory, name, setting, malloc=GIVE_BACK)
+            seen[name] |= in_own_process(inspect, name, setting, malloc=KEEP_MEMORY)
             print(f"{name}: {seen[name]['memory'] / 2**20:.0f} MiB", flush=True)
         for repetition in range(options.repetitions):
             for name in names:
@@ -431,8 +437,10 @@ def main() -> None:
                 ratio = seconds[:, 1, 0].sum() / seconds[:, 0, 0].sum()
                 print(f"repetition {repetition + 1}, {name}: {ratio:.2f}", flush=True)
     exact = seen[EXACT]["gram"]
-    lines = [summarize(name, seen[name], np.array(times[name]), exact) for name in names]
+    lines = [summarize(seen[name], np.array(times[name]), exact, name) for name in names]
     print_table(lines)
+    if options.methods:
+        return
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
