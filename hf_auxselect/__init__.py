@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from hf_auxselect.estimators import AbstractEstimator as AbstractEstimator
     from hf_auxselect.estimators import Estimate as Estimate
     from hf_auxselect.estimators import FittedEstimator as FittedEstimator
+    from hf_auxselect.estimators import GaussNewton as GaussNewton
     from hf_auxselect.estimators import GradExLogistic as GradExLogistic
+    from hf_auxselect.estimators import KernelSurrogate as KernelSurrogate
     from hf_auxselect.estimators import LinearizedTraining as LinearizedTraining
+    from hf_auxselect.estimators import RidgeSurrogate as RidgeSurrogate
     from hf_auxselect.gradients import capture_gradients as capture_gradients
     from hf_auxselect.mixture import concatenate_tasks as concatenate_tasks
     from hf_auxselect.per_example import GradientCheckError as GradientCheckError
@@ -41,8 +44,11 @@ _MODULES = {
         "AbstractEstimator",
         "Estimate",
         "FittedEstimator",
+        "GaussNewton",
         "GradExLogistic",
+        "KernelSurrogate",
         "LinearizedTraining",
+        "RidgeSurrogate",
     ),
     "gradients": ("capture_gradients",),
     "mixture": ("concatenate_tasks",),

@@ -11,7 +11,6 @@ and a decision, once made, is read and never made again.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import weakref
@@ -43,7 +42,8 @@ from hf_auxselect.plan import (
 from hf_auxselect.projection import BYTES_PER_PARAMETER
 from hf_auxselect.report import SelectionReport, compare, strategy_record, summarize_tasks
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
-from hf_auxselect.store import GradientStore, JsonDict, to_json, write_atomically
+from hf_auxselect.store import GradientStore, JsonDict, read_json, to_json, write_atomically
+from hf_auxselect.verification import RestOfRun, mixtures_to_verify, verify
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,9 @@ class TaskSelectionCallback(TrainerCallback):
             one of the longest.
         one_by_one: capture each example alone: slow, but right for models whose trainable
             parameters hooks cannot capture.
+        verify: so many mixtures (the chosen one, all tasks, random subsets of the chosen size) are
+            fine-tuned for real at the switch, each for the rest of the run, and the report tells
+            how the estimates agree. The run itself is not changed by it.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
         seed: rules examples, projection and the mixture's order; None: the trainer's ``data_seed``,
             or else its ``seed``.
@@ -107,6 +110,7 @@ class TaskSelectionCallback(TrainerCallback):
         projection_dim: int = 512,
         batch_size: int | None = None,
         one_by_one: bool = False,
+        verify: int = 0,
         output_dir: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
@@ -128,6 +132,8 @@ class TaskSelectionCallback(TrainerCallback):
             raise ValueError(f"projection_dim must be at least 2, got {projection_dim}.")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, or None; got {batch_size}.")
+        if isinstance(verify, bool) or not isinstance(verify, int) or verify < 0:
+            raise ValueError(f"verify must be a number of mixtures, 0 or more; got {verify!r}.")
         if not isinstance(estimator, AbstractEstimator | None):
             raise TypeError(
                 f"estimator must be an object such as LinearizedTraining(), got {estimator!r}."
@@ -147,8 +153,14 @@ class TaskSelectionCallback(TrainerCallback):
         self.projection_dim = projection_dim
         self.batch_size = batch_size
         self.one_by_one = one_by_one
+        self.verify = verify
         self.output_dir = output_dir
         self.seed = seed
+        if verify and not self._needs_estimates:
+            raise ValueError(
+                f"verify={verify} compares estimates with real fine-tunes, but "
+                "FixedSelection(estimate=False) makes none; leave one of the two out."
+            )
         self.report: SelectionReport | None = None
         # Set when a trainer is met, and for the length of a `train()`:
         self._trainer: weakref.ref[Trainer] | None = None
@@ -194,6 +206,7 @@ class TaskSelectionCallback(TrainerCallback):
             disk_mib=plan.num_examples * bytes_per_example / 2**20,
             memory_mib=num_trainable * BYTES_PER_PARAMETER / 2**20,
             switch_step=plan.switch_step,
+            verification_steps=self.verify * (max_steps - plan.switch_step),
         )
 
     def on_init_end(
@@ -272,8 +285,11 @@ class TaskSelectionCallback(TrainerCallback):
         if state.is_world_process_zero:
             write_atomically(self._directory / "selection.json", to_json(self._decision))
             report.save(self._directory / "report")
+        if self.verify:
+            self._verify(trainer, report, fitted)
+        if state.is_world_process_zero:
             tqdm.write(report.to_text())
-        switch.log(trainer, self._metrics(report))
+        switch.log(trainer, report.metrics())
         if self.after == "restart":
             switch.restart(trainer, self._initial)
         self._switch(trainer, state)
@@ -321,12 +337,13 @@ class TaskSelectionCallback(TrainerCallback):
                 "max_steps": trainer.state.max_steps,
                 "keep": list(self.keep),
                 "seed": self._plan.seed,
-                # Of a local directory the last part: a report is for others' eyes, too.
-                "model": Path(trainer.model.config.name_or_path).name
-                if Path(trainer.model.config.name_or_path).is_dir()
-                else trainer.model.config.name_or_path,
+                "model": switch.model_name(trainer),
                 "versions": self._plan.to_dict()["versions"],
-                "reads_per_row": self._reads_per_row(trainer, selection.weights),
+                "reads_per_row": self._plan.reads_per_row(
+                    selection.weights,
+                    trainer.state.max_steps,
+                    trainer.get_total_train_batch_size(trainer.args),
+                ),
             },
         )
         if store is not None and fitted is not None:
@@ -336,15 +353,20 @@ class TaskSelectionCallback(TrainerCallback):
             report.diagnostics = fitted.diagnostics()
         return report
 
-    def _reads_per_row(self, trainer: Trainer, weights: dict[str, float]) -> dict[str, float]:
-        """How often the rest of the run will read each row of a task."""
+    def _verify(
+        self, trainer: Trainer, report: SelectionReport, fitted: FittedEstimator | None
+    ) -> None:
+        """Fine-tune on a few mixtures for real, and write the report again with the result."""
         assert self._plan is not None
-        steps = trainer.state.max_steps - self._plan.switch_step
-        rows = steps * trainer.get_total_train_batch_size(trainer.args)
-        return {
-            name: round(rows * weights[name] / count, 3)
-            for name, count in zip(self._plan.tasks.names, self._plan.tasks.counts, strict=True)
-        }
+        initial = self._initial if self.after == "restart" else None
+        rest = RestOfRun(trainer, self._plan.tasks, self.target, self._plan.seed, initial)
+        report.verification = verify(
+            rest,
+            mixtures_to_verify(report.weights, rest.tasks.counts, self.verify, rest.seed),
+            fitted,
+        )
+        if trainer.is_world_process_zero():
+            report.save(self._directory / "report")
 
     def _make_decision(self, report: SelectionReport) -> JsonDict:
         chosen = report.row("chosen") if report.rows else None
@@ -362,16 +384,6 @@ class TaskSelectionCallback(TrainerCallback):
             "selector": report.selector,
         }
 
-    def _metrics(self, report: SelectionReport) -> dict[str, float]:
-        metrics = {
-            "auxselect/num_selected": float(len(report.selected)),
-            "auxselect/seconds": float(report.run["seconds"]),
-        }
-        if report.rows:
-            metrics["auxselect/estimated_loss"] = report.row("chosen").loss
-            metrics["auxselect/estimated_loss_all"] = report.row("all tasks").loss
-        return metrics
-
     def _switch(self, trainer: Trainer, state: TrainerState) -> None:
         """Feed the selected mixture from here on, at the position that belongs to this step."""
         if self._batches is None:
@@ -384,7 +396,7 @@ class TaskSelectionCallback(TrainerCallback):
             switch.consumed_batches(step, per_epoch, accumulation)
             for step in (self._plan.switch_step, state.global_step, state.max_steps)
         )
-        self._batches.use_mixture(
+        self._batches.mixture.start(
             self._plan.tasks,
             np.array([weights[name] for name in self._plan.tasks.names]),
             self._plan.seed,
@@ -438,7 +450,7 @@ class TaskSelectionCallback(TrainerCallback):
             paths.insert(0, Path(checkpoint) / CHECKPOINT_FILE)
         for path in paths:
             if path.is_file():
-                return _read_json(path, ("selected", "weights", "switch_step", "after"))
+                return read_json(path, ("selected", "weights", "switch_step", "after"))
         return None
 
     def _same_strategies(self, decision: JsonDict) -> bool:
@@ -511,7 +523,7 @@ class TaskSelectionCallback(TrainerCallback):
         if not path.is_file():
             logger.info("resuming a run that was started without a task selection.")
             return self._start_plan(plan)
-        on_disk = _read_json(path, ("switch_step", "seed", "fingerprint"))
+        on_disk = read_json(path, ("switch_step", "seed", "fingerprint"))
         require_same_plan(plan, on_disk, path)
         return replace(plan, switch_step=on_disk["switch_step"], seed=on_disk["seed"])
 
@@ -536,7 +548,7 @@ class TaskSelectionCallback(TrainerCallback):
         counts = self._plan.tasks.counts
         try:
             with switch.preserved_rng():
-                batches.build_loader(
+                batches.mixture.build_loader(
                     MixtureSampler(self._plan.tasks, counts / counts.sum(), self._plan.seed)
                 )
         except ValueError:
@@ -577,13 +589,3 @@ class TaskSelectionCallback(TrainerCallback):
 
 def _no_estimate(weights: Any) -> Any:
     raise AssertionError("FixedSelection(estimate=False) asked for an estimate")
-
-
-def _read_json(path: Path, keys: Sequence[str]) -> JsonDict:
-    try:
-        content = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: damaged ({error}).") from error
-    if not isinstance(content, dict) or any(key not in content for key in keys):
-        raise ValueError(f"{path}: damaged (expected an object with {list(keys)}).")
-    return content

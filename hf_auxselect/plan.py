@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -42,6 +42,16 @@ class Plan:
     def num_examples(self) -> int:
         return sum(len(task.example_ids) for task in (*self.examples, self.target))
 
+    def reads_per_row(
+        self, weights: Mapping[str, float], max_steps: int, rows_per_step: int
+    ) -> dict[str, float]:
+        """How often the steps after the switch read each row of a task, in a mixture."""
+        rows = (max_steps - self.switch_step) * rows_per_step
+        return {
+            name: round(rows * weights[name] / count, 3)
+            for name, count in zip(self.tasks.names, self.tasks.counts.tolist(), strict=True)
+        }
+
     def to_dict(self) -> JsonDict:
         """What is written to ``plan.json``."""
         packages = ("torch", "transformers", "accelerate", "datasets")
@@ -66,6 +76,7 @@ class CostPreview:
         memory_mib: memory of the projection's tables, MiB, beyond that of an evaluation batch
             with gradients.
         switch_step: optimizer step after which the pass runs.
+        verification_steps: further training steps, of ``verify=n`` mixtures.
     """
 
     num_examples: int
@@ -73,6 +84,7 @@ class CostPreview:
     disk_mib: float
     memory_mib: float
     switch_step: int
+    verification_steps: int = 0
 
     def __str__(self) -> str:
         minutes, seconds = divmod(round(self.seconds), 60)
@@ -80,6 +92,10 @@ class CostPreview:
             f"gradient pass after step {self.switch_step}: {self.num_examples} examples, about "
             f"{minutes} min {seconds:02d} s, {self.disk_mib:.1f} MiB on disk, "
             f"{self.memory_mib:.0f} MiB of memory"
+        ) + (
+            f"; verification: {self.verification_steps} training steps"
+            if self.verification_steps
+            else ""
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_auxselect.estimators import ESTIMATORS, Estimate, FittedEstimator
+from hf_auxselect.estimators import ESTIMATORS, AbstractEstimator, Estimate, FittedEstimator
 from hf_auxselect.selectors import RandomEnsemble, Selection, Step
 from hf_auxselect.store import GradientStore, JsonDict, to_json, write_atomically
 
@@ -52,6 +52,24 @@ class TaskSummary:
     """At the anchor, nats per label token."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A mixture on which the rest of the run was trained for real, next to its estimate.
+
+    Losses are of the target, nats per label token; ``low`` and ``high`` are the estimate's 90%
+    interval.
+    """
+
+    name: str
+    weights: dict[str, float]
+    """Task -> share of the training examples."""
+    estimated: float
+    low: float
+    high: float
+    measured: float
+    seconds: float
+
+
 @dataclass(kw_only=True)
 class SelectionReport:
     """What a selection decided and why; made by the callback, read back by :meth:`load`.
@@ -63,6 +81,7 @@ class SelectionReport:
             of the chosen size, and all tasks without each one.
         tasks: what was captured of each task; ``target`` of the target.
         history: every mixture the selector tried.
+        verification: mixtures that were trained for real (``verify=n``), the chosen one first.
         diagnostics: numbers that say how far to trust the estimates.
         estimator, selector: name and options of the strategies.
         run: switch step, mode, seed, model, versions, seconds.
@@ -75,6 +94,7 @@ class SelectionReport:
     tasks: list[TaskSummary] = field(default_factory=list)
     target: TaskSummary | None = None
     history: list[Step] = field(default_factory=list)
+    verification: list[Measurement] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
     estimator: JsonDict = field(default_factory=dict)
     selector: JsonDict = field(default_factory=dict)
@@ -130,6 +150,17 @@ class SelectionReport:
             )
         return self._fitted
 
+    def metrics(self) -> dict[str, float]:
+        """What the trainer logs of the selection."""
+        metrics = {
+            "auxselect/num_selected": float(len(self.selected)),
+            "auxselect/seconds": float(self.run["seconds"]),
+        }
+        if self.rows:
+            metrics["auxselect/estimated_loss"] = self.row("chosen").loss
+            metrics["auxselect/estimated_loss_all"] = self.row("all tasks").loss
+        return metrics
+
     def to_dict(self) -> JsonDict:
         """The report as JSON values."""
         record = {
@@ -140,6 +171,7 @@ class SelectionReport:
         record["rows"] = [dataclasses.asdict(row) for row in self.rows]
         record["tasks"] = [dataclasses.asdict(task) for task in self.tasks]
         record["target"] = self.target and dataclasses.asdict(self.target)
+        record["verification"] = [dataclasses.asdict(one) for one in self.verification]
         record["history"] = [
             dataclasses.asdict(step) | {"tasks": list(step.tasks)} for step in self.history
         ]
@@ -175,6 +207,7 @@ class SelectionReport:
             record["rows"] = [Row(**row) for row in record["rows"]]
             record["tasks"] = [TaskSummary(**task) for task in record["tasks"]]
             record["target"] = record["target"] and TaskSummary(**record["target"])
+            record["verification"] = [Measurement(**one) for one in record["verification"]]
             record["history"] = [
                 Step(**step | {"tasks": tuple(step["tasks"])}) for step in record["history"]
             ]
@@ -194,7 +227,35 @@ class SelectionReport:
             for row in self.rows:
                 name = printable(row.name)
                 lines.append(f"  {name:<{width}}  {row.loss:7.4f}  [{row.low:.4f}, {row.high:.4f}]")
+        if self.verification:
+            width = max(len(printable(one.name)) for one in self.verification)
+            lines.append(f"{'measured by real fine-tunes, and estimated':>{width + 29}}")
+            lines += [
+                f"  {printable(one.name):<{width}}  {one.measured:7.4f}  {one.estimated:7.4f}  "
+                f"[{one.low:.4f}, {one.high:.4f}]"
+                for one in self.verification
+            ]
+            lines.append(f"  {self.agreement()}")
         return "\n".join([*lines, *(f"Warning: {text}" for text in self.warnings)])
+
+    def agreement(self) -> str:
+        """One sentence on how the estimates agree with what was measured; empty if nothing was."""
+        if not self.verification:
+            return ""
+        measured = np.array([one.measured for one in self.verification])
+        estimated = np.array([one.estimated for one in self.verification])
+        inside = sum(one.low <= one.measured <= one.high for one in self.verification)
+        error = np.mean(np.abs(estimated - measured) / measured)
+        text = (
+            f"Estimates err by {error:.1%} on average; {inside} of {len(measured)} intervals hold "
+            "the measured loss."
+        )
+        by_name = {one.name: one.measured for one in self.verification}
+        if {"chosen", "all tasks"} <= by_name.keys():
+            gain = by_name["all tasks"] - by_name["chosen"]
+            text += f" The chosen mixture ends {abs(gain):.4f} nats "
+            text += "below all tasks." if gain > 0 else "above all tasks: the choice did not win."
+        return text
 
     def to_markdown(self) -> str:
         """The report as a Markdown page."""
@@ -225,6 +286,20 @@ class SelectionReport:
                 f"![Estimated loss when each task is left out]({PICTURE_NAME})",
                 "",
             ]
+        if self.verification:
+            lines += ["## Checked by real fine-tunes", "", self.agreement(), ""]
+            lines += _table(
+                ["trained on", "measured", "estimated", "low", "high", "seconds"],
+                [
+                    [
+                        one.name,
+                        *(f"{x:.4f}" for x in (one.measured, one.estimated, one.low, one.high)),
+                        f"{one.seconds:.1f}",
+                    ]
+                    for one in self.verification
+                ],
+            )
+            lines += [""]
         lines += ["## Mixture", ""]
         headers = ["task", "share of examples"] + (["score"] if self.scores else [])
         lines += _table(
@@ -361,22 +436,35 @@ def summarize_tasks(store: GradientStore) -> list[TaskSummary]:
 
 
 def strategy_record(strategy: Any) -> JsonDict:
-    """Name and options of an estimator or selector, as JSON values."""
+    """Name and options of an estimator or selector, as JSON values.
+
+    An option that is an estimator itself becomes a record of the same form.
+    """
     options = (
         {f.name: getattr(strategy, f.name) for f in dataclasses.fields(strategy)}
         if dataclasses.is_dataclass(strategy)
         else {}
     )
-    return {"name": type(strategy).__name__} | json.loads(json.dumps(options, default=repr))
+    return {"name": type(strategy).__name__} | json.loads(
+        json.dumps(
+            options,
+            default=lambda value: (
+                strategy_record(value) if isinstance(value, AbstractEstimator) else repr(value)
+            ),
+        )
+    )
 
 
 def estimator_from(record: JsonDict) -> Any:
     """The estimator that :func:`strategy_record` described.
 
     Raises:
-        ValueError: it is not one of this package.
+        ValueError: it, or an estimator among its options, is not one of this package.
     """
-    options = dict(record)
+    options = {
+        option: estimator_from(value) if isinstance(value, dict) else value
+        for option, value in record.items()
+    }
     name = options.pop("name", None)
     if name not in ESTIMATORS:
         raise ValueError(f"unknown estimator {name!r}; known are {sorted(ESTIMATORS)}.")

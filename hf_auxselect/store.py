@@ -47,6 +47,21 @@ class StoreError(ValueError):
     """A gradient store that is damaged, incomplete or of a foreign format; names the file."""
 
 
+def read_json(path: Path, keys: Sequence[str]) -> JsonDict:
+    """An object of a JSON file, which must have these keys.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged ({error}).") from error
+    if not isinstance(content, dict) or any(key not in content for key in keys):
+        raise ValueError(f"{path}: damaged (expected an object with {list(keys)}).")
+    return content
+
+
 def write_atomically(path: str | Path, content: bytes | str | Iterator[bytes | memoryview]) -> None:
     """Write a file under a temporary name and rename it: it appears whole or not at all.
 

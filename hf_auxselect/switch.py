@@ -1,5 +1,6 @@
-"""The only code that knows the insides of Trainer: its data, its batches, its optimizer.
+"""What the package knows of Trainer's insides: its data, its batches, its optimizer.
 
+Only ``verification``, which steps through a training loop of its own, knows more of them.
 Everything here was checked against the source of transformers 5.23, trl 1.16 and accelerate 1.15.
 """
 
@@ -10,6 +11,7 @@ import dataclasses
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -281,75 +283,43 @@ def evaluation_weights(
     return weights
 
 
-class BatchSource:
-    """Feeds a trainer from its own data loader until the switch, and from a mixture after it.
-
-    ``Trainer.get_batch_samples`` is the one place where the training loop draws batches. It is
-    shadowed on this trainer alone. Until :meth:`use_mixture` it passes the call through, so that
-    the warm-up is the run without this package. From then on it passes an iterator of its own over
-    a loader that the trainer itself builds; the trainer's loader, whose length rules epochs,
-    schedule and resume, is left in place and never read again, with what its workers had fetched
-    ahead.
-    """
+class MixtureBatches:
+    """Batches of a mixture, from a loader that the trainer itself builds."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._original = trainer.get_batch_samples
-        self._loader: Any = None
-        self._batches: Iterator[Any] | None = None
-        trainer.get_batch_samples = self._get_batch_samples
+        self.loader: Any = None
+        self.iterator: Iterator[Any] | None = None
 
-    def remove(self) -> None:
-        """Give the trainer its own method back, and stop the loader."""
-        self._close_loader()
-        if vars(self._trainer).get("get_batch_samples") == self._get_batch_samples:
-            del self._trainer.get_batch_samples
-
-    def use_mixture(
+    def start(
         self, tasks: TaskRows, shares: np.ndarray, seed: int, *, consumed: int, total: int
     ) -> None:
-        """From the next optimizer step on, draw rows of ``tasks`` in the given shares [K].
+        """Draw rows of ``tasks`` in the given shares [K] from here on.
 
         Args:
             tasks: task of each row of the training set.
             shares: float [K], summing to 1.
             seed: rules the order.
-            consumed: micro-batches (per process) that the mixture has given to this run before.
-            total: micro-batches (per process) that the run may still ask for.
+            consumed: micro-batches (per process) that were drawn before.
+            total: micro-batches (per process) that may still be asked for.
 
         Raises:
             ValueError: the trainer builds its loader without ``_get_train_sampler``.
         """
-        self._close_loader()
+        self.close()
         sampler = MixtureSampler(tasks, shares, seed)
-        self._loader = self.build_loader(sampler)
-        rows_per_batch = self._loader.total_batch_size
+        self.loader = self.build_loader(sampler)
+        rows_per_batch = self.loader.total_batch_size
         sampler.start = consumed * rows_per_batch
         # Loaders fetch ahead; two more batches keep the end of the sampler out of sight.
         sampler.length = (total + 2) * rows_per_batch
-        self._batches = self._iterate()
-
-    def _get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        if self._batches is None:
-            return self._original(epoch_iterator, num_batches, device)
-        self._retire(epoch_iterator)
-        return self._original(self._batches, num_batches, device)
-
-    def _retire(self, epoch_iterator: Any) -> None:
-        """Stop the trainer's own loader, which is read no more, with its workers."""
-        epoch_iterator.close()
-        base = getattr(self._trainer.callback_handler.train_dataloader, "base_dataloader", None)
-        if base is not None:
-            base._iterator = None  # persistent workers live as long as this
-        for loader in self._trainer.accelerator.gradient_state.dataloader_references:
-            if loader is not None and loader is not self._loader:
-                loader.end()
+        self.iterator = self._iterate()
 
     def _iterate(self) -> Iterator[Any]:
         # Starting a loader draws a seed from the global generator. On resume the loader starts
         # before the trainer loads its random state, in an unbroken run after: neither may tell.
         with preserved_rng():
-            batches = iter(self._loader)
+            batches = iter(self.loader)
             batch = next(batches)
         while True:
             yield batch
@@ -381,11 +351,51 @@ class BatchSource:
             )
         return loader
 
-    def _close_loader(self) -> None:
-        if self._batches is not None:
-            self._batches.close()  # type: ignore[attr-defined]
-            self._loader.end()
-        self._batches = self._loader = None
+    def close(self) -> None:
+        """Stop the loader."""
+        if self.iterator is not None:
+            self.iterator.close()  # type: ignore[attr-defined]
+            self.loader.end()
+        self.iterator = self.loader = None
+
+
+class BatchSource:
+    """Feeds a trainer from its own data loader until the switch, and from a mixture after it.
+
+    ``Trainer.get_batch_samples`` is the one place where the training loop draws batches. It is
+    shadowed on this trainer alone. Until ``mixture`` is started it passes the call through, so that
+    the warm-up is the run without this package. From then on it passes the mixture's iterator; the
+    trainer's loader, whose length rules epochs, schedule and resume, is left in place and never
+    read again, with what its workers had fetched ahead.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.mixture = MixtureBatches(trainer)
+        self._trainer = trainer
+        self._original = trainer.get_batch_samples
+        trainer.get_batch_samples = self._get_batch_samples
+
+    def remove(self) -> None:
+        """Give the trainer its own method back, and stop the loader."""
+        self.mixture.close()
+        if vars(self._trainer).get("get_batch_samples") == self._get_batch_samples:
+            del self._trainer.get_batch_samples
+
+    def _get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        if self.mixture.iterator is None:
+            return self._original(epoch_iterator, num_batches, device)
+        self._retire(epoch_iterator)
+        return self._original(self.mixture.iterator, num_batches, device)
+
+    def _retire(self, epoch_iterator: Any) -> None:
+        """Stop the trainer's own loader, which is read no more, with its workers."""
+        epoch_iterator.close()
+        base = getattr(self._trainer.callback_handler.train_dataloader, "base_dataloader", None)
+        if base is not None:
+            base._iterator = None  # persistent workers live as long as this
+        for loader in self._trainer.accelerator.gradient_state.dataloader_references:
+            if loader is not None and loader is not self.mixture.loader:
+                loader.end()
 
 
 def consumed_batches(step: int, batches_per_epoch: int, accumulation: int) -> int:
@@ -495,6 +505,12 @@ def training_to_come(trainer: Trainer, switch_step: int, after: str) -> dict[str
         "examples_per_step": int(trainer.get_total_train_batch_size(trainer.args)),
         "after": "restart" if after == "restart" else "continue",
     }
+
+
+def model_name(trainer: Trainer) -> str:
+    """The model's name; of a local directory the last part, since reports are for others' eyes."""
+    name = str(trainer.model.config.name_or_path)
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def log(trainer: Trainer, metrics: dict[str, float]) -> None:

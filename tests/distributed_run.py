@@ -44,11 +44,12 @@ def main(output: Path) -> None:
                 result["leaks"][name] = seen
     result["world_size"] = trainer.args.world_size
 
-    trainer = tiny.sft_trainer(
-        output / "trained", TaskSelectionCallback(warmup=4, projection_dim=16)
-    )
+    callback = TaskSelectionCallback(warmup=4, projection_dim=16, verify=1)
+    trainer = tiny.sft_trainer(output / "trained", callback)
     trainer.train()
     result["weights"] = digest(tiny.weights(trainer))
+    result["measured at the switch"] = callback.report.verification[0].measured
+    result["measured at the end"] = trainer.evaluate()["eval_loss"]
 
     # Without a learning rate the weights at the switch do not depend on the number of processes.
     callback = TaskSelectionCallback(warmup=4, projection_dim=16)

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from reference import random_store
 
-from hf_auxselect import FixedSelection, ForwardSelection, GradExLogistic, SelectionReport
+from hf_auxselect import (
+    FixedSelection,
+    ForwardSelection,
+    GaussNewton,
+    GradExLogistic,
+    KernelSurrogate,
+    LinearizedTraining,
+    RidgeSurrogate,
+    SelectionReport,
+)
 from hf_auxselect.report import (
     compare,
     escape_markdown,
@@ -185,12 +194,45 @@ class TestRendering:
 
 
 class TestStrategies:
-    def test_they_are_read_back(self):
-        options = GradExLogistic(regularization=0.5)
-        assert estimator_from(strategy_record(options)) == options
+    @pytest.mark.parametrize(
+        "options",
+        [
+            GradExLogistic(regularization=0.5),
+            LinearizedTraining(learning_rates=[0.2, 0.1]),
+            GaussNewton(curvature="empirical", damping=0.2),
+            RidgeSurrogate(),
+            KernelSurrogate(
+                base=RidgeSurrogate(base=LinearizedTraining(learning_rates=[0.1])),
+                num_subsets=9,
+                gammas=[1.0],
+            ),
+        ],
+        ids=repr,
+    )
+    def test_they_are_read_back(self, options):
+        record = json.loads(json.dumps(strategy_record(options)))
+        again = estimator_from(record)
+        assert again == options
+        assert strategy_record(again) == record
+
+    def test_an_estimator_within_another_is_part_of_the_report(self, report, tmp_path):
+        store = random_store(1)
+        options = RidgeSurrogate(base=GradExLogistic(regularization=0.5))
+        report.estimator = strategy_record(options)
+        assert report.estimator["base"] == strategy_record(options.base)
+        report.save(tmp_path / "report")
+        loaded = SelectionReport.load(tmp_path)
+        assert "GradExLogistic" in loaded.to_markdown()
+        loaded._fitted = estimator_from(loaded.estimator).fit(store)
+        assert loaded.estimate(["task1"]).loss == options.fit(store).estimate([[0, 1, 0]]).loss
+
+    def test_an_unknown_one_within_another_is_named(self):
+        record = strategy_record(RidgeSurrogate()) | {"base": {"name": "Oracle"}}
+        with pytest.raises(ValueError, match="unknown estimator 'Oracle'"):
+            estimator_from(record)
 
     def test_an_unknown_one_is_named(self):
-        with pytest.raises(ValueError, match=r"unknown estimator 'Oracle'; known are \['GradEx"):
+        with pytest.raises(ValueError, match=r"unknown estimator 'Oracle'; known are \['GaussN"):
             estimator_from({"name": "Oracle"})
 
     def test_records_are_json(self):

@@ -244,6 +244,10 @@ class TestTwoProcesses:
         for run in two_processes:
             assert run["largest_difference"] < 1e-6
 
+    def test_verification_measures_what_the_run_ends_with(self, two_processes):
+        for run in two_processes:
+            assert run["measured at the switch"] == run["measured at the end"]
+
     def test_weights_stay_in_step(self, two_processes):
         one, other = (run["weights"] for run in two_processes)
         assert one == other

@@ -6,8 +6,8 @@ Shapes: K tasks, M mixtures.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -69,8 +69,13 @@ def normalize_mixtures(weights: ArrayLike, task_sizes: ArrayLike) -> Array:
 class AbstractEstimator(ABC):
     """Options of an estimator; ``fit`` prepares it for a gradient store."""
 
-    scalars: ClassVar[tuple[str, ...]]
-    """Differentiated scalars that the gradient pass must capture for it."""
+    @property
+    @abstractmethod
+    def scalars(self) -> tuple[str, ...]:
+        """Differentiated scalars that the gradient pass must capture for it.
+
+        A class variable where they do not depend on the options.
+        """
 
     @abstractmethod
     def fit(self, store: GradientStore) -> FittedEstimator:
@@ -102,3 +107,22 @@ def outlier_share(gradients: Array, task_ids: Array) -> float:
     norms = np.linalg.norm(gradients, axis=1)
     medians = np.array([np.median(norms[task_ids == k]) for k in range(task_ids.max() + 1)])
     return float(np.mean(norms > 10 * medians[task_ids]))
+
+
+def estimate_in_chunks(
+    rows_MK: Array, estimate: Callable[[Array], tuple[Array, Array]], *, size: int
+) -> Estimate:
+    """The estimate of mixtures, ``size`` at a time, from loss and standard deviation [M] of each.
+
+    Neither the loss nor an end of its interval is below 0.
+    """
+    chunks = [
+        estimate(rows_MK[first : first + size]) for first in range(0, max(len(rows_MK), 1), size)
+    ]
+    loss, deviation = (np.concatenate(column) for column in zip(*chunks, strict=True))
+    return Estimate(
+        loss=np.maximum(loss, 0.0),
+        low=np.maximum(loss - NORMAL_95 * deviation, 0.0),
+        high=np.maximum(loss + NORMAL_95 * deviation, 0.0),
+        weights=rows_MK,
+    )

@@ -6,7 +6,6 @@ D projection_dim, R dimensions in which curvature is modelled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -14,23 +13,21 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_auxselect.estimators.base import (
-    NORMAL_95,
     AbstractEstimator,
     Array,
     Estimate,
     FittedEstimator,
+    estimate_in_chunks,
     normalize_mixtures,
     outlier_share,
 )
+from hf_auxselect.estimators.quadratic import QuadraticModel, chunks_of_tasks
 from hf_auxselect.store import GradientStore, JsonDict
 
 _MIXTURES_AT_ONCE = 64
 
 _GRID_POINTS = 8192
 """Eigenvalues at which the steps to come are tabulated; between them it is interpolated."""
-
-_ROWS_AT_ONCE = 4096
-"""Rows of gradients that are in memory at once in float64 (16 MB for 512 numbers each)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +122,6 @@ class FittedLinearizedTraining(FittedEstimator):
         is_restart = self._training.get("after") == "restart"
         steps_taken = optimizer.get("steps_taken")
         start = "initial_displacement" if is_restart else "momentum"
-        self._start_D = store.vectors[start].astype(np.float64)
         self._recursion = _Recursion(
             rates,
             momentum_coefficient=optimizer["momentum_coefficient"],
@@ -134,148 +130,68 @@ class FittedLinearizedTraining(FittedEstimator):
             is_restart=is_restart,
         )
         self._decay = optimizer["weight_decay"]
-        self._read_tasks(store)
-        self._read_target(store.target)
-        self._reduce()
-
-    def _read_tasks(self, store: GradientStore) -> None:
-        """Label tokens of each task, shares of the examples in its loss, mean gradients."""
-        self._counts_K = np.bincount(store.task_ids)
-        tokens_N = store.num_label_tokens.astype(np.float64)
-        tokens_K = np.bincount(store.task_ids, tokens_N)
-        self._tokens_per_row_K = tokens_K / self._counts_K
-        self._share_N = tokens_N / tokens_K[store.task_ids]  # of an example in its task's loss
-        self._b_KD, self._trace_K, self._sum_H_DD = _moments(store, self._share_N)
+        start_D = store.vectors[start].astype(np.float64)
+        parameters_D = (self._decay > 0) * store.vectors["parameters"].astype(np.float64)
+        self._model = QuadraticModel(
+            store,
+            _read_gradients,
+            rank=options.rank,
+            vectors_VD=np.stack([start_D, parameters_D]),
+        )
+        self._start_R, self._parameters_R = self._model.vectors_VR
         if self._training.get("max_grad_norm"):
-            gradients_ND = store.scalar("loss")[1]
-            self._plain_b_KD = np.zeros_like(self._b_KD)
-            self._plain_spread_K = np.zeros(len(self._b_KD))
-            for k, rows in _chunks(store.task_ids):
-                chunk = gradients_ND[rows].astype(np.float64)
-                self._plain_b_KD[k] += self._share_N[rows] @ chunk
-                self._plain_spread_K[k] += tokens_N[rows] ** 2 @ (chunk**2).sum(1)
-            self._plain_spread_K /= self._counts_K
+            self._read_plain_gradients()
 
-    def _read_target(self, target: GradientStore) -> None:
-        self._omega_T = target.example_weights
-        self._losses_T = target.losses.astype(np.float64)
-        means_1D, traces_1, self._target_H_DD = _moments(target, self._omega_T)
-        self._target_b_D, self._target_trace = means_1D[0], float(traces_1[0])
-
-    def _reduce(self) -> None:
-        """Turn everything into the R leading axes, and keep what lies outside as inner products."""
-        num_tasks, dim = self._b_KD.shape
-        _, axes = np.linalg.eigh(self._sum_H_DD / num_tasks + self._target_H_DD)
-        axes = axes[:, ::-1][:, : min(self._options.rank, dim)]
-        rank = axes.shape[1]
-
-        def inside(vectors: Array) -> Array:
-            return vectors @ axes
-
-        def outside(vectors: Array) -> Array:
-            return vectors - (vectors @ axes) @ axes.T
-
-        self._b_KR, self._start_R = inside(self._b_KD), inside(self._start_D)
-        parameters_D = (self._decay > 0) * self._store.vectors["parameters"].astype(np.float64)
-        self._parameters_R = inside(parameters_D)
-        self._noise_K = self._trace_K / dim  # what the projection adds to every eigenvalue
-        self._target_noise = self._target_trace / dim
-
-        g_ND, phi_ND = _gradients(self._store)
-        outer_target_b_D = outside(self._target_b_D)
-        self._H_KRR = np.zeros((num_tasks, rank, rank))
-        # For the interval alone, and no less precise than the gradients were.
-        self._phi_NR = np.empty((len(g_ND), rank), np.float32)
-        self._g_NR = np.empty((len(g_ND), rank), np.float32)
-        self._outer_response_N = np.empty(len(g_ND))
-        self._norm_N = np.empty(len(g_ND))
-        for k, rows in _chunks(self._store.task_ids):
-            gradients = g_ND[rows].astype(np.float64)
-            phi, g = inside(phi_ND[rows]), inside(gradients)
-            self._H_KRR[k] += (phi * self._share_N[rows, None]).T @ phi
-            self._phi_NR[rows], self._g_NR[rows] = phi, g
-            self._norm_N[rows] = np.linalg.norm(g, axis=1)
-            self._outer_response_N[rows] = gradients @ outer_target_b_D
-        self._outer_response_K = self._b_KD @ outer_target_b_D
-
-        g_TD, phi_TD = _gradients(self._store.target)
-        self._target_b_R = inside(self._target_b_D)
-        self._target_H_RR = inside(inside(self._target_H_DD).T)
-        self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
-        self._target_outer_curvature = self._curvature_left(self._target_H_RR, self._target_trace)
-        self._target_H_RR -= self._target_noise * np.eye(rank)
-        self._target_phi_TR = np.empty((len(g_TD), rank))
-        self._target_g_TR = np.empty((len(g_TD), rank))
-        # Sources of the displacement: the tasks' gradients, the start, the parameters (decay).
-        outer_SD = outside(np.vstack([self._b_KD, self._start_D, parameters_D]))
-        self._outer_gram_SS = outer_SD @ outer_SD.T
-        self._target_outer_TS = np.empty((len(g_TD), num_tasks + 2))
-        for _, rows in _chunks(self._store.target.task_ids):
-            gradients = g_TD[rows].astype(np.float64)
-            self._target_phi_TR[rows] = inside(phi_TD[rows])
-            self._target_g_TR[rows] = inside(gradients)
-            self._target_outer_TS[rows] = gradients @ outer_SD.T
-
-    def _curvature_left(self, H_RR: Array, trace: Array | float) -> Array:
-        """Mean eigenvalue outside the leading axes, less what the projection adds; [...]."""
-        rank, dim = H_RR.shape[-1], self._b_KD.shape[1]
-        if rank == dim:
-            return np.zeros_like(trace)
-        return (trace - np.trace(H_RR, axis1=-2, axis2=-1)) / (dim - rank) - trace / dim
+    def _read_plain_gradients(self) -> None:
+        """What clipping depends on, of each task: b, and the mean square of a row's gradient."""
+        gradients_ND = self._store.scalar("loss")[1]
+        tokens_N = self._store.num_label_tokens.astype(np.float64)
+        self._plain_b_KD = np.zeros_like(self._model.b_KD)
+        self._plain_spread_K = np.zeros(len(self._plain_b_KD))
+        for k, rows in chunks_of_tasks(self._store.task_ids):
+            chunk = gradients_ND[rows].astype(np.float64)
+            self._plain_b_KD[k] += self._model.share_N[rows] @ chunk
+            self._plain_spread_K[k] += tokens_N[rows] ** 2 @ (chunk**2).sum(1)
+        self._plain_spread_K /= self._model.counts_K
 
     def estimate(self, weights: ArrayLike) -> Estimate:
         rows_MK = normalize_mixtures(weights, self._store.task_sizes)
-        columns = [
-            self._estimate_chunk(rows_MK[i : i + _MIXTURES_AT_ONCE])
-            for i in range(0, len(rows_MK), _MIXTURES_AT_ONCE)
-        ]
-        loss, deviation = (np.concatenate(column) for column in zip(*columns, strict=True))
-        return Estimate(
-            loss=np.maximum(loss, 0.0),
-            low=np.maximum(loss - NORMAL_95 * deviation, 0.0),
-            high=np.maximum(loss + NORMAL_95 * deviation, 0.0),
-            weights=rows_MK,
-        )
+        return estimate_in_chunks(rows_MK, self._estimate_chunk, size=_MIXTURES_AT_ONCE)
 
     def _estimate_chunk(self, rows_MK: Array) -> tuple[Array, Array]:
         """Loss and its standard deviation, float64 [M] each."""
+        model = self._model
         idle_M = ~rows_MK.any(1)
-        w_MK = rows_MK * self._tokens_per_row_K
-        w_MK = w_MK / np.where(idle_M, 1.0, w_MK.sum(1))[:, None]
+        w_MK = model.token_weights(rows_MK)
         clip_M = self._clipping(rows_MK, w_MK)
-        values_MR, vectors_MRR = self._eigensystem(w_MK, clip_M)
-        b_MR = clip_M[:, None] * (w_MK @ self._b_KR)
+        clipped_MK = clip_M[:, None] * w_MK
+        values_MR, vectors_MRR, outer_M = model.curvature(clipped_MK)
 
         def turned(x: Array) -> Array:  # into each mixture's own axes
             return np.einsum("mrs,...r->ms" if x.ndim == 1 else "mrs,mr->ms", vectors_MRR, x)
 
         response = self._recursion.response(values_MR)
-        own_MR = response.start * turned(self._start_R) - response.gradient * turned(b_MR)
+        own_MR = response.start * turned(self._start_R)
+        own_MR = own_MR - response.gradient * turned(clipped_MK @ model.b_KR)
         own_MR -= response.parameters * turned(self._parameters_R)
         delta_MR = np.einsum("mrs,ms->mr", vectors_MRR, own_MR)
         delta_MR[idle_M] = 0.0
 
-        outer_M = clip_M * (w_MK @ self._outer_curvature_K)
         outer = self._recursion.response(outer_M)
         sources_MS = np.column_stack(
-            [-(outer.gradient * clip_M)[:, None] * w_MK, outer.start, -outer.parameters]
+            [-outer.gradient[:, None] * clipped_MK, outer.start, -outer.parameters]
         )
         sources_MS[idle_M] = 0.0
-        square_M = np.einsum("ms,st,mt->m", sources_MS, self._outer_gram_SS, sources_MS)
 
-        linear_MT = delta_MR @ self._target_g_TR.T + sources_MS @ self._target_outer_TS.T
-        H_delta_MR = delta_MR @ self._target_H_RR
-        linear_M = linear_MT @ self._omega_T
-        quadratic_M = (delta_MR * H_delta_MR).sum(1) + self._target_outer_curvature * square_M
-        quadratic_M = np.maximum(quadratic_M / 2, 0.0)
-        loss_M = self._losses_T @ self._omega_T + linear_M + quadratic_M
+        linear_MT, quadratic_M, target_slope_MR = model.target_change(delta_MR, sources_MS)
+        linear_M = model.target_mean(linear_MT)
+        loss_M = model.anchor_loss + linear_M + quadratic_M
 
-        slope_MR = np.einsum(
-            "mrs,ms->mr", vectors_MRR, response.gradient * turned(self._target_b_R + H_delta_MR)
-        )
-        variance_M = self._target_variance(delta_MR, linear_MT)
-        variance_M = variance_M + self._task_variance(
-            w_MK, clip_M, slope_MR, outer.gradient, delta_MR
+        slope_MR = np.einsum("mrs,ms->mr", vectors_MRR, response.gradient * turned(target_slope_MR))
+        variance_M = model.target_variance(delta_MR, linear_MT)
+        # Curvature acts on the displacement, which grows from 0: half of it on average.
+        variance_M = variance_M + model.task_variance(
+            clipped_MK, slope_MR, outer.gradient, delta_MR, curvature_share=0.5
         )
         variance_M += self._options.model_error**2 * (linear_M**2 + quadratic_M**2)
         variance_M[idle_M] = 0.0
@@ -289,7 +205,7 @@ class FittedLinearizedTraining(FittedEstimator):
         # |mean|^2 plus the variance of a batch of B rows around it, both weighted by label tokens.
         mean_MD = w_MK @ self._plain_b_KD
         mean_square_M = (mean_MD**2).sum(1)
-        tokens_M = rows_MK @ self._tokens_per_row_K
+        tokens_M = rows_MK @ self._model.tokens_per_row_K
         tokens_M = np.where(tokens_M > 0, tokens_M, 1.0)  # no training has no batch
         variance_M = rows_MK @ self._plain_spread_K / tokens_M**2 - mean_square_M
         norm_M = np.sqrt(
@@ -297,53 +213,14 @@ class FittedLinearizedTraining(FittedEstimator):
         )
         return np.minimum(1.0, limit / np.maximum(norm_M, 1e-300))
 
-    def _eigensystem(self, w_MK: Array, clip_M: Array) -> tuple[Array, Array]:
-        """Eigenvalues [M, R] and vectors [M, R, R] of each mixture's curvature."""
-        H_MRR = np.tensordot(w_MK * clip_M[:, None], self._H_KRR, 1)
-        values_MR, vectors_MRR = np.linalg.eigh(H_MRR)
-        return values_MR - (clip_M * (w_MK @ self._noise_K))[:, None], vectors_MRR
-
-    def _target_variance(self, delta_MR: Array, linear_MT: Array) -> Array:
-        """Variance of the loss over which rows of the target were captured [M]."""
-        count = len(self._omega_T)
-        missing = 1 - count / max(int(self._store.target.task_sizes[0]), count)
-        if missing == 0 or count < 2:
-            return np.zeros(len(delta_MR))
-        losses_MT = self._losses_T + linear_MT + (delta_MR @ self._target_phi_TR.T) ** 2 / 2
-        mean_M = losses_MT @ self._omega_T
-        spread_M = ((losses_MT - mean_M[:, None]) ** 2) @ self._omega_T**2
-        return missing * spread_M * count / (count - 1)
-
-    def _task_variance(
-        self, w_MK: Array, clip_M: Array, slope_MR: Array, outer_slope_M: Array, delta_MR: Array
-    ) -> Array:
-        """Variance of the loss over which rows of the tasks were captured [M]."""
-        missing_K = 1 - self._counts_K / np.maximum(self._store.task_sizes, self._counts_K)
-        missing_K[self._counts_K < 2] = 0.0
-        # Curvature acts on the displacement, which grows from 0: half of it on average.
-        mean_MK = slope_MR @ self._b_KR.T + outer_slope_M[:, None] * self._outer_response_K
-        mean_MK += np.einsum("mr,krs,ms->mk", slope_MR, self._H_KRR, delta_MR, optimize=True) / 2
-        spread_MK = np.zeros_like(mean_MK)
-        for k, rows in _chunks(self._store.task_ids):
-            if missing_K[k]:
-                phi_NR = self._phi_NR[rows].astype(np.float64)
-                influence_MN = (slope_MR @ phi_NR.T) * (delta_MR @ phi_NR.T) / 2
-                influence_MN += slope_MR @ self._g_NR[rows].T
-                influence_MN += outer_slope_M[:, None] * self._outer_response_N[rows]
-                influence_MN -= mean_MK[:, [k]]
-                spread_MK[:, k] += influence_MN**2 @ self._share_N[rows] ** 2
-        factor_K = missing_K * self._counts_K / np.maximum(self._counts_K - 1, 1)
-        return ((clip_M[:, None] * w_MK) ** 2 * spread_MK) @ factor_K
-
     def diagnostics(self) -> dict[str, float]:
-        everything = np.ones((1, len(self._b_KR)), bool)
+        everything = np.ones((1, len(self._store.task_names)), bool)
         rows_MK = normalize_mixtures(everything, self._store.task_sizes)
-        w_MK = rows_MK * self._tokens_per_row_K
-        w_MK /= w_MK.sum()
+        w_MK = self._model.token_weights(rows_MK)
         clip_M = self._clipping(rows_MK, w_MK)
-        values_MR, _ = self._eigensystem(w_MK, clip_M)
+        values_MR, _, _ = self._model.curvature(clip_M[:, None] * w_MK)
         spectrum = np.maximum(values_MR[0], 0.0)
-        norms_N1 = self._norm_N[:, None]  # the norm of a norm is itself
+        norms_N1 = self._model.norm_N[:, None]  # the norm of a norm is itself
         return {
             "anchor_loss_nats": float(self._store.target.task_losses[0]),
             "duration": self._recursion.duration,
@@ -412,30 +289,7 @@ class _Recursion:
         return _Response(start, -gradient, -parameters)
 
 
-def _gradients(store: GradientStore) -> tuple[Array, Array]:
+def _read_gradients(store: GradientStore, rows: slice) -> tuple[Array, Array]:
     """Gradients of the loss, and of losses of drawn labels, in the optimizer's coordinates."""
-    return store.scalar("loss@optimizer")[1], store.scalar("sampled_loss@optimizer")[1]
-
-
-def _moments(store: GradientStore, weights_N: Array) -> tuple[Array, Array, Array]:
-    """Of each task b [K, D] and the trace of H [K]; the sum over tasks of H [D, D]."""
-    g_ND, phi_ND = _gradients(store)
-    b_KD = np.zeros((len(store.task_names), g_ND.shape[1]))
-    trace_K = np.zeros(len(b_KD))
-    sum_H_DD = np.zeros((b_KD.shape[1], b_KD.shape[1]))
-    for k, rows in _chunks(store.task_ids):
-        phi = phi_ND[rows].astype(np.float64)
-        b_KD[k] += weights_N[rows] @ g_ND[rows]
-        trace_K[k] += weights_N[rows] @ (phi**2).sum(1)
-        sum_H_DD += (phi * weights_N[rows, None]).T @ phi
-    return b_KD, trace_K, sum_H_DD
-
-
-def _chunks(task_ids: Array) -> Iterator[tuple[int, slice]]:
-    """Rows of one task that follow each other, few at a time: the task, and which rows."""
-    ends = [*(np.flatnonzero(np.diff(task_ids)) + 1).tolist(), len(task_ids)]
-    start = 0
-    for end in ends:
-        for first in range(start, end, _ROWS_AT_ONCE):
-            yield int(task_ids[start]), slice(first, min(first + _ROWS_AT_ONCE, end))
-        start = end
+    g_ND, phi_ND = store.scalar("loss@optimizer")[1], store.scalar("sampled_loss@optimizer")[1]
+    return g_ND[rows].astype(np.float64), phi_ND[rows].astype(np.float64)

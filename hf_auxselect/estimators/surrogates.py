@@ -1,0 +1,381 @@
+"""Regressions of the target's loss on the mixture: over another estimator, or over measured runs.
+
+Shapes: K tasks, M mixtures that the loss is known of, Q mixtures that it is asked for.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_auxselect.estimators.base import (
+    AbstractEstimator,
+    Array,
+    Estimate,
+    FittedEstimator,
+    normalize_mixtures,
+)
+from hf_auxselect.estimators.linearized import LinearizedTraining
+from hf_auxselect.seeds import random_permutation, random_words
+from hf_auxselect.store import GradientStore
+
+_MIN_MIXTURES = 3
+"""With fewer, every mixture that is left out is predicted by one other, whatever the penalty."""
+
+_ELEMENTS_AT_ONCE = 1_000_000
+"""Mixtures are processed in chunks of about this many Q x M numbers (8 MB in float64)."""
+
+Kernel = Callable[[Array, Array], Array]
+"""Similarity of shares [., K] and [M, K]: [., M]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractSurrogate(AbstractEstimator):
+    """Options of a regression on the tasks' shares; see :class:`RidgeSurrogate`."""
+
+    base: AbstractEstimator = field(default_factory=LinearizedTraining)
+    num_subsets: int = 512
+    seed: int = 0
+    penalties: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, AbstractEstimator):
+            raise TypeError(
+                f"base must be an estimator such as LinearizedTraining(), got {self.base!r}."
+            )
+        if self.num_subsets < _MIN_MIXTURES:
+            raise ValueError(
+                f"num_subsets must be at least {_MIN_MIXTURES}, got {self.num_subsets}."
+            )
+        object.__setattr__(self, "penalties", _positive("penalties", self.penalties))
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        return self.base.scalars
+
+    @abstractmethod
+    def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:
+        """What leave-one-out chooses from: hyperparameters by name, and the kernel they make."""
+
+    def fit(self, store: GradientStore) -> FittedSurrogate:
+        """Fit to the estimates that ``base`` makes of random subsets of the store's tasks.
+
+        Raises:
+            ValueError: the store has one task.
+        """
+        fitted = self.base.fit(store)
+        subsets = self.subsets(len(store.task_names))
+        return FittedSurrogate(
+            self,
+            normalize_mixtures(subsets, store.task_sizes),
+            fitted.estimate(subsets),
+            task_sizes=store.task_sizes,
+            base=fitted,
+        )
+
+    def fit_runs(
+        self, weights: ArrayLike, losses: ArrayLike, *, task_sizes: ArrayLike | None = None
+    ) -> FittedSurrogate:
+        """Fit to measured runs, without a store; ``base``, ``num_subsets`` and ``seed`` are unused.
+
+        Runs of the same mixture (with other seeds) count as one with their mean loss: left out one
+        by one, they would be predicted by their twins. Runs of no further training, rows of zeros,
+        stay out of the regression; their mean is the answer to such a row, which without them
+        raises ValueError.
+
+        Args:
+            weights: [M, K], boolean subset masks or mixture weights; see
+                :func:`normalize_mixtures`.
+            losses: [M], measured loss of the target, nats per label token.
+            task_sizes: [K], rows of each task, by which masks are pooled, here and in
+                ``estimate``; None: tasks of equal size.
+
+        Raises:
+            ValueError: shapes do not fit, a number is not finite, or fewer than 3 mixtures differ.
+        """
+        given, losses_M = np.asarray(weights), np.asarray(losses, np.float64)
+        if given.ndim != 2 or losses_M.shape != given.shape[:1]:
+            raise ValueError(
+                "weights must have shape [runs, tasks] and losses [runs], got "
+                f"{list(given.shape)} and {list(losses_M.shape)}."
+            )
+        if not np.isfinite(losses_M).all():
+            raise ValueError("losses must be finite; leave out the runs that diverged.")
+        sizes_K = np.ones(given.shape[1]) if task_sizes is None else np.asarray(task_sizes, float)
+        if sizes_K.shape != given.shape[1:] or not (np.isfinite(sizes_K) & (sizes_K > 0)).all():
+            raise ValueError(
+                f"task_sizes must be {given.shape[1]} positive numbers, one per column of weights, "
+                f"got {task_sizes!r}."
+            )
+        shares_MK = normalize_mixtures(given, sizes_K)
+        # Shares that differ by rounding alone are the same mixture.
+        _, first, group = np.unique(
+            np.round(shares_MK, 9), axis=0, return_index=True, return_inverse=True
+        )
+        mean_M = np.bincount(group, losses_M) / np.bincount(group)
+        measured = Estimate(loss=mean_M, low=mean_M, high=mean_M)
+        return FittedSurrogate(self, shares_MK[first], measured, task_sizes=sizes_K)
+
+    def subsets(self, num_tasks: int) -> Array:
+        """The random subsets of K tasks: bool [num_subsets, K], or all 2^K - 1 if that is fewer.
+
+        No two are the same, and their sizes are drawn uniformly from 1 to K.
+        """
+        if num_tasks < 63 and 2**num_tasks - 1 <= self.num_subsets:
+            return (np.arange(1, 2**num_tasks)[:, None] >> np.arange(num_tasks)) % 2 == 1
+        masks = np.zeros((self.num_subsets, num_tasks), bool)
+        known: set[bytes] = set()
+        draw = 0
+        while len(known) < len(masks):
+            mask = masks[len(known)]
+            mask[:] = False
+            size = 1 + int(random_words(1, self.seed, "surrogate size", draw)[0]) % num_tasks
+            mask[random_permutation(num_tasks, self.seed, "surrogate subset", draw)[:size]] = True
+            known.add(mask.tobytes())
+            draw += 1
+        return masks
+
+
+@dataclass(frozen=True, kw_only=True)
+class RidgeSurrogate(AbstractSurrogate):
+    """Linear regression of the loss on the tasks' shares, with an L2 penalty and an intercept.
+
+    From M mixtures with the shares s_m (K numbers that sum to 1; a subset's are those of its tasks'
+    rows) and the losses y_m, it fits
+
+        c, theta = argmin  sum_m (y_m - c - theta . s_m)^2 + penalty * v |theta|^2,
+        estimate = c + theta . s,
+
+    where v is the variance of the shares (mean of |s_m - mean|^2), so that ``penalty`` has no unit
+    and its effect depends on M alone. That is: every task has a score, and a mixture's loss is
+    their mean by shares. What tasks do together is missed; ``KernelSurrogate`` sees it.
+
+    It is used in one of two ways. As an estimator, it fits what ``base`` estimates of random
+    subsets, and then answers many times faster than that. Or ``fit_runs`` fits it to measured runs,
+    without any gradients.
+
+    The penalty is chosen from ``penalties`` by the mean square of the leave-one-out residuals, all
+    in closed form: e_m = (y_m - estimate_m) / (1 - h_mm), h being the matrix that takes y to the
+    estimates. The 90% interval is that of the jackknife+: the estimate of each of the M regressions
+    that leave one mixture out, plus and minus that one's residual, cut at the 10% quantile below
+    and the 90% quantile above. With fewer than 9 mixtures it is narrower than 90% asks for. Where
+    ``base`` made the losses, its own interval is added as an independent error (root of the sum of
+    squares), taken at the queried mixture from the same regression of its half-widths, for errors
+    that all its estimates share do not average out.
+
+    A row of zeros (no further training) is answered by ``base`` itself, or by the mean of such runs
+    if there were any.
+
+    Cost: once, ``num_subsets`` estimates of ``base`` and an eigendecomposition M x M; then a few
+    vectors of M numbers, and one product with an M x M matrix, per mixture.
+
+    Args:
+        base: estimates the losses of the subsets.
+        num_subsets: M.
+        seed: rules the subsets.
+        penalties: from which leave-one-out chooses.
+
+    Source: Li et al., "Identification of Negative Transfers in Multitask Learning Using Surrogate
+    Models" (TMLR 2023), section 3, with shares for indicators; leave-one-out: Allen, "The
+    Relationship between Variable Selection and Data Augmentation and a Method for Prediction"
+    (Technometrics 1974); interval: Barber et al., "Predictive Inference with the Jackknife+"
+    (Annals of Statistics 2021), eq. 1.2.
+    """
+
+    def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:
+        center_K = shares_MK.mean(0)
+        return [({}, lambda one, other: (one - center_K) @ (other - center_K).T)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSurrogate(AbstractSurrogate):
+    """Kernel ridge regression of the loss on the tasks' shares, with an intercept.
+
+    As ``RidgeSurrogate``, with all its arguments and uses, but with the kernel
+
+        k(s, s') = exp(-gamma |s - s'|^2 / (4 v)),            v = mean of |s_m - mean|^2,
+
+    in place of the linear one: it also fits what tasks do together, such as a pair that helps where
+    each alone does harm, and tends to the mean loss far from all mixtures it has seen. For random
+    halves of the tasks as 0/1 indicators, v = K/4, and gamma = 1 is the usual 1/K; dividing by v
+    makes that a default for shares, and for any distribution of mixtures. The kernel is scaled to
+    mean squared deviation 1 over the M mixtures, which gives ``penalty`` the same meaning for every
+    gamma.
+
+    Args:
+        gammas: from which leave-one-out chooses, together with ``penalties``.
+
+    Source: KernelSM (arXiv 2602.03783, ICLR 2026).
+    """
+
+    gammas: tuple[float, ...] = (0.0625, 0.25, 1.0, 4.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "gammas", _positive("gammas", self.gammas))
+
+    def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:
+        center_K = shares_MK.mean(0)
+        variance = float(((shares_MK - center_K) ** 2).sum(1).mean())
+
+        def radial(gamma: float) -> Kernel:
+            scale = np.sqrt(gamma / (4 * variance))
+
+            def kernel(one: Array, other: Array) -> Array:
+                one, other = scale * (one - center_K), scale * (other - center_K)
+                squares = (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
+                return np.exp(-np.maximum(squares, 0.0))
+
+            return kernel
+
+        return [({"gamma": gamma}, radial(gamma)) for gamma in self.gammas]
+
+
+class FittedSurrogate(FittedEstimator):
+    """See :class:`RidgeSurrogate`."""
+
+    def __init__(
+        self,
+        options: AbstractSurrogate,
+        shares_MK: Array,
+        known: Estimate,
+        *,
+        task_sizes: Array,
+        base: FittedEstimator | None = None,
+    ) -> None:
+        self._task_sizes = task_sizes
+        self._base = base
+        is_idle_M = ~shares_MK.any(1)
+        self._idle: Estimate | None = None
+        if base is not None:
+            self._idle = base.estimate(np.zeros((1, len(task_sizes))))
+        elif is_idle_M.any():
+            self._idle = Estimate(
+                loss=known.loss[is_idle_M], low=known.low[is_idle_M], high=known.high[is_idle_M]
+            )
+        self._shares_MK = shares_MK[~is_idle_M]
+        self._losses_M = known.loss[~is_idle_M]
+        self._below_M = self._losses_M - known.low[~is_idle_M]
+        self._above_M = known.high[~is_idle_M] - self._losses_M
+        if len(self._losses_M) < _MIN_MIXTURES:
+            raise ValueError(
+                f"a surrogate needs at least {_MIN_MIXTURES} different mixtures, got "
+                f"{len(self._losses_M)} of {len(task_sizes)} task(s)."
+            )
+        # Only where all that is known is positive are the losses taken for ones that must be.
+        self._lowest = 0.0 if self._losses_M.min() >= 0 else -np.inf
+        self._choose(options)
+
+    def _choose(self, options: AbstractSurrogate) -> None:
+        """Settle on the penalty and the kernel that leave-one-out errs least with."""
+        least = np.inf
+        for hyperparameters, kernel in options.kernels(self._shares_MK):
+            gram = _Gram(kernel(self._shares_MK, self._shares_MK))
+            for penalty in options.penalties:
+                residuals_M = gram.left_out_residuals(self._losses_M, penalty)
+                square = float(np.mean(residuals_M**2))
+                if square < least:
+                    least = square
+                    self._kernel, self._gram, self._residuals_M = kernel, gram, residuals_M
+                    self._hyperparameters = {"penalty": penalty, **hyperparameters}
+        if not np.isfinite(least):
+            raise ArithmeticError("no penalty gives a finite leave-one-out error.")
+        self._inverse_MM = self._gram.inverse(self._hyperparameters["penalty"])
+
+    def estimate(self, weights: ArrayLike) -> Estimate:
+        shares_QK = normalize_mixtures(weights, self._task_sizes)
+        is_idle_Q = ~shares_QK.any(1)
+        if is_idle_Q.any() and self._idle is None:
+            raise ValueError(
+                f"weights has a row of zeros (row {int(np.argmax(is_idle_Q))}), no further "
+                "training, and none of the measured runs was one; add such a run to fit_runs."
+            )
+        size = max(1, _ELEMENTS_AT_ONCE // len(self._losses_M))
+        chunks = [
+            self._estimate_chunk(shares_QK[first : first + size])
+            for first in range(0, max(len(shares_QK), 1), size)
+        ]
+        loss, low, high = (np.concatenate(column) for column in zip(*chunks, strict=True))
+        if self._idle is not None:
+            loss[is_idle_Q], low[is_idle_Q] = self._idle.loss[0], self._idle.low[0]
+            high[is_idle_Q] = self._idle.high[0]
+        return Estimate(loss=loss, low=low, high=high, weights=shares_QK)
+
+    def _estimate_chunk(self, shares_QK: Array) -> tuple[Array, Array, Array]:
+        """Loss and the ends of its interval, float64 [Q] each."""
+        kernel_QM = self._kernel(shares_QK, self._shares_MK)
+        # What each known loss contributes to the estimate.
+        parts_QM = self._gram.centered(kernel_QM) @ self._inverse_MM + 1 / len(self._losses_M)
+        loss_Q = parts_QM @ self._losses_M
+        # Without mixture m its loss is as good as replaced by what the others predict for it.
+        left_out_QM = loss_Q[:, None] - parts_QM * self._residuals_M
+        rank = max(1, int(0.1 * (len(self._losses_M) + 1)))
+        size_M = np.abs(self._residuals_M)
+        low_Q = np.partition(left_out_QM - size_M, rank - 1, axis=1)[:, rank - 1]
+        high_Q = np.partition(left_out_QM + size_M, -rank, axis=1)[:, -rank]
+
+        def joined(own_Q: Array, of_base_M: Array) -> Array:
+            of_base_Q = np.maximum(parts_QM @ of_base_M, of_base_M.min())
+            return np.hypot(np.maximum(own_Q, 0.0), of_base_Q)
+
+        low_Q = loss_Q - joined(loss_Q - low_Q, self._below_M)
+        high_Q = loss_Q + joined(high_Q - loss_Q, self._above_M)
+        loss_Q, low_Q, high_Q = (np.maximum(x, self._lowest) for x in (loss_Q, low_Q, high_Q))
+        return loss_Q, low_Q, high_Q
+
+    def diagnostics(self) -> dict[str, float]:
+        square = float((self._residuals_M**2).sum())
+        spread = float(((self._losses_M - self._losses_M.mean()) ** 2).sum())
+        return {
+            **(self._base.diagnostics() if self._base is not None else {}),
+            "num_mixtures": float(len(self._losses_M)),
+            "leave_one_out_r2": 1 - square / spread if spread > 0 else 0.0,
+            "leave_one_out_rmse_nats": float(np.sqrt(square / len(self._losses_M))),
+            **self._hyperparameters,
+        }
+
+
+class _Gram:
+    """The kernel matrix of the known mixtures, centred for the intercept, with trace M."""
+
+    def __init__(self, kernel_MM: Array) -> None:
+        count = len(kernel_MM)
+        self._mean_M = kernel_MM.mean(0)
+        centered_MM = kernel_MM - self._mean_M - self._mean_M[:, None] + self._mean_M.mean()
+        self._scale = max(float(np.trace(centered_MM)) / count, 1e-300)
+        # The intercept has no penalty. Its axis, the constant vector, is told from others with the
+        # eigenvalue 0 by making its eigenvalue the largest, and dropped.
+        values, vectors = np.linalg.eigh(centered_MM / self._scale + (count + 1) / count)
+        self._values, self._vectors = np.maximum(values[:-1], 0.0), vectors[:, :-1]
+
+    def centered(self, kernel_QM: Array) -> Array:
+        """The kernel between other mixtures and the known ones, scaled and centred [Q, M].
+
+        Up to a constant per row, which :meth:`inverse` maps to 0.
+        """
+        return (kernel_QM - self._mean_M) / self._scale
+
+    def inverse(self, penalty: float) -> Array:
+        """(centred kernel + penalty)^-1, and 0 for a constant [M, M]."""
+        return (self._vectors / (self._values + penalty)) @ self._vectors.T
+
+    def left_out_residuals(self, losses_M: Array, penalty: float) -> Array:
+        """Loss of each mixture, less what the regression on the others predicts for it [M].
+
+        (y_m - estimate_m) / (1 - h_mm); numerator and denominator are sums over the eigenvectors u
+        with eigenvalues v of penalty / (v + penalty) times u_m (u . y) and u_m^2.
+        """
+        left = penalty / (self._values + penalty)
+        return (self._vectors * left) @ (self._vectors.T @ losses_M) / (self._vectors**2 @ left)
+
+
+def _positive(name: str, values: tuple[float, ...]) -> tuple[float, ...]:
+    """The values as a tuple, one or more positive numbers."""
+    result = tuple(values)
+    if not result or not all(0 < value < np.inf for value in result):
+        raise ValueError(f"{name} must be one or more positive numbers, got {values!r}.")
+    return result

@@ -1,0 +1,237 @@
+"""Real fine-tunes from the switch, inside the run: what the estimates are checked with."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from hf_auxselect import switch
+from hf_auxselect.distributed import computed_once
+from hf_auxselect.estimators import FittedEstimator
+from hf_auxselect.mixture import TaskRows
+from hf_auxselect.report import Measurement
+from hf_auxselect.selectors import RandomEnsemble
+
+
+@dataclass(frozen=True)
+class RestOfRun:
+    """The steps that a run has still to take, to be tried on several mixtures.
+
+    Attributes:
+        trainer: a trainer between two optimizer steps, at the switch.
+        tasks: task of each row of its training set.
+        target: key of its ``eval_dataset`` dict, or None.
+        seed: rules the order of the rows, as it will in the run itself.
+        initial: trainable parameters at step 0 if training restarts there, else None.
+    """
+
+    trainer: Trainer
+    tasks: TaskRows
+    target: str | None
+    seed: int
+    initial: Mapping[str, Tensor] | None = None
+
+    def fine_tune(self, shares: np.ndarray, progress: tqdm | None = None) -> float:
+        """The target's loss after the remaining steps on a mixture, as the trainer logs it.
+
+        The trainer is then what it was before: parameters, optimizer, schedule, random states and
+        logs. Its callbacks hear nothing. Without dropout and other randomness in the model the
+        loss is that of the run which goes on with this mixture, bit by bit.
+
+        Args:
+            shares: float [K], summing to 1.
+            progress: is told of every step.
+
+        Returns:
+            Nats per label token.
+        """
+        trainer = self.trainer
+        batches = switch.MixtureBatches(trainer)
+        with _preserved(trainer):
+            if self.initial is not None:
+                switch.restart(trainer, self.initial)
+            try:
+                self._train(batches, shares, progress)
+            finally:
+                batches.close()
+            return self._evaluate()
+
+    def _train(
+        self, batches: switch.MixtureBatches, shares: np.ndarray, progress: tqdm | None
+    ) -> None:
+        trainer, args = self.trainer, self.trainer.args
+        per_epoch = len(trainer.callback_handler.train_dataloader)
+        steps = range(trainer.state.global_step, trainer.state.max_steps + 1)
+        ends = [
+            switch.consumed_batches(step, per_epoch, args.gradient_accumulation_steps)
+            for step in steps
+        ]
+        batches.start(self.tasks, shares, self.seed, consumed=0, total=ends[-1] - ends[0])
+        for num_batches in np.diff(ends).tolist():
+            samples, num_items = trainer.get_batch_samples(
+                batches.iterator, num_batches, args.device
+            )
+            self._step(samples, num_items)
+            if progress is not None:
+                progress.update()
+
+    def _step(self, samples: list[object], num_items: Tensor | int | None) -> None:
+        """One optimizer step, as in ``Trainer._run_epoch``."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        model = trainer.model_wrapped
+        trainer.current_gradient_accumulation_steps = len(samples)
+        for i, inputs in enumerate(samples):
+            is_last = i == len(samples) - 1
+            accelerator.gradient_state._set_sync_gradients(is_last)
+            synchronized = (
+                contextlib.nullcontext
+                if is_last
+                else functools.partial(accelerator.no_sync, model=model)
+            )
+            with synchronized():
+                trainer.training_step(model, inputs, num_items)
+        if trainer.args.max_grad_norm > 0:
+            trainer._clip_grad_norm(model)
+        trainer.optimizer.step()
+        is_plateau = isinstance(trainer.lr_scheduler, ReduceLROnPlateau)
+        if not (accelerator.optimizer_step_was_skipped or is_plateau):
+            trainer.lr_scheduler.step()
+        model.zero_grad()
+
+    def _evaluate(self) -> float:
+        trainer = self.trainer
+        output = trainer.evaluation_loop(
+            trainer.get_eval_dataloader(self.target), "verification", prediction_loss_only=True
+        )
+        return float(output.metrics["eval_loss"])
+
+
+def mixtures_to_verify(
+    weights: Mapping[str, float], counts: np.ndarray, num_mixtures: int, seed: int
+) -> dict[str, np.ndarray]:
+    """The chosen mixture, all tasks, then random subsets of the chosen size; different ones only.
+
+    Args:
+        weights: share of each task in the chosen mixture.
+        counts: rows of each task [K].
+        num_mixtures: how many are wanted; there may be fewer different ones.
+        seed: rules the random subsets.
+
+    Returns:
+        Shares [K] by the name of the mixture.
+    """
+    size = int(sum(weight > 0 for weight in weights.values()))
+    masks = RandomEnsemble(num_subsets=num_mixtures, subset_size=size, seed=seed).subsets(
+        len(weights)
+    )
+    candidates = [("chosen", np.array([*weights.values()])), ("all tasks", counts / counts.sum())]
+    candidates += [
+        ("random: " + ", ".join(np.array([*weights])[mask]), mask * counts / (mask @ counts))
+        for mask in masks
+    ]
+    different: dict[str, np.ndarray] = {}
+    for name, shares in candidates:
+        if not any(np.allclose(shares, known) for known in different.values()):
+            different[name] = shares
+    return dict([*different.items()][:num_mixtures])
+
+
+def verify(
+    rest: RestOfRun, mixtures: Mapping[str, np.ndarray], fitted: FittedEstimator | None
+) -> list[Measurement]:
+    """Fine-tune on each mixture for real and put the result beside the estimate.
+
+    Every process takes part; ``fitted`` is needed on the main one only.
+    """
+    trainer = rest.trainer
+    steps = trainer.state.max_steps - trainer.state.global_step
+    measured: dict[str, tuple[float, float]] = {}
+    with tqdm(
+        total=len(mixtures) * steps,
+        desc="verification",
+        unit="step",
+        disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero(),
+    ) as progress:
+        for name, shares in mixtures.items():
+            start = time.perf_counter()
+            measured[name] = rest.fine_tune(shares, progress), time.perf_counter() - start
+
+    def compare() -> list[Measurement]:
+        assert fitted is not None
+        estimate = fitted.estimate(np.array([*mixtures.values()]))
+        return [
+            Measurement(
+                name=name,
+                weights=dict(zip(rest.tasks.names, shares.tolist(), strict=True)),
+                estimated=float(estimate.loss[i]),
+                low=float(estimate.low[i]),
+                high=float(estimate.high[i]),
+                measured=measured[name][0],
+                seconds=round(measured[name][1], 3),
+            )
+            for i, (name, shares) in enumerate(mixtures.items())
+        ]
+
+    return computed_once(compare)
+
+
+@contextlib.contextmanager
+def _preserved(trainer: Trainer) -> Iterator[None]:
+    """Put everything back that training and evaluating change."""
+    model, state = trainer.model, trainer.state
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    handler, scaler = trainer.callback_handler, trainer.accelerator.scaler
+    tensors = {
+        name: tensor.detach().clone()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
+    }
+    moments = {parameter: copy.deepcopy(values) for parameter, values in optimizer.state.items()}
+    groups = [
+        {name: copy.copy(value) for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    schedule = copy.deepcopy(trainer.lr_scheduler.state_dict())
+    scale = copy.deepcopy(scaler.state_dict()) if scaler is not None else None
+    # SFTTrainer gathers what it logs in attributes of its own.
+    gathered = {
+        name: copy.deepcopy(value)
+        for name, value in vars(trainer).items()
+        if name == "_metrics" or isinstance(value, int | float)
+    }
+    best = state.best_metric, state.best_global_step, state.best_model_checkpoint
+    callbacks, handler.callbacks = handler.callbacks, []
+    was_training = model.training
+    try:
+        with switch.preserved_rng():
+            yield
+    finally:
+        handler.callbacks = callbacks
+        state.best_metric, state.best_global_step, state.best_model_checkpoint = best
+        for name, value in gathered.items():
+            setattr(trainer, name, value)
+        if scaler is not None and scale is not None:
+            scaler.load_state_dict(scale)
+        trainer.lr_scheduler.load_state_dict(schedule)
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)
+        optimizer.state.clear()
+        optimizer.state.update(moments)
+        with torch.no_grad():
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                if name in tensors:
+                    tensor.copy_(tensors[name])
+        model.zero_grad()
+        model.train(was_training)
+        trainer.accelerator.gradient_state._set_sync_gradients(True)
