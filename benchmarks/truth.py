@@ -11,6 +11,7 @@ takes hours on a CPU; it can be stopped at any time and goes on where it stopped
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -88,6 +89,11 @@ def warm_up(family: str) -> Path:
     if not (checkpoint / "trainer_state.json").is_file():
         make_trainer(family, CACHE / family, [StopAt(step)]).train()
     return checkpoint
+
+
+def digest(checkpoint: Path) -> str:
+    """Of the adapter at a checkpoint: truth and gradients must start from the same one."""
+    return hashlib.sha256((checkpoint / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def mixtures(num_tasks: int, rounds: int) -> list[list[float]]:
@@ -172,6 +178,7 @@ def run_family(family: str, mode: str, seed: int, rounds: int) -> Iterator[None]
         "tasks": list(names),
         "unit": "nats per label token, the trainer's eval_loss",
         "command": "python benchmarks/truth.py",
+        "warm_up": digest(warm_up(family)),
         "warm_up_steps": FAMILIES[family].warm_up_steps,
         "steps": FAMILIES[family].steps,
         "arguments": ARGUMENTS | FAMILIES[family].arguments,
@@ -182,6 +189,11 @@ def run_family(family: str, mode: str, seed: int, rounds: int) -> Iterator[None]
     }
     if path.is_file():
         before = json.loads(path.read_text())
+        if before["warm_up"] != record["warm_up"]:
+            raise SystemExit(
+                f"{path} was measured from another warm-up than {warm_up(family)}: remove the "
+                "file to measure anew, or bring that checkpoint back."
+            )
         record |= {name: before[name] for name in ("anchor_loss", "runs")}
     else:
         record["anchor_loss"] = anchor_loss(family)

@@ -40,7 +40,13 @@ from hf_auxselect.plan import (
     warn_of_leaked_target,
 )
 from hf_auxselect.projection import BYTES_PER_PARAMETER
-from hf_auxselect.report import SelectionReport, compare, strategy_record, summarize_tasks
+from hf_auxselect.report import (
+    SelectionReport,
+    compare,
+    compare_with_all_tasks,
+    strategy_record,
+    summarize_tasks,
+)
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
 from hf_auxselect.store import GradientStore, JsonDict, read_json, to_json, write_atomically
 from hf_auxselect.verification import RestOfRun, mixtures_to_verify, verify
@@ -348,6 +354,7 @@ class TaskSelectionCallback(TrainerCallback):
         )
         if store is not None and fitted is not None:
             report.rows = compare(fitted, selection, names, seed=self._plan.seed)
+            report.difference = compare_with_all_tasks(fitted, selection, names)
             report.tasks = summarize_tasks(store)
             report.target = summarize_tasks(store.target)[0]
             report.diagnostics = fitted.diagnostics()

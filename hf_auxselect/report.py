@@ -79,6 +79,8 @@ class SelectionReport:
         scores: task -> score of the selector, if it has them.
         rows: estimates of no further training, the chosen mixture, all tasks, random subsets
             of the chosen size, and all tasks without each one.
+        difference: the chosen mixture's loss less that of all tasks; its interval is narrower than
+            theirs, which share errors.
         tasks: what was captured of each task; ``target`` of the target.
         history: every mixture the selector tried.
         verification: mixtures that were trained for real (``verify=n``), the chosen one first.
@@ -91,6 +93,7 @@ class SelectionReport:
     weights: dict[str, float]
     scores: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    difference: Row | None = None
     tasks: list[TaskSummary] = field(default_factory=list)
     target: TaskSummary | None = None
     history: list[Step] = field(default_factory=list)
@@ -169,6 +172,7 @@ class SelectionReport:
             if f.name not in ("gradients_directory", "_fitted")
         }
         record["rows"] = [dataclasses.asdict(row) for row in self.rows]
+        record["difference"] = self.difference and dataclasses.asdict(self.difference)
         record["tasks"] = [dataclasses.asdict(task) for task in self.tasks]
         record["target"] = self.target and dataclasses.asdict(self.target)
         record["verification"] = [dataclasses.asdict(one) for one in self.verification]
@@ -205,6 +209,7 @@ class SelectionReport:
             record = json.loads(path.read_bytes())
             del record["selected"]
             record["rows"] = [Row(**row) for row in record["rows"]]
+            record["difference"] = record["difference"] and Row(**record["difference"])
             record["tasks"] = [TaskSummary(**task) for task in record["tasks"]]
             record["target"] = record["target"] and TaskSummary(**record["target"])
             record["verification"] = [Measurement(**one) for one in record["verification"]]
@@ -227,6 +232,7 @@ class SelectionReport:
             for row in self.rows:
                 name = printable(row.name)
                 lines.append(f"  {name:<{width}}  {row.loss:7.4f}  [{row.low:.4f}, {row.high:.4f}]")
+            lines += [self.compared_with_all_tasks()] if self.difference else []
         if self.verification:
             width = max(len(printable(one.name)) for one in self.verification)
             lines.append(f"{'measured by real fine-tunes, and estimated':>{width + 29}}")
@@ -237,6 +243,20 @@ class SelectionReport:
             ]
             lines.append(f"  {self.agreement()}")
         return "\n".join([*lines, *(f"Warning: {text}" for text in self.warnings)])
+
+    def compared_with_all_tasks(self) -> str:
+        """One sentence on the chosen mixture next to all tasks; empty without estimates."""
+        if self.difference is None:
+            return ""
+        if abs(self.difference.loss) < 1e-12:
+            return "The chosen mixture is that of all tasks."
+        text = (
+            f"The chosen mixture, less all tasks: {self.difference.loss:+.4f} "
+            f"[{self.difference.low:+.4f}, {self.difference.high:+.4f}]"
+        )
+        if self.difference.high >= 0:
+            return f"{text}: by these estimates it cannot be told from all tasks."
+        return f"{text}."
 
     def agreement(self) -> str:
         """One sentence on how the estimates agree with what was measured; empty if nothing was."""
@@ -282,6 +302,8 @@ class SelectionReport:
                         for row in self.rows
                     ],
                 ),
+                "",
+                escape_markdown(self.compared_with_all_tasks()),
                 "",
                 f"![Estimated loss when each task is left out]({PICTURE_NAME})",
                 "",
@@ -417,6 +439,20 @@ def compare(
         dataclasses.replace(row, left_out=name)
         for row, name in zip(without, task_names, strict=True)
     ]
+
+
+def compare_with_all_tasks(
+    fitted: FittedEstimator, selection: Selection, task_names: Sequence[str]
+) -> Row:
+    """The chosen mixture's loss less that of all tasks."""
+    chosen = np.array([[selection.weights[name] for name in task_names]])
+    result = fitted.difference(chosen, np.ones(len(task_names), bool))
+    return Row(
+        name="chosen, less all tasks",
+        loss=float(result.loss[0]),
+        low=float(result.low[0]),
+        high=float(result.high[0]),
+    )
 
 
 def summarize_tasks(store: GradientStore) -> list[TaskSummary]:

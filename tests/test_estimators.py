@@ -13,7 +13,14 @@ from reference import (
     random_store,
 )
 
-from hf_auxselect import GradExLogistic, GradientStore, LinearizedTraining, capture_gradients
+from hf_auxselect import (
+    GaussNewton,
+    GradExLogistic,
+    GradientStore,
+    LinearizedTraining,
+    RidgeSurrogate,
+    capture_gradients,
+)
 from hf_auxselect.estimators import normalize_mixtures
 from hf_auxselect.estimators.linearized import _Recursion
 
@@ -356,6 +363,55 @@ def test_order_of_tasks_and_number_of_mixtures_do_not_matter(options, monkeypatc
     chunked = options.fit(store).estimate(subsets)
     assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)
     assert chunked.high == pytest.approx(whole.high, rel=1e-9)
+
+
+DIFFERENCES = [GradExLogistic(), LinearizedTraining(), GaussNewton(), RidgeSurrogate()]
+
+
+@pytest.mark.parametrize("options", DIFFERENCES, ids=lambda options: type(options).__name__)
+@pytest.mark.parametrize("reference", [[True, True, True], [0.2, 0.0, 0.8], [0.0, 0.0, 0.0]])
+def test_a_difference_is_one_of_losses(options, reference):
+    store = random_store(6, max_grad_norm=0.0)
+    store = rebuilt(store, losses=store.losses + 5)  # no loss is cut at 0
+    store = rebuilt(store, target=rebuilt(store.target, losses=store.target.losses + 5))
+    fitted = options.fit(store)
+    masks = np.array([[True, False, False], [False, True, True], [True, True, True]])
+    difference = fitted.difference(masks, reference)
+    losses = fitted.estimate(masks).loss - fitted.estimate([reference]).loss
+    assert difference.loss == pytest.approx(losses, abs=1e-9)
+    assert (difference.low <= difference.loss).all()
+    assert (difference.loss <= difference.high).all()
+
+
+class TestDifferencesOfQuadraticModels:
+    @pytest.mark.parametrize("options", [LinearizedTraining(), GaussNewton()], ids=repr)
+    def test_nothing_differs_from_itself(self, options):
+        store = rebuilt(random_store(6), task_sizes=[10**6] * 3)
+        difference = options.fit(store).difference([[True, True, False]], [True, True, False])
+        assert difference.low == pytest.approx(0, abs=1e-12)
+        assert difference.high == pytest.approx(0, abs=1e-12)
+
+    def test_the_interval_is_that_of_a_bootstrap(self):
+        store = random_store(4, counts=(60, 80), num_target=90, dim=4, max_grad_norm=0.0)
+        store = rebuilt(
+            store,
+            task_sizes=[10**6, 10**6],
+            target=rebuilt(store.target, task_sizes=[10**6]),
+        )
+        options = LinearizedTraining(model_error=0.0, learning_rates=[0.2] * 2)
+        masks, reference = np.array([[True, True]]), [True, False]
+        fitted = options.fit(store)
+        difference = fitted.difference(masks, reference)
+        rng = np.random.default_rng(0)
+        drawn = [
+            options.fit(resampled(store, rng)).difference(masks, reference).loss[0]
+            for _ in range(400)
+        ]
+        low, high = np.quantile(drawn, [0.05, 0.95])
+        width = difference.high[0] - difference.low[0]
+        assert width == pytest.approx(high - low, rel=0.25)
+        of_loss = fitted.estimate(masks)
+        assert width < 0.9 * (of_loss.high[0] - of_loss.low[0])  # what is shared cancels
 
 
 def rebuilt(store, **changes):

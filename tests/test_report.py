@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from hf_auxselect import (
 )
 from hf_auxselect.report import (
     compare,
+    compare_with_all_tasks,
     escape_markdown,
     estimator_from,
     printable,
@@ -33,6 +35,7 @@ def report_of(store, selector=None):
         scores=selection.scores,
         history=list(selection.history),
         rows=compare(fitted, selection, store.task_names, seed=0),
+        difference=compare_with_all_tasks(fitted, selection, store.task_names),
         tasks=summarize_tasks(store),
         target=summarize_tasks(store.target)[0],
         diagnostics=fitted.diagnostics(),
@@ -67,6 +70,25 @@ class TestTheComparison:
         without = fitted.estimate([[True, False, True]])
         assert report.row("all without task1").high == without.high[0]
         assert report.row("all without task1").left_out == "task1"
+
+    def test_the_difference_to_all_tasks_is_told_in_words(self, report):
+        chosen, everything = report.row("chosen").loss, report.row("all tasks").loss
+        assert report.difference.loss == pytest.approx(chosen - everything)
+        sentence = report.compared_with_all_tasks()
+        assert sentence.startswith("The chosen mixture, less all tasks: -")
+        assert sentence in report.to_text()
+        unsure = dataclasses.replace(report.difference, low=-0.1, high=0.1)
+        report.difference = unsure
+        assert "cannot be told from all tasks" in report.compared_with_all_tasks()
+        assert "cannot be told from all tasks" in report.to_markdown()
+        sure = dataclasses.replace(report.difference, low=-0.2, high=-0.1)
+        report.difference = sure
+        assert "cannot be told" not in report.to_markdown()
+
+    def test_all_tasks_do_not_differ_from_all_tasks(self):
+        store = random_store(2)
+        report = report_of(store, FixedSelection(store.task_names))
+        assert report.compared_with_all_tasks() == "The chosen mixture is that of all tasks."
 
     def test_random_subsets_have_the_chosen_size(self):
         store = random_store(2, counts=(3, 4, 5, 6))
@@ -150,7 +172,7 @@ class TestRendering:
     def test_the_table(self, report):
         lines = report.to_text().splitlines()
         assert lines[0].startswith(f"Selected {len(report.selected)} of 3 tasks: ")
-        assert len(lines) == 2 + len(report.rows)
+        assert len(lines) == 3 + len(report.rows)
 
     def test_warnings_are_shown(self, report):
         report.warnings = ["this is *odd*"]
@@ -179,7 +201,7 @@ class TestRendering:
         assert "<script>" not in page
         assert "\x1b" not in page + text
         assert "\u202e" not in page + text
-        assert len(text.splitlines()) == 2 + len(report.rows)
+        assert len(text.splitlines()) == 3 + len(report.rows)
         table = [line for line in page.splitlines() if line.startswith("| all without")]
         assert [line.replace("\\|", "").count("|") for line in table] == [5] * 3
         assert json.loads((tmp_path / "report.json").read_text())["selected"] == [name]

@@ -5,12 +5,17 @@ Shapes: K tasks, M mixtures.
 
 from __future__ import annotations
 
+import functools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from threadpoolctl import ThreadpoolController
 
 from hf_auxselect.store import GradientStore
 
@@ -97,6 +102,30 @@ class FittedEstimator(ABC):
             Loss and 90% interval, nats per label token of the target.
         """
 
+    def difference(self, weights: ArrayLike, reference: ArrayLike) -> Estimate:
+        """Estimate by how much the loss on each of M mixtures differs from that on another one.
+
+        Errors that both share cancel, so the interval may be far narrower than that of either loss.
+        Here they are taken for independent, which is on the safe side; estimators that know better
+        say so.
+
+        Args:
+            weights: [M, K], as in :meth:`estimate`.
+            reference: [K], a subset mask or mixture.
+
+        Returns:
+            Loss on the mixture minus loss on the reference and its 90% interval, nats per label
+            token of the target; negative where the mixture is better.
+        """
+        ours, other = self.estimate(weights), self.estimate(np.asarray(reference)[None])
+        loss = ours.loss - other.loss
+        return Estimate(
+            loss=loss,
+            low=loss - np.hypot(ours.loss - ours.low, other.high - other.loss),
+            high=loss + np.hypot(ours.high - ours.loss, other.loss - other.low),
+            weights=ours.weights,
+        )
+
     @abstractmethod
     def diagnostics(self) -> dict[str, float]:
         """Numbers that say how far to trust the estimates; names end with their unit, if any."""
@@ -109,20 +138,33 @@ def outlier_share(gradients: Array, task_ids: Array) -> float:
     return float(np.mean(norms > 10 * medians[task_ids]))
 
 
-def estimate_in_chunks(
-    rows_MK: Array, estimate: Callable[[Array], tuple[Array, Array]], *, size: int
-) -> Estimate:
-    """The estimate of mixtures, ``size`` at a time, from loss and standard deviation [M] of each.
+def in_chunks(
+    rows_MK: Array, function: Callable[[Array], tuple[Array, Array]], *, size: int
+) -> tuple[Array, Array]:
+    """Two arrays [M] of M mixtures, worked out ``size`` mixtures at a time and in parallel."""
+    parts = [rows_MK[first : first + size] for first in range(0, max(len(rows_MK), 1), size)]
+    with one_blas_thread(), ThreadPoolExecutor(_num_cores()) as pool:
+        chunks = list(pool.map(function, parts))
+    one, other = (np.concatenate(column) for column in zip(*chunks, strict=True))
+    return one, other
 
-    Neither the loss nor an end of its interval is below 0.
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Keeps NumPy's products and decompositions to one thread each.
+
+    The matrices here are small: further threads cost more than they give, and many times more where
+    other processes use the cores, too.
     """
-    chunks = [
-        estimate(rows_MK[first : first + size]) for first in range(0, max(len(rows_MK), 1), size)
-    ]
-    loss, deviation = (np.concatenate(column) for column in zip(*chunks, strict=True))
-    return Estimate(
-        loss=np.maximum(loss, 0.0),
-        low=np.maximum(loss - NORMAL_95 * deviation, 0.0),
-        high=np.maximum(loss + NORMAL_95 * deviation, 0.0),
-        weights=rows_MK,
-    )
+    return _blas().limit(limits=1, user_api="blas")
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through all loaded libraries
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -17,15 +17,13 @@ from hf_auxselect.estimators.base import (
     Array,
     Estimate,
     FittedEstimator,
-    estimate_in_chunks,
     normalize_mixtures,
     outlier_share,
 )
-from hf_auxselect.estimators.quadratic import QuadraticModel
+from hf_auxselect.estimators.quadratic import Effects, QuadraticModel
 from hf_auxselect.store import GradientStore
 
-_ELEMENTS_AT_ONCE = 4_000_000
-"""Mixtures are processed in chunks of about this many M x R x R numbers (32 MB in float64)."""
+_MIXTURES_AT_ONCE = 32
 
 Curvature = Literal["sampled", "empirical"]
 
@@ -125,9 +123,21 @@ class FittedGaussNewton(FittedEstimator):
         """lambda, nats per label token and squared unit of the parameters."""
 
     def estimate(self, weights: ArrayLike) -> Estimate:
-        rows_MK = normalize_mixtures(weights, self._store.task_sizes)
-        size = max(1, _ELEMENTS_AT_ONCE // self._model.rank**2)
-        return estimate_in_chunks(rows_MK, self._estimate_chunk, size=size)
+        return self._estimate(weights)
+
+    def difference(self, weights: ArrayLike, reference: ArrayLike) -> Estimate:
+        reference_1K = normalize_mixtures(np.asarray(reference)[None], self._store.task_sizes)
+        return self._estimate(weights, reference_1K[0])
+
+    def _estimate(self, weights: ArrayLike, reference_K: Array | None = None) -> Estimate:
+        return self._model.estimate(
+            normalize_mixtures(weights, self._store.task_sizes),
+            self._effects,
+            size=_MIXTURES_AT_ONCE,
+            curvature_share=1.0,
+            model_error=self._options.model_error,
+            reference_K=reference_K,
+        )
 
     def diagnostics(self) -> dict[str, float]:
         values_1R, _, _ = self._model.curvature(self._w_all_1K)
@@ -141,8 +151,8 @@ class FittedGaussNewton(FittedEstimator):
             "outlier_gradient_share": outlier_share(norms_N1, self._store.task_ids),
         }
 
-    def _estimate_chunk(self, rows_MK: Array) -> tuple[Array, Array]:
-        """Loss and its standard deviation, float64 [M] each."""
+    def _effects(self, rows_MK: Array) -> Effects:
+        """What training on some mixtures does."""
         model = self._model
         w_MK = model.token_weights(rows_MK)
         values_MR, vectors_MRR, outer_M = model.curvature(w_MK)
@@ -156,16 +166,14 @@ class FittedGaussNewton(FittedEstimator):
         delta_MR = -solve(w_MK @ model.b_KR)
         sources_MS = -outer_inverse_M[:, None] * w_MK
         linear_MT, quadratic_M, target_slope_MR = model.target_change(delta_MR, sources_MS)
-        linear_M = model.target_mean(linear_MT)
-        loss_M = model.anchor_loss + linear_M + quadratic_M
-
-        variance_M = model.target_variance(delta_MR, linear_MT)
-        variance_M = variance_M + model.task_variance(
-            w_MK, solve(target_slope_MR), outer_inverse_M, delta_MR, curvature_share=1.0
+        return Effects(
+            w_MK=w_MK,
+            delta_MR=delta_MR,
+            slope_MR=solve(target_slope_MR),
+            outer_slope_M=outer_inverse_M,
+            linear_MT=linear_MT,
+            quadratic_M=quadratic_M,
         )
-        variance_M += self._options.model_error**2 * (linear_M**2 + quadratic_M**2)
-        variance_M[~rows_MK.any(1)] = 0.0  # no training has no error
-        return loss_M, np.sqrt(variance_M)
 
 
 def _read_sampled(store: GradientStore, rows: slice) -> tuple[Array, Array]:

@@ -17,14 +17,13 @@ from hf_auxselect.estimators.base import (
     Array,
     Estimate,
     FittedEstimator,
-    estimate_in_chunks,
     normalize_mixtures,
     outlier_share,
 )
-from hf_auxselect.estimators.quadratic import QuadraticModel, chunks_of_tasks
+from hf_auxselect.estimators.quadratic import Effects, QuadraticModel, chunks_of_tasks
 from hf_auxselect.store import GradientStore, JsonDict
 
-_MIXTURES_AT_ONCE = 64
+_MIXTURES_AT_ONCE = 32
 
 _GRID_POINTS = 8192
 """Eigenvalues at which the steps to come are tabulated; between them it is interpolated."""
@@ -155,16 +154,29 @@ class FittedLinearizedTraining(FittedEstimator):
         self._plain_spread_K /= self._model.counts_K
 
     def estimate(self, weights: ArrayLike) -> Estimate:
-        rows_MK = normalize_mixtures(weights, self._store.task_sizes)
-        return estimate_in_chunks(rows_MK, self._estimate_chunk, size=_MIXTURES_AT_ONCE)
+        return self._estimate(weights)
 
-    def _estimate_chunk(self, rows_MK: Array) -> tuple[Array, Array]:
-        """Loss and its standard deviation, float64 [M] each."""
+    def difference(self, weights: ArrayLike, reference: ArrayLike) -> Estimate:
+        reference_1K = normalize_mixtures(np.asarray(reference)[None], self._store.task_sizes)
+        return self._estimate(weights, reference_1K[0])
+
+    def _estimate(self, weights: ArrayLike, reference_K: Array | None = None) -> Estimate:
+        return self._model.estimate(
+            normalize_mixtures(weights, self._store.task_sizes),
+            self._effects,
+            size=_MIXTURES_AT_ONCE,
+            # Curvature acts on the displacement, which grows from 0: half of it on average.
+            curvature_share=0.5,
+            model_error=self._options.model_error,
+            reference_K=reference_K,
+        )
+
+    def _effects(self, rows_MK: Array) -> Effects:
+        """What training on some mixtures does."""
         model = self._model
         idle_M = ~rows_MK.any(1)
         w_MK = model.token_weights(rows_MK)
-        clip_M = self._clipping(rows_MK, w_MK)
-        clipped_MK = clip_M[:, None] * w_MK
+        clipped_MK = self._clipping(rows_MK, w_MK)[:, None] * w_MK
         values_MR, vectors_MRR, outer_M = model.curvature(clipped_MK)
 
         def turned(x: Array) -> Array:  # into each mixture's own axes
@@ -184,18 +196,16 @@ class FittedLinearizedTraining(FittedEstimator):
         sources_MS[idle_M] = 0.0
 
         linear_MT, quadratic_M, target_slope_MR = model.target_change(delta_MR, sources_MS)
-        linear_M = model.target_mean(linear_MT)
-        loss_M = model.anchor_loss + linear_M + quadratic_M
-
-        slope_MR = np.einsum("mrs,ms->mr", vectors_MRR, response.gradient * turned(target_slope_MR))
-        variance_M = model.target_variance(delta_MR, linear_MT)
-        # Curvature acts on the displacement, which grows from 0: half of it on average.
-        variance_M = variance_M + model.task_variance(
-            clipped_MK, slope_MR, outer.gradient, delta_MR, curvature_share=0.5
+        return Effects(
+            w_MK=clipped_MK,
+            delta_MR=delta_MR,
+            slope_MR=np.einsum(
+                "mrs,ms->mr", vectors_MRR, response.gradient * turned(target_slope_MR)
+            ),
+            outer_slope_M=outer.gradient,
+            linear_MT=linear_MT,
+            quadratic_M=quadratic_M,
         )
-        variance_M += self._options.model_error**2 * (linear_M**2 + quadratic_M**2)
-        variance_M[idle_M] = 0.0
-        return loss_M, np.sqrt(variance_M)
 
     def _clipping(self, rows_MK: Array, w_MK: Array) -> Array:
         """Factor by which gradient clipping shortens the mean gradient of each mixture [M]."""

@@ -7,10 +7,11 @@ D projection_dim, R dimensions in which curvature is modelled, S sources of a di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from hf_auxselect.estimators.base import Array
+from hf_auxselect.estimators.base import NORMAL_95, Array, Estimate, in_chunks, one_blas_thread
 from hf_auxselect.store import GradientStore
 
 _ROWS_AT_ONCE = 4096
@@ -25,6 +26,26 @@ def chunks_of_tasks(task_ids: Array) -> Iterator[tuple[int, slice]]:
         for first in range(start, end, _ROWS_AT_ONCE):
             yield int(task_ids[start]), slice(first, min(first + _ROWS_AT_ONCE, end))
         start = end
+
+
+class Effects(NamedTuple):
+    """What training on M mixtures does, in a quadratic model.
+
+    The loss answers to changes of the tasks' b and H by
+    ``-sum_k w_k (slope . (db_k + curvature_share * dH_k delta) + outer_slope * b_T . db_k)``,
+    the last term outside the axes.
+    """
+
+    w_MK: Array
+    """Weight of each task's label tokens in the gradient; 0 without training."""
+    delta_MR: Array
+    """Displacement within the axes."""
+    slope_MR: Array
+    outer_slope_M: Array
+    linear_MT: Array
+    """Linear change of the loss of each example of the target."""
+    quadratic_M: Array
+    """Quadratic change of their mean."""
 
 
 ReadGradients = Callable[[GradientStore, slice], tuple[Array, Array]]
@@ -73,6 +94,11 @@ class QuadraticModel:
     ) -> None:
         self._store = store
         self._read = read_gradients
+        with one_blas_thread():
+            self._build(rank, vectors_VD)
+
+    def _build(self, rank: int, vectors_VD: Array | None) -> None:
+        store = self._store
         self.counts_K = np.bincount(store.task_ids)
         tokens_N = store.num_label_tokens.astype(np.float64)
         tokens_K = np.bincount(store.task_ids, tokens_N)
@@ -133,53 +159,97 @@ class QuadraticModel:
         quadratic_M = (delta_MR * H_delta_MR).sum(1) + self._target_outer_curvature * square_M
         return linear_MT, np.maximum(quadratic_M / 2, 0.0), self._target_b_R + H_delta_MR
 
-    def target_mean(self, values_MT: Array) -> Array:
-        """Mean over the target's examples, weighted as in its loss [M]."""
-        return values_MT @ self._omega_T
+    def estimate(
+        self,
+        rows_MK: Array,
+        effects: Callable[[Array], Effects],
+        *,
+        size: int,
+        curvature_share: float,
+        model_error: float,
+        reference_K: Array | None = None,
+    ) -> Estimate:
+        """Losses of mixtures with 90% intervals; or differences from the loss of a reference.
 
-    def target_variance(self, delta_MR: Array, linear_MT: Array) -> Array:
+        The interval joins which examples were captured, by the delta method, and an error of the
+        model: ``model_error`` times the root mean square of the linear and the quadratic term.
+
+        Args:
+            rows_MK: share of each task in the rows of a mixture; zeros: no training.
+            effects: what training on some of them does.
+            size: how many mixtures at a time.
+            curvature_share: see :class:`Effects`.
+            model_error: standard error of the terms, as a share of them.
+            reference_K: another mixture, to give the difference from.
+        """
+        reference = None if reference_K is None else effects(reference_K[None])
+
+        def work(rows: Array) -> tuple[Array, Array]:
+            own = effects(rows)
+            linear_M, quadratic_M = own.linear_MT @ self._omega_T, own.quadratic_M
+            if reference is not None:
+                linear_M = linear_M - reference.linear_MT @ self._omega_T
+                quadratic_M = quadratic_M - reference.quadratic_M
+            variance_M = model_error**2 * (linear_M**2 + quadratic_M**2)
+            variance_M += self._target_variance(own, reference)
+            variance_M += self._task_variance(own, reference, curvature_share)
+            if reference is None:
+                variance_M[~rows.any(1)] = 0.0  # the loss of today is known
+            return linear_M + quadratic_M, np.sqrt(variance_M)
+
+        change_M, deviation_M = in_chunks(rows_MK, work, size=size)
+        anchor, lowest = (self.anchor_loss, 0.0) if reference is None else (0.0, -np.inf)
+        loss_M = anchor + change_M
+        low_M, high_M = (loss_M + sign * NORMAL_95 * deviation_M for sign in (-1, 1))
+        loss_M, low_M, high_M = (np.maximum(x, lowest) for x in (loss_M, low_M, high_M))
+        return Estimate(loss=loss_M, low=low_M, high=high_M, weights=rows_MK)
+
+    def _target_variance(self, own: Effects, reference: Effects | None) -> Array:
         """Variance of the loss over which rows of the target were captured [M]."""
         count = len(self._omega_T)
         missing = 1 - count / max(int(self._store.target.task_sizes[0]), count)
         if missing == 0 or count < 2:
-            return np.zeros(len(delta_MR))
-        losses_MT = self._losses_T + linear_MT + (delta_MR @ self._target_phi_TR.T) ** 2 / 2
+            return np.zeros(len(own.delta_MR))
+
+        def change(effects: Effects) -> Array:
+            return effects.linear_MT + (effects.delta_MR @ self._target_phi_TR.T) ** 2 / 2
+
+        losses_MT = change(own) + (self._losses_T if reference is None else -change(reference))
         mean_M = losses_MT @ self._omega_T
         spread_M = ((losses_MT - mean_M[:, None]) ** 2) @ self._omega_T**2
         return missing * spread_M * count / (count - 1)
 
-    def task_variance(
-        self,
-        w_MK: Array,
-        slope_MR: Array,
-        outer_slope_M: Array,
-        delta_MR: Array,
-        *,
-        curvature_share: float,
+    def _task_variance(
+        self, own: Effects, reference: Effects | None, curvature_share: float
     ) -> Array:
-        """Variance of the loss over which rows of the tasks were captured [M].
-
-        By the delta method, from how the loss answers to changes of b_w and H_w:
-        ``-slope . (db + curvature_share * dH delta)`` within the axes, and outside of them
-        ``-outer_slope * b_T . db``.
-        """
+        """Variance of the loss over which rows of the tasks were captured [M]."""
         missing_K = 1 - self.counts_K / np.maximum(self._store.task_sizes, self.counts_K)
         missing_K[self.counts_K < 2] = 0.0
-        mean_MK = slope_MR @ self.b_KR.T + outer_slope_M[:, None] * self._outer_response_K
-        mean_MK += curvature_share * np.einsum(
-            "mr,krs,ms->mk", slope_MR, self._H_KRR, delta_MR, optimize=True
-        )
-        spread_MK = np.zeros_like(mean_MK)
-        for k, rows in chunks_of_tasks(self._store.task_ids):
-            if missing_K[k]:
-                phi_NR = self._phi_NR[rows].astype(np.float64)
-                influence_MN = curvature_share * (slope_MR @ phi_NR.T) * (delta_MR @ phi_NR.T)
-                influence_MN += slope_MR @ self._g_NR[rows].T
-                influence_MN += outer_slope_M[:, None] * self._outer_response_N[rows]
-                influence_MN -= mean_MK[:, [k]]
-                spread_MK[:, k] += influence_MN**2 @ self.share_N[rows] ** 2
         factor_K = missing_K * self.counts_K / np.maximum(self.counts_K - 1, 1)
-        return (w_MK**2 * spread_MK) @ factor_K
+
+        def mean(e: Effects) -> Array:
+            mean_MK = e.slope_MR @ self.b_KR.T + e.outer_slope_M[:, None] * self._outer_response_K
+            mean_MK += curvature_share * np.einsum(
+                "mr,krs,ms->mk", e.slope_MR, self._H_KRR, e.delta_MR, optimize=True
+            )
+            return mean_MK
+
+        def influence(e: Effects, mean_MK: Array, k: int, rows: slice) -> Array:
+            phi_NR = self._phi_NR[rows].astype(np.float64)
+            influence_MN = curvature_share * (e.slope_MR @ phi_NR.T) * (e.delta_MR @ phi_NR.T)
+            influence_MN += e.slope_MR @ self._g_NR[rows].T
+            influence_MN += e.outer_slope_M[:, None] * self._outer_response_N[rows]
+            return e.w_MK[:, [k]] * (influence_MN - mean_MK[:, [k]])
+
+        sides = [(e, mean(e)) for e in (own, reference) if e is not None]
+        variance_M = np.zeros(len(own.delta_MR))
+        for k, rows in chunks_of_tasks(self._store.task_ids):
+            if factor_K[k]:
+                influence_MN = influence(*sides[0], k, rows)
+                if reference is not None:
+                    influence_MN -= influence(*sides[1], k, rows)
+                variance_M += factor_K[k] * (influence_MN**2 @ self.share_N[rows] ** 2)
+        return variance_M
 
     def _moments(self, store: GradientStore, weights_N: Array) -> tuple[Array, Array, Array]:
         """Of each task b [K, D] and the trace of H [K]; the sum over tasks of H [D, D]."""
