@@ -1,9 +1,9 @@
 """How time and memory of the gradient pass grow: examples, length, LoRA rank, projection_dim.
 
 Each point is a child process that captures gradients of random tokens with SmolLM2-135M into a
-temporary store, with one thread and one setting changed from the default. The exponent is the slope
-of the logarithms by least squares: 1 is linear, 0 constant. Memory is the peak above that of the
-loaded model.
+temporary store, with one thread and one setting changed from the default. Time is that of the CPU,
+which other users of the machine change least. The exponent is the slope of the logarithms by least
+squares: 1 is linear, 0 constant. Memory is the peak above that of the loaded model.
 
     python benchmarks/scaling.py
 """
@@ -41,7 +41,7 @@ BATCH_SIZE, LABEL_TOKENS = 8, 8
 
 
 def measure(*, examples: int, length: int, rank: int, projection_dim: int) -> dict[str, float]:
-    """Seconds of a pass once it is warm, and peak memory in MiB above the loaded model."""
+    """CPU seconds of a pass once it is warm, and peak memory in MiB above the loaded model."""
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
     tokens = torch.randint(
@@ -57,7 +57,7 @@ def measure(*, examples: int, length: int, rank: int, projection_dim: int) -> di
 
     def capture(rows: list[dict[str, Any]]) -> float:
         with tempfile.TemporaryDirectory() as directory:
-            start = time.perf_counter()
+            start = time.process_time()
             capture_gradients(
                 model,
                 {"a": rows},
@@ -69,9 +69,9 @@ def measure(*, examples: int, length: int, rank: int, projection_dim: int) -> di
                 scalars=("loss",),
                 progress=False,
             )
-            return time.perf_counter() - start
+            return time.process_time() - start
 
-    torch.set_num_threads(1)  # counts other users of the machine least
+    torch.set_num_threads(1)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     overhead = min(capture(rows[:1]) for _ in range(2))  # check and tables: the same for any size
     seconds = capture(rows) - overhead
@@ -88,7 +88,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     for column, setting in enumerate(VALUES):
         points = [line for line in lines if line["setting"] == setting]
         for row, (quantity, label) in enumerate(
-            [("seconds", "seconds"), ("memory_mib", "peak memory, MiB")]
+            [("seconds", "CPU seconds"), ("memory_mib", "peak memory, MiB")]
         ):
             ax = axes[row][column]
             ax.loglog([p["value"] for p in points], [p[quantity] for p in points], "o-")

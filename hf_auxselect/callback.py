@@ -40,13 +40,7 @@ from hf_auxselect.plan import (
     warn_of_leaked_target,
 )
 from hf_auxselect.projection import BYTES_PER_PARAMETER
-from hf_auxselect.report import (
-    SelectionReport,
-    compare,
-    compare_with_all_tasks,
-    strategy_record,
-    summarize_tasks,
-)
+from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
 from hf_auxselect.store import GradientStore, JsonDict, read_json, to_json, write_atomically
 from hf_auxselect.verification import RestOfRun, mixtures_to_verify, verify
@@ -353,11 +347,7 @@ class TaskSelectionCallback(TrainerCallback):
             },
         )
         if store is not None and fitted is not None:
-            report.rows = compare(fitted, selection, names, seed=self._plan.seed)
-            report.difference = compare_with_all_tasks(fitted, selection, names)
-            report.tasks = summarize_tasks(store)
-            report.target = summarize_tasks(store.target)[0]
-            report.diagnostics = fitted.diagnostics()
+            report.add_estimates(fitted, selection, store, seed=self._plan.seed)
         return report
 
     def _verify(
@@ -432,6 +422,12 @@ class TaskSelectionCallback(TrainerCallback):
         if decision is not None:
             self._decision = decision
             self.report = self._read_report(decision)
+            if self.verify and at_switch and not self.report.verification:
+                with switch.preserved_rng():
+                    # The trainer itself takes these up only later, at the first batch.
+                    trainer._load_rng_state(switch.resumed_checkpoint(trainer))
+                    is_main = trainer.is_world_process_zero()
+                    self._verify(trainer, self.report, self.report.fitted() if is_main else None)
             self._switch(trainer, state)
         elif at_switch:
             self._select(trainer, state)

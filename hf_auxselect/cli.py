@@ -1,4 +1,4 @@
-"""The command line: look at a selection again, without the model and without training."""
+"""The command line: look at a selection again, and check it by training."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     what_if.set_defaults(run=_what_if)
 
+    verify = commands.add_parser(
+        "verify",
+        help="fine-tune on some mixtures for real, and put the agreement into the report",
+        description="Runs your training script from its checkpoint at the switch, but instead of "
+        "going on it fine-tunes on the chosen mixture, on all tasks and on random subsets, and "
+        "adds the measured losses to the report. Nothing else in the output directory changes.",
+    )
+    verify.add_argument("directory", metavar="DIR", type=Path, help="a _task_selection directory")
+    verify.add_argument("--num", type=int, default=4, metavar="N", help="mixtures (default 4)")
+    verify.add_argument("script", metavar="SCRIPT", type=Path, help="the script that made the run")
+    verify.add_argument("arguments", nargs=argparse.REMAINDER, help="and its arguments")
+    verify.set_defaults(run=_verify)
+
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -53,6 +66,15 @@ def _what_if(options: argparse.Namespace) -> None:
     for text, estimate in estimates:
         interval = f"[{estimate.low[0]:.4f}, {estimate.high[0]:.4f}]"
         _show(f"{printable(text):<{width}}  {estimate.loss[0]:7.4f}  {interval}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from hf_auxselect.script import verify_with_script
+
+    if options.num < 1:
+        raise ValueError(f"--num must be at least 1, got {options.num}.")
+    report = verify_with_script(options.directory, options.num, options.script, options.arguments)
+    _show(report.to_text())
 
 
 def _parse_tasks(text: str) -> list[str] | dict[str, float]:

@@ -72,7 +72,8 @@ class CostPreview:
     Attributes:
         num_examples: examples that the pass reads, the target's included.
         seconds: predicted duration, from a timed batch.
-        disk_mib: size of the gradient store, MiB.
+        disk_mib: size of the gradient store, MiB; twice as much for a moment, at the end of the
+            pass, when its parts are merged into one file.
         memory_mib: memory of the projection's tables, MiB, beyond that of an evaluation batch
             with gradients.
         switch_step: optimizer step after which the pass runs.

@@ -131,7 +131,7 @@ class SelectionReport:
         """
         names = list(self.weights)
         if isinstance(tasks, np.ndarray):
-            return self._estimator().estimate(tasks)
+            return self.fitted().estimate(tasks)
         if isinstance(tasks, str):
             raise TypeError(f"tasks must be several names or a mapping, got the string {tasks!r}.")
         given = dict(tasks) if isinstance(tasks, Mapping) else dict.fromkeys(tasks, True)
@@ -139,9 +139,14 @@ class SelectionReport:
         if unknown:
             raise ValueError(f"unknown task {unknown[0]!r}; the report knows {names}.")
         weights = np.array([[given.get(name, 0) for name in names]])
-        return self._estimator().estimate(weights if isinstance(tasks, Mapping) else weights == 1)
+        return self.fitted().estimate(weights if isinstance(tasks, Mapping) else weights == 1)
 
-    def _estimator(self) -> FittedEstimator:
+    def fitted(self) -> FittedEstimator:
+        """The estimator, fitted to the stored gradients.
+
+        Raises:
+            ValueError: the report's gradients or estimator are not available.
+        """
         if self._fitted is None:
             if self.gradients_directory is None or not self.gradients_directory.is_dir():
                 raise ValueError(
@@ -152,6 +157,16 @@ class SelectionReport:
                 GradientStore.load(self.gradients_directory)
             )
         return self._fitted
+
+    def add_estimates(
+        self, fitted: FittedEstimator, selection: Selection, store: GradientStore, *, seed: int
+    ) -> None:
+        """Fill in what estimates and gradients tell of a selection; ``seed``: of random subsets."""
+        self.rows = compare(fitted, selection, store.task_names, seed=seed)
+        self.difference = compare_with_all_tasks(fitted, selection, store.task_names)
+        self.tasks = summarize_tasks(store)
+        self.target = summarize_tasks(store.target)[0]
+        self.diagnostics = fitted.diagnostics()
 
     def metrics(self) -> dict[str, float]:
         """What the trainer logs of the selection."""

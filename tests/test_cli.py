@@ -1,11 +1,20 @@
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 
-from hf_auxselect import GradientStore, LinearizedTraining, TaskSelectionCallback
+from hf_auxselect import (
+    GradientStore,
+    LinearizedTraining,
+    SelectionReport,
+    TaskSelectionCallback,
+)
 from hf_auxselect.cli import main
+
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +82,63 @@ def test_it_needs_neither_torch_nor_transformers(directory):
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+class TestVerify:
+    """With a script that is run again from the checkpoint at the switch."""
+
+    SCRIPT = """
+import sys
+import tiny
+from hf_auxselect import TaskSelectionCallback
+
+tiny.sft_trainer(sys.argv[1] + "/other", max_steps=1).train()  # another trainer is left alone
+callback = TaskSelectionCallback(warmup=4, projection_dim=16)
+trainer = tiny.sft_trainer(sys.argv[1], callback, save_strategy="steps", save_steps=4)
+trainer.train()
+print("ended with", trainer.evaluate()["eval_loss"])
+"""
+
+    @pytest.fixture
+    def script(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(str(TESTS))
+        path = tmp_path / "train.py"
+        path.write_text(self.SCRIPT)
+        return path
+
+    def test_it_measures_what_the_run_ended_with(self, script, run_dir, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", [str(script), str(run_dir)])
+        runpy.run_path(str(script), run_name="__main__")
+        ended = float(capsys.readouterr().out.split("ended with ")[1].split()[0])
+        before = sorted(path.name for path in run_dir.iterdir())
+        directory = run_dir / "_task_selection"
+        for num in (1, 3):  # a second time, too
+            command = ["verify", str(directory), "--num", str(num), str(script), str(run_dir)]
+            assert main(command) == 0
+            output = capsys.readouterr().out
+            assert "measured by real fine-tunes" in output
+            assert "ended with" not in output
+            report = SelectionReport.load(directory)
+            assert len(report.verification) == num
+            assert report.verification[0].measured == ended
+        assert sorted(path.name for path in run_dir.iterdir()) == before
+
+    def test_what_cannot_be_verified(self, script, directory, tmp_path, capsys):
+        for command, reason in [
+            (["verify", str(directory), "nothing.py"], "no such script: 'nothing.py'"),
+            (["verify", str(tmp_path), str(script)], "is not the _task_selection directory"),
+            (["verify", str(directory), "--num", "0", str(script)], "--num must be at least 1"),
+            (["verify", str(directory), str(script)], "Keep it (save_steps=4)"),
+        ]:
+            assert main(command) == 1
+            assert reason in capsys.readouterr().err
+
+    def test_a_script_of_another_run(self, directory, tmp_path, capsys):
+        (directory.parent / "checkpoint-4").mkdir()
+        script = tmp_path / "nothing.py"
+        script.write_text("")
+        try:
+            assert main(["verify", str(directory), str(script)]) == 1
+        finally:
+            (directory.parent / "checkpoint-4").rmdir()
+        assert "ended without training" in capsys.readouterr().err

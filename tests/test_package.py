@@ -35,7 +35,8 @@ LAYOUT = {
         "store",
     },
     "report": {"estimators", "selectors", "store"},
-    "cli": {"report"},
+    "cli": {"report", "script"},
+    "script": {"callback", "report", "store"},
     "switch": {"per_example", "mixture"},
     "plan": {
         "__init__",
@@ -114,6 +115,7 @@ def test_only_these_modules_know_transformers():
     assert knowing == {
         "callback",
         "plan",
+        "script",
         "switch",
         "verification",
         "per_example",

@@ -16,13 +16,10 @@ from hf_auxselect import (
     SelectionReport,
 )
 from hf_auxselect.report import (
-    compare,
-    compare_with_all_tasks,
     escape_markdown,
     estimator_from,
     printable,
     strategy_record,
-    summarize_tasks,
 )
 from hf_auxselect.selectors import RandomEnsemble
 
@@ -30,19 +27,16 @@ from hf_auxselect.selectors import RandomEnsemble
 def report_of(store, selector=None):
     fitted = GradExLogistic().fit(store)
     selection = (selector or ForwardSelection()).select(fitted.estimate, store.task_names)
-    return SelectionReport(
+    report = SelectionReport(
         weights=selection.weights,
         scores=selection.scores,
         history=list(selection.history),
-        rows=compare(fitted, selection, store.task_names, seed=0),
-        difference=compare_with_all_tasks(fitted, selection, store.task_names),
-        tasks=summarize_tasks(store),
-        target=summarize_tasks(store.target)[0],
-        diagnostics=fitted.diagnostics(),
         estimator=strategy_record(GradExLogistic()),
         selector=strategy_record(ForwardSelection()),
         run={"after": "continue", "switch_step": 4, "model": "tiny", "seconds": 1.5},
     )
+    report.add_estimates(fitted, selection, store, seed=0)
+    return report
 
 
 @pytest.fixture

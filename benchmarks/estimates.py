@@ -1,0 +1,185 @@
+"""Estimates per second, next to a regression per subset and to the authors' forward passes.
+
+A synthetic store of 38 tasks with 100 examples each (the size of the paper's Alpaca experiment),
+256 target examples and 512 numbers per gradient; random halves of the tasks. In each repetition all
+take their turn; the table gives medians. The regression is scikit-learn's, as the authors call it
+(liblinear, C = 1e-4). Their loop then evaluates the moved model: a forward pass over the target,
+here SmolLM2-135M and 64 examples of the arithmetic recipe, with logits at label positions only.
+
+    pip install -e '.[bench]'
+    python benchmarks/estimates.py [--repetitions 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from families import FAMILIES, smollm2
+from sklearn.linear_model import LogisticRegression
+
+from hf_auxselect import GradExLogistic, GradientStore, LinearizedTraining
+from hf_auxselect.per_example import SCALARS, forward_label_logits
+from hf_auxselect.store import Arrays, to_json, write_atomically
+
+RESULTS = Path(__file__).resolve().parent / "results" / "estimates.json"
+NUM_TASKS, NUM_PER_TASK, NUM_TARGET, DIM = 38, 100, 256, 512
+NUM_SUBSETS = 1000
+NUM_REGRESSIONS, NUM_FORWARDS = 20, 2
+SPECTRUM = np.exp(-np.arange(64) / 12)
+"""Gradients have some leading axes, and noise around them."""
+
+
+def synthetic_store(seed: int) -> GradientStore:
+    """Random gradients, of which a tenth of all rows was captured."""
+    rng = np.random.default_rng(seed)
+    axes = SPECTRUM[:, None] * rng.normal(size=(len(SPECTRUM), DIM))
+    specs = (*LinearizedTraining.scalars, *GradExLogistic.scalars)
+
+    def arrays(count: int) -> dict[str, Any]:
+        def gradients() -> np.ndarray:
+            inside = rng.normal(size=(count, len(axes))) @ axes
+            return (inside + 0.05 * rng.normal(size=(count, DIM))).astype(np.float32)
+
+        outputs = rng.normal(size=count).astype(np.float32)
+        return {
+            "losses": np.logaddexp(0, -outputs),
+            "num_label_tokens": rng.integers(1, 8, count),
+            "scalars": {spec: (outputs, gradients()) for spec in specs},
+        }
+
+    vectors: Arrays = {
+        name: rng.normal(size=DIM).astype(np.float32) for name in ("momentum", "parameters")
+    }
+    return GradientStore(
+        task_names=[f"task {k}" for k in range(NUM_TASKS)],
+        task_ids=np.repeat(np.arange(NUM_TASKS), NUM_PER_TASK),
+        example_ids=np.arange(NUM_TASKS * NUM_PER_TASK),
+        task_sizes=np.full(NUM_TASKS, 10 * NUM_PER_TASK),
+        target=GradientStore(
+            task_names=["target"],
+            task_ids=np.zeros(NUM_TARGET, int),
+            example_ids=np.arange(NUM_TARGET),
+            **arrays(NUM_TARGET),
+        ),
+        metadata={
+            "optimizer": {
+                "learning_rate_factor": 1.0,
+                "momentum_coefficient": 0.9,
+                "weight_decay": 0.0,
+                "steps_taken": 100,
+            },
+            "training": {
+                "learning_rates": [1e-3] * 400,
+                "max_grad_norm": 1.0,
+                "examples_per_step": 16,
+                "after": "continue",
+            },
+        },
+        vectors=vectors,
+        **arrays(NUM_TASKS * NUM_PER_TASK),
+    )
+
+
+def regression(store: GradientStore) -> Callable[[np.ndarray], None]:
+    """Solves one logistic regression on the gradients of a subset's examples."""
+    gradients = store.scalar("margin")[1]
+    labels = np.random.default_rng(0).random(len(gradients)) < 0.7
+
+    def solve(mask: np.ndarray) -> None:
+        rows = mask[store.task_ids]
+        signed = np.where(labels[rows], 1, -1)[:, None] * gradients[rows]
+        LogisticRegression(solver="liblinear", C=1e-4).fit(signed, labels[rows])
+
+    return solve
+
+
+def forward_pass() -> Callable[[], None]:
+    """Runs SmolLM2 over 64 examples of the arithmetic target."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
+    rows = FAMILIES["arithmetic"].make_target(0)
+    batch = dict(
+        tokenizer(
+            [row["prompt"] + row["completion"] for row in rows], padding=True, return_tensors="pt"
+        )
+    )
+    prompts = torch.tensor([len(tokenizer(row["prompt"])["input_ids"]) for row in rows])
+    positions = torch.arange(batch["input_ids"].shape[1])
+    is_label = (positions >= prompts[:, None]) & (batch["attention_mask"] == 1)
+    batch["labels"] = torch.where(is_label, batch["input_ids"], -100)
+
+    def run() -> None:
+        with torch.no_grad():
+            SCALARS["loss"](forward_label_logits(model, batch))
+
+    return run
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, print the table and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=5)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    store = synthetic_store(0)
+    masks = np.random.default_rng(1).random((NUM_SUBSETS, NUM_TASKS)) < 0.5
+    linearized, logistic = LinearizedTraining().fit(store), GradExLogistic().fit(store)
+    solve, forward = regression(store), forward_pass()
+    # Each with the number of estimates that one call makes.
+    methods: dict[str, tuple[Callable[[], Any], int]] = {
+        "LinearizedTraining(), batch": (lambda: linearized.estimate(masks), NUM_SUBSETS),
+        "LinearizedTraining(), one": (lambda: linearized.estimate(masks[:1]), 1),
+        "GradExLogistic(), batch": (lambda: logistic.estimate(masks), NUM_SUBSETS),
+        "scikit-learn, per subset": (
+            lambda: [solve(mask) for mask in masks[:NUM_REGRESSIONS]],
+            NUM_REGRESSIONS,
+        ),
+        "the same and a forward pass": (
+            lambda: [(solve(mask), forward()) for mask in masks[:NUM_FORWARDS]],
+            NUM_FORWARDS,
+        ),
+    }
+    for function, _ in methods.values():
+        function()  # warms up
+    times = {name: [] for name in methods}  # type: dict[str, list[float]]
+    for _ in range(options.repetitions):
+        for name, (function, count) in methods.items():
+            times[name].append(seconds(function) / count)
+    medians = {name: float(np.median(own)) for name, own in times.items()}
+    fastest = medians["LinearizedTraining(), batch"]
+    print(f"{'':30} estimates/s  ms each  times the first")
+    for name, median in medians.items():
+        print(f"{name:30} {1 / median:11.1f}  {1000 * median:7.2f}  {median / fastest:15.1f}")
+    record = {
+        "command": f"python benchmarks/estimates.py --repetitions {options.repetitions}",
+        "tasks": NUM_TASKS,
+        "examples": NUM_TASKS * NUM_PER_TASK,
+        "target_examples": NUM_TARGET,
+        "dim": DIM,
+        "seconds_to_fit": round(seconds(lambda: LinearizedTraining().fit(store)), 3),
+        "seconds_per_estimate": medians,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    write_atomically(RESULTS, to_json(record))
+
+
+if __name__ == "__main__":
+    main()
