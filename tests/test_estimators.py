@@ -12,6 +12,7 @@ from reference import (
     logistic_estimate,
     random_store,
 )
+from scipy.stats import spearmanr
 
 from hf_auxselect import (
     GaussNewton,
@@ -22,7 +23,15 @@ from hf_auxselect import (
     capture_gradients,
 )
 from hf_auxselect.estimators import normalize_mixtures
+from hf_auxselect.estimators.base import rank_correlation
 from hf_auxselect.estimators.linearized import _Recursion
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-1, 1)), min_size=2, max_size=12))
+def test_rank_correlation_is_that_of_scipy(pairs):
+    one, other = np.array(pairs).T
+    expected = 0.0 if min(np.ptp(one), np.ptp(other)) == 0 else spearmanr(one, other).statistic
+    assert rank_correlation(one, other) == pytest.approx(expected, abs=1e-12)
 
 
 class TestNormalizeMixtures:
@@ -318,6 +327,37 @@ class TestLinearizedTraining:
         diagnostics = LinearizedTraining().fit(random_store(7)).diagnostics()
         assert all(isinstance(value, float) for value in diagnostics.values())
         assert 0 < diagnostics["clipping_factor_all_tasks"] <= 1
+        assert abs(diagnostics["rank_correlation_with_number_of_tasks"]) <= 1
+        assert 1 / 9 < diagnostics["largest_target_example_share"] < 1
+
+    def test_what_depends_on_the_length_of_the_step_alone_is_told(self):
+        """All tasks push the same way, by different lengths, and no curvature bends the loss."""
+        store = random_store(3, counts=(4, 4, 4, 4), dim=5, max_grad_norm=0.0)
+        lengths = np.array([1.0, 2.0, 3.0, 4.0])[store.task_ids][:, None]
+        flat = {
+            "loss@optimizer": (store.outputs, (lengths * np.eye(5)[0]).astype(np.float32)),
+            "sampled_loss@optimizer": (store.outputs, np.zeros((16, 5), np.float32)),
+        }
+        target_outputs = store.target.outputs
+        target = {
+            "loss@optimizer": (target_outputs, np.tile(np.eye(5)[0], (9, 1)).astype(np.float32)),
+            "sampled_loss@optimizer": (target_outputs, np.zeros((9, 5), np.float32)),
+        }
+        store = rebuilt(
+            store,
+            scalars=store._scalars | flat,
+            target=rebuilt(store.target, scalars=store.target._scalars | target),
+            metadata={
+                "optimizer": store.metadata["optimizer"] | {"weight_decay": 0.0},
+                "training": store.metadata["training"],
+            },
+            vectors=store.vectors | {"momentum": np.zeros(5, np.float32)},
+        )
+        diagnostics = LinearizedTraining().fit(store).diagnostics()
+        assert diagnostics["rank_correlation_with_step_norm"] == pytest.approx(-1, abs=0.02)
+        assert diagnostics["largest_target_example_share"] == pytest.approx(
+            store.target.example_weights.max()
+        )
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -138,6 +138,19 @@ def outlier_share(gradients: Array, task_ids: Array) -> float:
     return float(np.mean(norms > 10 * medians[task_ids]))
 
 
+def rank_correlation(one: Array, other: Array) -> float:
+    """Spearman's correlation of two arrays [M], ties at their mean rank; 0 if one is constant."""
+
+    def ranks(values: Array) -> Array:
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+    both = np.stack([ranks(np.asarray(one)), ranks(np.asarray(other))])
+    both -= both.mean(1, keepdims=True)
+    norms = np.linalg.norm(both, axis=1)
+    return float(both[0] @ both[1] / norms.prod()) if norms.all() else 0.0
+
+
 def in_chunks(
     rows_MK: Array, function: Callable[[Array], tuple[Array, Array]], *, size: int
 ) -> tuple[Array, Array]:

@@ -18,7 +18,6 @@ from hf_auxselect.estimators.base import (
     Estimate,
     FittedEstimator,
     normalize_mixtures,
-    outlier_share,
 )
 from hf_auxselect.estimators.quadratic import Effects, QuadraticModel
 from hf_auxselect.store import GradientStore
@@ -142,13 +141,11 @@ class FittedGaussNewton(FittedEstimator):
     def diagnostics(self) -> dict[str, float]:
         values_1R, _, _ = self._model.curvature(self._w_all_1K)
         spectrum = np.maximum(values_1R[0], 0.0)
-        norms_N1 = self._model.norm_N[:, None]  # the norm of a norm is itself
         return {
-            "anchor_loss_nats": self._model.anchor_loss,
+            **self._model.diagnostics(self._effects),
             "damping": self.damping,
             "largest_curvature": self._largest,
             "effective_dimension": float((spectrum / (spectrum + self.damping)).sum()),
-            "outlier_gradient_share": outlier_share(norms_N1, self._store.task_ids),
         }
 
     def _effects(self, rows_MK: Array) -> Effects:

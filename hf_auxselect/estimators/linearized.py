@@ -18,7 +18,6 @@ from hf_auxselect.estimators.base import (
     Estimate,
     FittedEstimator,
     normalize_mixtures,
-    outlier_share,
 )
 from hf_auxselect.estimators.quadratic import Effects, QuadraticModel, chunks_of_tasks
 from hf_auxselect.store import GradientStore, JsonDict
@@ -230,14 +229,12 @@ class FittedLinearizedTraining(FittedEstimator):
         clip_M = self._clipping(rows_MK, w_MK)
         values_MR, _, _ = self._model.curvature(clip_M[:, None] * w_MK)
         spectrum = np.maximum(values_MR[0], 0.0)
-        norms_N1 = self._model.norm_N[:, None]  # the norm of a norm is itself
         return {
-            "anchor_loss_nats": float(self._store.target.task_losses[0]),
+            **self._model.diagnostics(self._effects),
             "duration": self._recursion.duration,
             "clipping_factor_all_tasks": float(clip_M[0]),
             "largest_curvature_times_duration": float(spectrum.max() * self._recursion.duration),
             "effective_dimension": float(spectrum.sum() ** 2 / max((spectrum**2).sum(), 1e-300)),
-            "outlier_gradient_share": outlier_share(norms_N1, self._store.task_ids),
         }
 
 
