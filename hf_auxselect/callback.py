@@ -308,7 +308,6 @@ class TaskSelectionCallback(TrainerCallback):
                 seed=self._plan.seed,
                 scalars=self.estimator.scalars,
                 optimizer=trainer.optimizer if self._needs_optimizer else None,
-                initial=self._initial if self.after == "restart" else None,
                 training=switch.training_to_come(trainer, self._plan.switch_step, self.after),
                 one_by_one=self.one_by_one,
                 progress=not trainer.args.disable_tqdm,

@@ -150,7 +150,6 @@ def capture_examples(
     seed: int,
     scalars: Sequence[str],
     optimizer: torch.optim.Optimizer | None = None,
-    initial: Mapping[str, Tensor] | None = None,
     training: JsonDict | None = None,
     one_by_one: bool = False,
     progress: bool = True,
@@ -162,8 +161,6 @@ def capture_examples(
     (``directory`` must be visible to all).
 
     Args beyond those of :func:`capture_gradients`:
-        initial: values of the trainable parameters at the start of the run, if their distance from
-            the anchor is to be known.
         training: what is known of the training to come, kept in the metadata.
     """
     for task in (*tasks, target):
@@ -205,7 +202,7 @@ def capture_examples(
             ],
             shards=shards,
             metadata=metadata,
-            vectors=capture.vectors(initial),
+            vectors=capture.vectors(),
         )
         return writer.pending
 
@@ -363,13 +360,13 @@ class _Capture:
             | {"python": platform.python_version()},
         }
 
-    def vectors(self, initial: Mapping[str, Tensor] | None) -> Arrays:
+    def vectors(self) -> Arrays:
         """Projections [D], in the optimizer's coordinates, of what its steps depend on."""
         state = self._optimizer
         if state is None:
             return {}
         # A gradient scales by P^(1/2), the parameters themselves by its inverse.
-        vectors = {
+        return {
             "momentum": self._project_all(
                 {n: m * state.scales[n] for n, m in state.momentum.items()}
             ),
@@ -380,14 +377,6 @@ class _Capture:
                 }
             ),
         }
-        if initial is not None:
-            distance = {
-                name: (initial[name].to(p.device) - p.detach()).float().flatten()
-                / state.scales[name]
-                for name, p in self._trainable.items()
-            }
-            vectors["initial_displacement"] = self._project_all(distance)
-        return vectors
 
     def _project_all(self, values: Mapping[str, Tensor]) -> np.ndarray:
         parts = [

@@ -104,9 +104,8 @@ class GradientStore:
             within a task. In proportion to the label tokens, unless given otherwise.
         task_sizes: int64 [K], rows that each task has for training (the store may hold fewer).
         metadata: what is known of the capture: projection, anchor, optimizer, the training to come.
-        vectors: float32 [D] each, projected: the optimizer's ``momentum``, the ``parameters`` and
-            the ``initial_displacement`` (initial values minus anchor), in the optimizer's
-            coordinates; empty if the store was captured without it.
+        vectors: float32 [D] each, projected: the optimizer's ``momentum`` and the ``parameters``,
+            in the optimizer's coordinates; empty if the store was captured without it.
     """
 
     def __init__(

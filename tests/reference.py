@@ -162,8 +162,7 @@ def linearized_training(
     parameters = store.vectors["parameters"].astype(np.float64)
     delta, momentum = np.zeros(dim), np.zeros(dim)
     if is_restart:
-        delta = store.vectors["initial_displacement"].astype(np.float64)
-        steps_taken = steps_taken and 0
+        steps_taken = None
     else:
         momentum = store.vectors["momentum"].astype(np.float64)
         if steps_taken is not None:
@@ -318,8 +317,7 @@ def random_store(
             },
         },
         vectors={
-            name: rng.normal(size=dim).astype(np.float32)
-            for name in ("momentum", "parameters", "initial_displacement")
+            name: rng.normal(size=dim).astype(np.float32) for name in ("momentum", "parameters")
         },
         **arrays(sum(counts)),
     )

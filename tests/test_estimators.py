@@ -252,7 +252,6 @@ class TestLinearizedTraining:
             momentum_coefficient=0.9,
             steps_taken=None,
             weight_decay=0.0,
-            is_restart=False,
         )
         stable = 2 * 1.9 / (0.1 * 2.0)  # heavy-ball momentum diverges above
         response = recursion.response(np.array([0.1, 0.5 * stable, 2 * stable, 1e9]))

@@ -48,9 +48,13 @@ class LinearizedTraining(AbstractEstimator):
         delta_t = delta_{t-1} - eta_t (m_t / (1 - beta^(t_0 + t)) + decay (theta + delta_{t-1})),
 
     from the optimizer's own m_0 after its t_0 steps; SGD has no division by 1 - beta^(t_0 + t).
-    When training restarts, the steps begin at the initial parameters, with m_0 = 0 and t_0 = 0. The
-    recursion is linear, and in the eigenvectors of H_w it falls apart into one of two numbers per
-    eigenvalue; what it makes of m_0, delta_0, b_w and theta is tabulated once as a function of the
+    When training restarts, the anchor stands for where it will have come, on all tasks, before
+    mixtures make a difference: the steps, with the rates of the restart, begin there too, with
+    m_0 = 0 and no such division, since the second moments of the first steps are as small as their
+    momentum. The initial parameters themselves are too far for a quadratic model.
+
+    The recursion is linear, and in the eigenvectors of H_w it falls apart into one of two numbers
+    per eigenvalue; what it makes of m_0, b_w and theta is tabulated once as a function of the
     eigenvalue. The estimate is
 
         L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2     after the last step.
@@ -118,25 +122,22 @@ class FittedLinearizedTraining(FittedEstimator):
             )
         rates = np.asarray(rates, np.float64) * optimizer["learning_rate_factor"]
         is_restart = self._training.get("after") == "restart"
-        steps_taken = optimizer.get("steps_taken")
-        start = "initial_displacement" if is_restart else "momentum"
         self._recursion = _Recursion(
             rates,
             momentum_coefficient=optimizer["momentum_coefficient"],
-            steps_taken=steps_taken and (0 if is_restart else steps_taken),
+            steps_taken=None if is_restart else optimizer.get("steps_taken"),
             weight_decay=optimizer["weight_decay"],
-            is_restart=is_restart,
         )
         self._decay = optimizer["weight_decay"]
-        start_D = store.vectors[start].astype(np.float64)
+        momentum_D = (not is_restart) * store.vectors["momentum"].astype(np.float64)
         parameters_D = (self._decay > 0) * store.vectors["parameters"].astype(np.float64)
         self._model = QuadraticModel(
             store,
             _read_gradients,
             rank=options.rank,
-            vectors_VD=np.stack([start_D, parameters_D]),
+            vectors_VD=np.stack([momentum_D, parameters_D]),
         )
-        self._start_R, self._parameters_R = self._model.vectors_VR
+        self._momentum_R, self._parameters_R = self._model.vectors_VR
         if self._training.get("max_grad_norm"):
             self._read_plain_gradients()
 
@@ -182,7 +183,7 @@ class FittedLinearizedTraining(FittedEstimator):
             return np.einsum("mrs,...r->ms" if x.ndim == 1 else "mrs,mr->ms", vectors_MRR, x)
 
         response = self._recursion.response(values_MR)
-        own_MR = response.start * turned(self._start_R)
+        own_MR = response.momentum * turned(self._momentum_R)
         own_MR = own_MR - response.gradient * turned(clipped_MK @ model.b_KR)
         own_MR -= response.parameters * turned(self._parameters_R)
         delta_MR = np.einsum("mrs,ms->mr", vectors_MRR, own_MR)
@@ -190,7 +191,7 @@ class FittedLinearizedTraining(FittedEstimator):
 
         outer = self._recursion.response(outer_M)
         sources_MS = np.column_stack(
-            [-outer.gradient[:, None] * clipped_MK, outer.start, -outer.parameters]
+            [-outer.gradient[:, None] * clipped_MK, outer.momentum, -outer.parameters]
         )
         sources_MS[idle_M] = 0.0
 
@@ -241,7 +242,7 @@ class FittedLinearizedTraining(FittedEstimator):
 class _Response(NamedTuple):
     """Displacement after the last step per unit of each source, at some eigenvalues."""
 
-    start: Array
+    momentum: Array
     gradient: Array
     """With the opposite sign: training goes against the gradient."""
     parameters: Array
@@ -249,7 +250,7 @@ class _Response(NamedTuple):
 
 
 class _Recursion:
-    """What the steps to come make of a start, a gradient and weight decay, by eigenvalue of H."""
+    """What the steps to come make of momentum, a gradient and weight decay, by eigenvalue of H."""
 
     def __init__(
         self,
@@ -258,7 +259,6 @@ class _Recursion:
         momentum_coefficient: float,
         steps_taken: int | None,
         weight_decay: float,
-        is_restart: bool,
     ) -> None:
         beta = momentum_coefficient
         fading = beta ** np.arange(1, len(rates) + 1)
@@ -273,12 +273,9 @@ class _Recursion:
         self._x_G = np.linspace(0.0, np.log(largest * self.duration + 2), _GRID_POINTS)
         values_G = (np.exp(self._x_G) - 2) / self.duration
 
-        # Columns: start, gradient, parameters.
+        # Columns: momentum, gradient, parameters.
         delta_3G, momentum_3G = np.zeros((2, 3, _GRID_POINTS))
-        if is_restart:
-            delta_3G[0] = 1.0
-        else:
-            momentum_3G[0] = 1.0 if steps_taken is None else 1 - beta**steps_taken
+        momentum_3G[0] = 1.0 if steps_taken is None else 1 - beta**steps_taken
         sources_3G = np.zeros((3, 1)), np.zeros((3, 1))
         sources_3G[0][1], sources_3G[1][2] = 1.0, weight_decay
         for t, rate in enumerate(rates, start=1):
@@ -292,8 +289,8 @@ class _Recursion:
     def response(self, values: Array) -> _Response:
         """At eigenvalues of any shape."""
         x = np.log(np.maximum(values * self.duration, -1.0) + 2)
-        start, gradient, parameters = (np.interp(x, self._x_G, d) for d in self._delta_3G)
-        return _Response(start, -gradient, -parameters)
+        momentum, gradient, parameters = (np.interp(x, self._x_G, d) for d in self._delta_3G)
+        return _Response(momentum, -gradient, -parameters)
 
 
 def _read_gradients(store: GradientStore, rows: slice) -> tuple[Array, Array]:
