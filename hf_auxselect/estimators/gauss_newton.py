@@ -10,19 +10,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from hf_auxselect.estimators.base import (
     AbstractEstimator,
     Array,
-    Estimate,
-    FittedEstimator,
     normalize_mixtures,
 )
-from hf_auxselect.estimators.quadratic import Effects, QuadraticModel
+from hf_auxselect.estimators.quadratic import Effects, FittedQuadratic, QuadraticModel
 from hf_auxselect.store import GradientStore
-
-_MIXTURES_AT_ONCE = 32
 
 Curvature = Literal["sampled", "empirical"]
 
@@ -105,11 +100,13 @@ class GaussNewton(AbstractEstimator):
         return FittedGaussNewton(self, store)
 
 
-class FittedGaussNewton(FittedEstimator):
+class FittedGaussNewton(FittedQuadratic):
     """See :class:`GaussNewton`."""
 
+    curvature_share = 1.0
+
     def __init__(self, options: GaussNewton, store: GradientStore) -> None:
-        self._options = options
+        self._model_error = options.model_error
         self._store = store
         read = _read_sampled if options.curvature == "sampled" else _read_empirical
         self._model = QuadraticModel(store, read, rank=options.rank)
@@ -120,23 +117,6 @@ class FittedGaussNewton(FittedEstimator):
         self._largest = float(values_1R[0, -1] + self._model.added_curvature(self._w_all_1K)[0])
         self.damping = max(options.damping * self._largest, 1e-300)
         """lambda, nats per label token and squared unit of the parameters."""
-
-    def estimate(self, weights: ArrayLike) -> Estimate:
-        return self._estimate(weights)
-
-    def difference(self, weights: ArrayLike, reference: ArrayLike) -> Estimate:
-        reference_1K = normalize_mixtures(np.asarray(reference)[None], self._store.task_sizes)
-        return self._estimate(weights, reference_1K[0])
-
-    def _estimate(self, weights: ArrayLike, reference_K: Array | None = None) -> Estimate:
-        return self._model.estimate(
-            normalize_mixtures(weights, self._store.task_sizes),
-            self._effects,
-            size=_MIXTURES_AT_ONCE,
-            curvature_share=1.0,
-            model_error=self._options.model_error,
-            reference_K=reference_K,
-        )
 
     def diagnostics(self) -> dict[str, float]:
         values_1R, _, _ = self._model.curvature(self._w_all_1K)

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from hf_auxselect.estimators.base import (
     AbstractEstimator,
     Array,
-    Estimate,
-    FittedEstimator,
     normalize_mixtures,
 )
-from hf_auxselect.estimators.quadratic import Effects, QuadraticModel, chunks_of_tasks
+from hf_auxselect.estimators.quadratic import (
+    Effects,
+    FittedQuadratic,
+    QuadraticModel,
+    chunks_of_tasks,
+)
 from hf_auxselect.store import GradientStore, JsonDict
-
-_MIXTURES_AT_ONCE = 32
 
 _GRID_POINTS = 8192
 """Eigenvalues at which the steps to come are tabulated; between them it is interpolated."""
@@ -101,11 +101,14 @@ class LinearizedTraining(AbstractEstimator):
         return FittedLinearizedTraining(self, store)
 
 
-class FittedLinearizedTraining(FittedEstimator):
+class FittedLinearizedTraining(FittedQuadratic):
     """See :class:`LinearizedTraining`."""
 
+    # Curvature acts on the displacement, which grows from 0: half of it on average.
+    curvature_share = 0.5
+
     def __init__(self, options: LinearizedTraining, store: GradientStore) -> None:
-        self._options = options
+        self._model_error = options.model_error
         self._store = store
         optimizer: JsonDict | None = store.metadata.get("optimizer")
         if optimizer is None:
@@ -152,24 +155,6 @@ class FittedLinearizedTraining(FittedEstimator):
             self._plain_b_KD[k] += self._model.share_N[rows] @ chunk
             self._plain_spread_K[k] += tokens_N[rows] ** 2 @ (chunk**2).sum(1)
         self._plain_spread_K /= self._model.counts_K
-
-    def estimate(self, weights: ArrayLike) -> Estimate:
-        return self._estimate(weights)
-
-    def difference(self, weights: ArrayLike, reference: ArrayLike) -> Estimate:
-        reference_1K = normalize_mixtures(np.asarray(reference)[None], self._store.task_sizes)
-        return self._estimate(weights, reference_1K[0])
-
-    def _estimate(self, weights: ArrayLike, reference_K: Array | None = None) -> Estimate:
-        return self._model.estimate(
-            normalize_mixtures(weights, self._store.task_sizes),
-            self._effects,
-            size=_MIXTURES_AT_ONCE,
-            # Curvature acts on the displacement, which grows from 0: half of it on average.
-            curvature_share=0.5,
-            model_error=self._options.model_error,
-            reference_K=reference_K,
-        )
 
     def _effects(self, rows_MK: Array) -> Effects:
         """What training on some mixtures does."""

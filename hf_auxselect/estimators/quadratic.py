@@ -6,15 +6,18 @@ D projection_dim, R dimensions in which curvature is modelled, S sources of a di
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hf_auxselect.estimators.base import (
     NORMAL_95,
     Array,
     Estimate,
+    FittedEstimator,
     in_chunks,
     normalize_mixtures,
     one_blas_thread,
@@ -22,6 +25,8 @@ from hf_auxselect.estimators.base import (
     rank_correlation,
 )
 from hf_auxselect.store import GradientStore
+
+_MIXTURES_AT_ONCE = 32
 
 _ROWS_AT_ONCE = 4096
 """Rows of gradients that are in memory at once in float64 (16 MB for 512 numbers each)."""
@@ -352,3 +357,34 @@ class QuadraticModel:
                 self._inside(phi_TD),
             )
             self._target_outer_TS[rows] = g_TD @ outer_SD.T
+
+
+class FittedQuadratic(FittedEstimator):
+    """An estimator whose estimate is that of a displacement in a quadratic model."""
+
+    curvature_share: ClassVar[float]
+    """See :class:`Effects`."""
+    _store: GradientStore
+    _model: QuadraticModel
+    _model_error: float
+
+    @abstractmethod
+    def _effects(self, rows_MK: Array) -> Effects:
+        """What training on mixtures does, given the share of each task in their rows."""
+
+    def estimate(self, weights: ArrayLike) -> Estimate:
+        return self._estimate(weights)
+
+    def difference(self, weights: ArrayLike, reference: ArrayLike) -> Estimate:
+        reference_1K = normalize_mixtures(np.asarray(reference)[None], self._store.task_sizes)
+        return self._estimate(weights, reference_1K[0])
+
+    def _estimate(self, weights: ArrayLike, reference_K: Array | None = None) -> Estimate:
+        return self._model.estimate(
+            normalize_mixtures(weights, self._store.task_sizes),
+            self._effects,
+            size=_MIXTURES_AT_ONCE,
+            curvature_share=self.curvature_share,
+            model_error=self._model_error,
+            reference_K=reference_K,
+        )
