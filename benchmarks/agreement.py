@@ -40,14 +40,25 @@ from truth import CACHE, RESULTS, make_trainer, warm_up
 
 from hf_auxselect import (
     AbstractEstimator,
+    GaussNewton,
     GradExLogistic,
     GradientStore,
+    KernelSurrogate,
     LinearizedTraining,
+    RidgeSurrogate,
     TaskSelectionCallback,
 )
 from hf_auxselect.store import to_json, write_atomically
 
-IN_NATS = (LinearizedTraining, GradExLogistic, GradExAsPublished, Constant)
+IN_NATS = (
+    LinearizedTraining,
+    GaussNewton,
+    KernelSurrogate,
+    RidgeSurrogate,
+    GradExLogistic,
+    GradExAsPublished,
+    Constant,
+)
 NUM_BOOTSTRAP = 1000
 
 
@@ -56,6 +67,10 @@ def estimators(family: str, weights: np.ndarray) -> dict[str, AbstractEstimator]
     return {
         "LinearizedTraining()": LinearizedTraining(),
         "LinearizedTraining(rank=256)": LinearizedTraining(rank=256),
+        "GaussNewton()": GaussNewton(),
+        'GaussNewton(curvature="empirical")': GaussNewton(curvature="empirical"),
+        "KernelSurrogate()": KernelSurrogate(),
+        "RidgeSurrogate()": RidgeSurrogate(),
         "GradExLogistic()": GradExLogistic(),
         **{
             f"GradEx as published, scale {scale}": GradExAsPublished(family=family, scale=scale)
@@ -80,7 +95,7 @@ def estimators(family: str, weights: np.ndarray) -> dict[str, AbstractEstimator]
 class _Everything(LinearizedTraining):
     """Captures what any of the estimators needs."""
 
-    scalars: ClassVar[tuple[str, ...]] = (*LinearizedTraining.scalars, "margin")
+    scalars: ClassVar[tuple[str, ...]] = (*LinearizedTraining.scalars, "sampled_loss", "margin")
 
 
 class _Stop(TrainerCallback):
