@@ -33,7 +33,6 @@ from baselines import (
 )
 from families import FAMILIES
 from gradex_reference import GradExAsPublished, measured_scales
-from scipy.stats import rankdata  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 from truth import CACHE, RESULTS, make_trainer, warm_up
@@ -48,6 +47,7 @@ from hf_auxselect import (
     RidgeSurrogate,
     TaskSelectionCallback,
 )
+from hf_auxselect.estimators.base import rank_correlation
 from hf_auxselect.store import to_json, write_atomically
 
 IN_NATS = (
@@ -92,6 +92,23 @@ def estimators(family: str, weights: np.ndarray) -> dict[str, AbstractEstimator]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What was measured of a family and mode."""
+
+    family: str
+    mode: str
+    weights: np.ndarray
+    """Mixtures [M, K] that every seed has run."""
+    losses: np.ndarray
+    """Of every seed [seeds, M]."""
+
+    @property
+    def is_without_shuffled(self) -> np.ndarray:
+        """Which of the mixtures leave out the task of shuffled answers: booleans [M]."""
+        return self.weights[:, FAMILIES[self.family].tasks.index("shuffled")] == 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Everything(LinearizedTraining):
     """Captures what any of the estimators needs."""
 
@@ -128,16 +145,11 @@ def gradients(family: str, mode: str, dim: int = 512) -> GradientStore:
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:
     """Rank correlation; 0 if one of them is constant, or nothing is compared."""
-    if len(one) < 2:
-        return 0.0
-    ranks = rankdata(one), rankdata(other)
-    if min(np.ptp(ranks[0]), np.ptp(ranks[1])) == 0:
-        return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
+    return rank_correlation(one, other) if len(one) else 0.0
 
 
-def truth(family: str, mode: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mixtures [M, K], and their losses [seeds, M], of those that every seed has run."""
+def read_truth(family: str, mode: str) -> Truth:
+    """What ``truth.py`` has written."""
     runs = json.loads((RESULTS / f"{family}-{mode}.json").read_text())["runs"]
     losses: dict[tuple[float, ...], dict[int, float]] = {}
     for run in runs:
@@ -145,12 +157,9 @@ def truth(family: str, mode: str) -> tuple[np.ndarray, np.ndarray]:
     num_seeds = max(len(of_mixture) for of_mixture in losses.values())
     complete = {w: of for w, of in losses.items() if len(of) == num_seeds}
     table = [[of[seed] for seed in sorted(of)] for of in complete.values()]
-    return np.array(list(complete)), np.array(table).T
-
-
-def without_shuffled(family: str, weights: np.ndarray) -> np.ndarray:
-    """Which of the mixtures [M, K] leave out the task of shuffled answers: booleans [M]."""
-    return weights[:, FAMILIES[family].tasks.index("shuffled")] == 0
+    return Truth(
+        family=family, mode=mode, weights=np.array(list(complete)), losses=np.array(table).T
+    )
 
 
 def noise_ceiling(losses: np.ndarray) -> float | None:
@@ -188,16 +197,16 @@ def measures_in_nats(loss: np.ndarray, true: np.ndarray) -> dict[str, float]:
     }
 
 
-def compare(family: str, mode: str, name: str, estimator: AbstractEstimator) -> dict[str, Any]:
+def compare(
+    truth: Truth, store: GradientStore, name: str, estimator: AbstractEstimator
+) -> dict[str, Any]:
     """One line of the table: an estimator on a family and mode, with 90% bootstrap intervals."""
-    weights, losses = truth(family, mode)
-    true = losses.mean(0)
-    store = gradients(family, mode)
+    weights, true = truth.weights, truth.losses.mean(0)
     fitted = estimator.fit(store)
     start = time.perf_counter()
     estimate = fitted.estimate(weights)
     seconds = (time.perf_counter() - start) / len(true)
-    line: dict[str, Any] = {"family": family, "mode": mode, "estimator": name}
+    line: dict[str, Any] = {"family": truth.family, "mode": truth.mode, "estimator": name}
     line |= measures(estimate.loss, true)
     equal = np.isclose((weights > 0).sum(1), 5) & np.isclose(weights.max(1), 0.2, atol=1e-3)
     line["spearman_equal_size"] = spearman(estimate.loss[equal], true[equal])
@@ -205,7 +214,7 @@ def compare(family: str, mode: str, name: str, estimator: AbstractEstimator) -> 
     draws = [rng.choice(len(true), len(true)) for _ in range(NUM_BOOTSTRAP)]
     ranks = [spearman(estimate.loss[i], true[i]) for i in draws]
     line["spearman_interval"] = np.quantile(ranks, [0.05, 0.95]).tolist()
-    is_left = without_shuffled(family, weights)
+    is_left = truth.is_without_shuffled
     of_left = measures(estimate.loss[is_left], true[is_left])
     if isinstance(estimator, IN_NATS):
         line |= measures_in_nats(estimate.loss, true)
@@ -220,14 +229,14 @@ def compare(family: str, mode: str, name: str, estimator: AbstractEstimator) -> 
     return line
 
 
-def describe(family: str, mode: str) -> dict[str, Any]:
-    """What is known of the truth of a family and mode."""
-    weights, losses = truth(family, mode)
-    is_left, mean = without_shuffled(family, weights), losses.mean(0)
+def describe(truth: Truth) -> dict[str, Any]:
+    """The truth in numbers."""
+    losses = truth.losses
+    is_left, mean = truth.is_without_shuffled, losses.mean(0)
     return {
-        "family": family,
-        "mode": mode,
-        "mixtures": len(weights),
+        "family": truth.family,
+        "mode": truth.mode,
+        "mixtures": len(truth.weights),
         "mixtures_without_shuffled": int(is_left.sum()),
         "seeds": len(losses),
         "range": [float(mean.min()), float(mean.max())],
@@ -277,12 +286,12 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     for family in options.families.split(","):
         for mode in options.modes.split(","):
-            weights, _ = truth(family, mode)
+            truth, store = read_truth(family, mode), gradients(family, mode)
             lines = [
-                compare(family, mode, name, estimator)
-                for name, estimator in estimators(family, weights).items()
+                compare(truth, store, name, estimator)
+                for name, estimator in estimators(family, truth.weights).items()
             ]
-            header = describe(family, mode)
+            header = describe(truth)
             print_table(header, lines)
             record = header | {"command": "python benchmarks/agreement.py", "lines": lines}
             path = RESULTS.parent / "agreement" / f"{family}-{mode}.json"

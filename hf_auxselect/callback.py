@@ -154,6 +154,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.batch_size = batch_size
         self.one_by_one = one_by_one
         self.verify = verify
+        self._verify_again = False  # in a resumed run that has been verified before
         self.output_dir = output_dir
         self.seed = seed
         if verify and not self._needs_estimates:
@@ -421,7 +422,7 @@ class TaskSelectionCallback(TrainerCallback):
         if decision is not None:
             self._decision = decision
             self.report = self._read_report(decision)
-            if self.verify and at_switch and not self.report.verification:
+            if self.verify and at_switch and (self._verify_again or not self.report.verification):
                 with switch.preserved_rng():
                     # The trainer itself takes these up only later, at the first batch.
                     trainer._load_rng_state(switch.resumed_checkpoint(trainer))

@@ -429,13 +429,7 @@ def compare(
     left_out = everything & ~np.eye(num_tasks, dtype=bool)
 
     def rows(names: Sequence[str], weights: np.ndarray) -> list[Row]:
-        result = fitted.estimate(weights)
-        return [
-            Row(name=name, loss=float(loss), low=float(low), high=float(high))
-            for name, loss, low, high in zip(
-                names, result.loss, result.low, result.high, strict=True
-            )
-        ]
+        return _rows(names, fitted.estimate(weights))
 
     losses = fitted.estimate(random).loss
     low, high = np.quantile(losses, [0.05, 0.95])
@@ -461,13 +455,17 @@ def compare_with_all_tasks(
 ) -> Row:
     """The chosen mixture's loss less that of all tasks."""
     chosen = np.array([[selection.weights[name] for name in task_names]])
-    result = fitted.difference(chosen, np.ones(len(task_names), bool))
-    return Row(
-        name="chosen, less all tasks",
-        loss=float(result.loss[0]),
-        low=float(result.low[0]),
-        high=float(result.high[0]),
-    )
+    difference = fitted.difference(chosen, np.ones(len(task_names), bool))
+    return _rows(["chosen, less all tasks"], difference)[0]
+
+
+def _rows(names: Sequence[str], estimate: Estimate) -> list[Row]:
+    return [
+        Row(name=name, loss=float(loss), low=float(low), high=float(high))
+        for name, loss, low, high in zip(
+            names, estimate.loss, estimate.low, estimate.high, strict=True
+        )
+    ]
 
 
 def summarize_tasks(store: GradientStore) -> list[TaskSummary]:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from hf_auxselect.callback import DIRECTORY_NAME, TaskSelectionCallback
-from hf_auxselect.report import SelectionReport
+from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.store import read_json
 
 
@@ -76,10 +76,8 @@ def _training_replaced(directory: Path, num_mixtures: int, checkpoint: Path) -> 
             if isinstance(callback, TaskSelectionCallback):
                 output_dir = Path(callback.output_dir or self.args.output_dir)
                 if (output_dir / DIRECTORY_NAME).resolve() == directory:
-                    callback.verify = num_mixtures
-                    report = SelectionReport.load(directory)
-                    report.verification = []  # of an earlier time
-                    report.save(directory / "report")
+                    _require_same_options(callback, SelectionReport.load(directory))
+                    callback.verify, callback._verify_again = num_mixtures, True
                     self.add_callback(_StopBeforeTraining())
                     return original(self, resume_from_checkpoint=str(checkpoint))
         return original(self, *args, **kwargs)
@@ -89,6 +87,19 @@ def _training_replaced(directory: Path, num_mixtures: int, checkpoint: Path) -> 
         yield
     finally:
         Trainer.train = original
+
+
+def _require_same_options(callback: TaskSelectionCallback, report: SelectionReport) -> None:
+    """Raise ValueError if the script would select anew instead of checking what was selected."""
+    for name, strategy, before in [
+        ("estimator", callback.estimator, report.estimator),
+        ("selector", callback.selector, report.selector),
+    ]:
+        if strategy_record(strategy) != before:
+            raise ValueError(
+                f"the script's {name} is {strategy!r}, but the selection was made with {before}; "
+                "run the script with the options of that run."
+            )
 
 
 @contextmanager

@@ -408,6 +408,11 @@ def consumed_batches(step: int, batches_per_epoch: int, accumulation: int) -> in
     return epochs * batches_per_epoch + rest * accumulation
 
 
+def torch_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    """The optimizer below accelerate's wrapper."""
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
 def trainable_state(model: torch.nn.Module) -> dict[str, Tensor]:
     """A copy of the trainable parameters on the CPU, by name."""
     return {
@@ -436,8 +441,7 @@ def restart(trainer: Trainer, initial: Mapping[str, Tensor]) -> None:
         for name, parameter in trainable.items():
             parameter.copy_(initial[name])
             parameter.grad = None
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    optimizer.state.clear()
+    torch_optimizer(trainer).state.clear()
     state = trainer.state
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 

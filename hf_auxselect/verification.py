@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from hf_auxselect import switch
 from hf_auxselect.distributed import computed_once
-from hf_auxselect.estimators import FittedEstimator
+from hf_auxselect.estimators import FittedEstimator, normalize_mixtures
 from hf_auxselect.mixture import TaskRows
 from hf_auxselect.report import Measurement
 from hf_auxselect.selectors import RandomEnsemble
@@ -46,8 +46,8 @@ class RestOfRun:
         """The target's loss after the remaining steps on a mixture, as the trainer logs it.
 
         The trainer is then what it was before: parameters, optimizer, schedule, random states and
-        logs. Its callbacks hear nothing. Without dropout and other randomness in the model the
-        loss is that of the run which goes on with this mixture, bit by bit.
+        logs. Its callbacks hear nothing. The loss is that of the run which goes on with this
+        mixture, bit by bit, since it starts from the same random states.
 
         Args:
             shares: float [K], summing to 1.
@@ -132,14 +132,12 @@ def mixtures_to_verify(
         Shares [K] by the name of the mixture.
     """
     size = int(sum(weight > 0 for weight in weights.values()))
-    masks = RandomEnsemble(num_subsets=num_mixtures, subset_size=size, seed=seed).subsets(
-        len(weights)
-    )
-    candidates = [("chosen", np.array([*weights.values()])), ("all tasks", counts / counts.sum())]
-    candidates += [
-        ("random: " + ", ".join(np.array([*weights])[mask]), mask * counts / (mask @ counts))
-        for mask in masks
-    ]
+    ensemble = RandomEnsemble(num_subsets=num_mixtures, subset_size=size, seed=seed)
+    masks = np.vstack([np.ones(len(weights), bool), ensemble.subsets(len(weights))])
+    names = ["random: " + ", ".join(np.array([*weights])[mask]) for mask in masks]
+    names[0] = "all tasks"
+    candidates = [("chosen", np.array([*weights.values()]))]
+    candidates += zip(names, normalize_mixtures(masks, counts), strict=True)
     different: dict[str, np.ndarray] = {}
     for name, shares in candidates:
         if not any(np.allclose(shares, known) for known in different.values()):
@@ -190,7 +188,7 @@ def verify(
 def _preserved(trainer: Trainer) -> Iterator[None]:
     """Put everything back that training and evaluating change."""
     model, state = trainer.model, trainer.state
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = switch.torch_optimizer(trainer)
     handler, scaler = trainer.callback_handler, trainer.accelerator.scaler
     tensors = {
         name: tensor.detach().clone()

@@ -321,3 +321,63 @@ def random_store(
         },
         **arrays(sum(counts)),
     )
+
+
+def rebuilt(store: GradientStore, **changes: Any) -> GradientStore:
+    """A copy of a store with some of its arrays replaced."""
+    return GradientStore(
+        **{
+            "task_names": store.task_names,
+            "task_ids": store.task_ids,
+            "example_ids": store.example_ids,
+            "losses": store.losses,
+            "num_label_tokens": store.num_label_tokens,
+            "example_weights": store.example_weights,
+            "scalars": store._scalars,
+            "task_sizes": store.task_sizes,
+            "target": store._target,
+            "metadata": store.metadata,
+            "vectors": store.vectors,
+        }
+        | changes
+    )
+
+
+def resampled(
+    store: GradientStore, rng: np.random.Generator, *, is_target: bool = False
+) -> GradientStore:
+    """Draw a store's examples anew, with replacement, task by task."""
+    chosen = np.concatenate(
+        [
+            rng.choice(np.flatnonzero(store.task_ids == k), (store.task_ids == k).sum())
+            for k in range(len(store.task_names))
+        ]
+    )
+    return rebuilt(
+        store,
+        task_ids=store.task_ids[chosen],
+        losses=store.losses[chosen],
+        num_label_tokens=store.num_label_tokens[chosen],
+        example_weights=store.num_label_tokens[chosen],
+        example_ids=store.example_ids[chosen],
+        scalars={
+            name: (outputs[chosen], gradients[chosen])
+            for name, (outputs, gradients) in store._scalars.items()
+        },
+        target=None if is_target else resampled(store.target, rng, is_target=True),
+    )
+
+
+def store_of_few_rows() -> GradientStore:
+    """Random numbers, captured of a small part of all rows of the tasks and of the target."""
+    store = random_store(4, counts=(60, 80), num_target=90, dim=4, max_grad_norm=0.0)
+    return rebuilt(
+        store, task_sizes=[10**6, 10**6], target=rebuilt(store.target, task_sizes=[10**6])
+    )
+
+
+def bootstrap_width(store: GradientStore, loss: Callable[[GradientStore], float]) -> float:
+    """Width of the 90% interval of a number, over 400 resamplings of a store's examples."""
+    rng = np.random.default_rng(0)
+    low, high = np.quantile([loss(resampled(store, rng)) for _ in range(400)], [0.05, 0.95])
+    return float(high - low)

@@ -123,6 +123,26 @@ print("ended with", trainer.evaluate()["eval_loss"])
             assert report.verification[0].measured == ended
         assert sorted(path.name for path in run_dir.iterdir()) == before
 
+    def test_what_fails_leaves_the_earlier_result(self, script, run_dir, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", [str(script), str(run_dir)])
+        runpy.run_path(str(script), run_name="__main__")
+        directory = run_dir / "_task_selection"
+        command = ["verify", str(directory), "--num", "1", str(script), str(run_dir)]
+        assert main(command) == 0
+        before = (directory / "report" / "report.json").read_bytes()
+        monkeypatch.setattr(
+            "hf_auxselect.verification.RestOfRun.fine_tune",
+            lambda self, shares, progress: (_ for _ in ()).throw(OSError("disk full")),
+        )
+        assert main(command) == 1
+        text = script.read_text()
+        script.write_text(text.replace("warmup=4,", "warmup=4, estimator=GradExLogistic(),"))
+        script.write_text("from hf_auxselect import GradExLogistic\n" + script.read_text())
+        capsys.readouterr()
+        assert main(command) == 1
+        assert "the script's estimator is GradExLogistic(" in capsys.readouterr().err
+        assert (directory / "report" / "report.json").read_bytes() == before
+
     def test_what_cannot_be_verified(self, script, directory, tmp_path, capsys):
         for command, reason in [
             (["verify", str(directory), "nothing.py"], "no such script: 'nothing.py'"),

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import (
+    bootstrap_width,
     linearized_training,
     logistic_displacement,
     logistic_estimate,
     random_store,
+    rebuilt,
+    store_of_few_rows,
 )
 from scipy.stats import spearmanr
 
@@ -177,10 +180,8 @@ class TestGradExLogistic:
         options = GradExLogistic(regularization=0.1)
         mask = np.array([[True, True]])
         estimate = options.fit(store).estimate(mask)
-        rng = np.random.default_rng(0)
-        losses = [options.fit(resampled(store, rng)).estimate(mask).loss[0] for _ in range(400)]
-        low, high = np.quantile(losses, [0.05, 0.95])
-        assert estimate.high[0] - estimate.low[0] == pytest.approx(high - low, rel=0.15)
+        expected = bootstrap_width(store, lambda drawn: options.fit(drawn).estimate(mask).loss[0])
+        assert estimate.high[0] - estimate.low[0] == pytest.approx(expected, rel=0.15)
         assert estimate.low[0] < estimate.loss[0] < estimate.high[0]
 
     def test_diagnostics_are_numbers(self):
@@ -304,19 +305,12 @@ class TestLinearizedTraining:
 
     def test_the_interval_is_that_of_a_bootstrap(self):
         """Without model error, when the captured rows are a small part of all."""
-        store = random_store(4, counts=(60, 80), num_target=90, dim=4, max_grad_norm=0.0)
-        store = rebuilt(
-            store,
-            task_sizes=[10**6, 10**6],
-            target=rebuilt(store.target, task_sizes=[10**6]),
-        )
+        store = store_of_few_rows()
         options = LinearizedTraining(model_error=0.0, learning_rates=[0.2] * 2)
         mask = np.array([[True, True]])
         estimate = options.fit(store).estimate(mask)
-        rng = np.random.default_rng(0)
-        losses = [options.fit(resampled(store, rng)).estimate(mask).loss[0] for _ in range(400)]
-        low, high = np.quantile(losses, [0.05, 0.95])
-        assert estimate.high[0] - estimate.low[0] == pytest.approx(high - low, rel=0.25)
+        expected = bootstrap_width(store, lambda drawn: options.fit(drawn).estimate(mask).loss[0])
+        assert estimate.high[0] - estimate.low[0] == pytest.approx(expected, rel=0.25)
 
     def test_nothing_is_left_to_chance_if_all_rows_were_captured(self):
         estimate = LinearizedTraining(model_error=0.0).fit(random_store(5)).estimate([[True] * 3])
@@ -431,66 +425,15 @@ class TestDifferencesOfQuadraticModels:
         assert difference.high == pytest.approx(0, abs=1e-12)
 
     def test_the_interval_is_that_of_a_bootstrap(self):
-        store = random_store(4, counts=(60, 80), num_target=90, dim=4, max_grad_norm=0.0)
-        store = rebuilt(
-            store,
-            task_sizes=[10**6, 10**6],
-            target=rebuilt(store.target, task_sizes=[10**6]),
-        )
+        store = store_of_few_rows()
         options = LinearizedTraining(model_error=0.0, learning_rates=[0.2] * 2)
         masks, reference = np.array([[True, True]]), [True, False]
         fitted = options.fit(store)
         difference = fitted.difference(masks, reference)
-        rng = np.random.default_rng(0)
-        drawn = [
-            options.fit(resampled(store, rng)).difference(masks, reference).loss[0]
-            for _ in range(400)
-        ]
-        low, high = np.quantile(drawn, [0.05, 0.95])
+        expected = bootstrap_width(
+            store, lambda drawn: options.fit(drawn).difference(masks, reference).loss[0]
+        )
         width = difference.high[0] - difference.low[0]
-        assert width == pytest.approx(high - low, rel=0.25)
+        assert width == pytest.approx(expected, rel=0.25)
         of_loss = fitted.estimate(masks)
         assert width < 0.9 * (of_loss.high[0] - of_loss.low[0])  # what is shared cancels
-
-
-def rebuilt(store, **changes):
-    """A copy of a store with some of its arrays replaced."""
-    return GradientStore(
-        **{
-            "task_names": store.task_names,
-            "task_ids": store.task_ids,
-            "example_ids": store.example_ids,
-            "losses": store.losses,
-            "num_label_tokens": store.num_label_tokens,
-            "example_weights": store.example_weights,
-            "scalars": store._scalars,
-            "task_sizes": store.task_sizes,
-            "target": store._target,
-            "metadata": store.metadata,
-            "vectors": store.vectors,
-        }
-        | changes
-    )
-
-
-def resampled(store, rng, *, is_target=False):
-    """Draw a store's examples anew, with replacement, task by task."""
-    chosen = np.concatenate(
-        [
-            rng.choice(np.flatnonzero(store.task_ids == k), (store.task_ids == k).sum())
-            for k in range(len(store.task_names))
-        ]
-    )
-    return rebuilt(
-        store,
-        task_ids=store.task_ids[chosen],
-        losses=store.losses[chosen],
-        num_label_tokens=store.num_label_tokens[chosen],
-        example_weights=store.num_label_tokens[chosen],
-        example_ids=store.example_ids[chosen],
-        scalars={
-            name: (outputs[chosen], gradients[chosen])
-            for name, (outputs, gradients) in store._scalars.items()
-        },
-        target=None if is_target else resampled(store.target, rng, is_target=True),
-    )

@@ -4,8 +4,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import gauss_newton, random_store
-from test_estimators import rebuilt, resampled
+from reference import bootstrap_width, gauss_newton, random_store, rebuilt, store_of_few_rows
 
 from hf_auxselect import GaussNewton, LinearizedTraining, capture_gradients
 from hf_auxselect.estimators import normalize_mixtures
@@ -193,19 +192,12 @@ class TestTheInterval:
     @pytest.mark.parametrize("rank", [4, 2])
     def test_it_is_that_of_a_bootstrap(self, curvature, rank):
         """Without model error, when the captured rows are a small part of all."""
-        store = random_store(4, counts=(60, 80), num_target=90, dim=4)
-        store = rebuilt(
-            store,
-            task_sizes=[10**6, 10**6],
-            target=rebuilt(store.target, task_sizes=[10**6]),
-        )
+        store = store_of_few_rows()
         options = GaussNewton(curvature=curvature, model_error=0.0, damping=1.0, rank=rank)
         mask = np.array([[True, True]])
         estimate = options.fit(store).estimate(mask)
-        rng = np.random.default_rng(0)
-        losses = [options.fit(resampled(store, rng)).estimate(mask).loss[0] for _ in range(400)]
-        low, high = np.quantile(losses, [0.05, 0.95])
-        assert estimate.high[0] - estimate.low[0] == pytest.approx(high - low, rel=0.25)
+        expected = bootstrap_width(store, lambda drawn: options.fit(drawn).estimate(mask).loss[0])
+        assert estimate.high[0] - estimate.low[0] == pytest.approx(expected, rel=0.25)
 
     def test_nothing_is_left_to_chance_if_all_rows_were_captured(self):
         estimate = GaussNewton(model_error=0.0).fit(random_store(5)).estimate(EVERYTHING)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import kernel_ridge, random_store, solve_kernel_ridge
-from test_estimators import rebuilt
+from reference import kernel_ridge, random_store, rebuilt, solve_kernel_ridge
 
 from hf_auxselect import (
     Estimate,

@@ -152,14 +152,13 @@ def rank_correlation(one: Array, other: Array) -> float:
 
 
 def in_chunks(
-    rows_MK: Array, function: Callable[[Array], tuple[Array, Array]], *, size: int
-) -> tuple[Array, Array]:
-    """Two arrays [M] of M mixtures, worked out ``size`` mixtures at a time and in parallel."""
+    rows_MK: Array, function: Callable[[Array], tuple[Array, ...]], *, size: int
+) -> tuple[Array, ...]:
+    """Arrays [M] of M mixtures, worked out ``size`` mixtures at a time and in parallel."""
     parts = [rows_MK[first : first + size] for first in range(0, max(len(rows_MK), 1), size)]
     with one_blas_thread(), ThreadPoolExecutor(_num_cores()) as pool:
         chunks = list(pool.map(function, parts))
-    one, other = (np.concatenate(column) for column in zip(*chunks, strict=True))
-    return one, other
+    return tuple(np.concatenate(column) for column in zip(*chunks, strict=True))
 
 
 def one_blas_thread() -> AbstractContextManager[object]:

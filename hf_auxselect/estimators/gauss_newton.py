@@ -16,7 +16,12 @@ from hf_auxselect.estimators.base import (
     Array,
     normalize_mixtures,
 )
-from hf_auxselect.estimators.quadratic import Effects, FittedQuadratic, QuadraticModel
+from hf_auxselect.estimators.quadratic import (
+    Effects,
+    FittedQuadratic,
+    QuadraticModel,
+    check_options,
+)
 from hf_auxselect.store import GradientStore
 
 Curvature = Literal["sampled", "empirical"]
@@ -87,10 +92,7 @@ class GaussNewton(AbstractEstimator):
             )
         if not 0 < self.damping < np.inf:
             raise ValueError(f"damping must be positive and finite, got {self.damping}.")
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}.")
-        if not self.model_error >= 0:
-            raise ValueError(f"model_error must not be negative, got {self.model_error}.")
+        check_options(self.rank, self.model_error)
 
     @property
     def scalars(self) -> tuple[str, ...]:

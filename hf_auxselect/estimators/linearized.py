@@ -20,6 +20,7 @@ from hf_auxselect.estimators.quadratic import (
     Effects,
     FittedQuadratic,
     QuadraticModel,
+    check_options,
     chunks_of_tasks,
 )
 from hf_auxselect.store import GradientStore, JsonDict
@@ -88,10 +89,7 @@ class LinearizedTraining(AbstractEstimator):
     model_error: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}.")
-        if self.model_error < 0:
-            raise ValueError(f"model_error must not be negative, got {self.model_error}.")
+        check_options(self.rank, self.model_error)
         if self.learning_rates is not None:
             object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
             if not self.learning_rates or min(self.learning_rates) < 0:

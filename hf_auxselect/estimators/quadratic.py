@@ -359,6 +359,14 @@ class QuadraticModel:
             self._target_outer_TS[rows] = g_TD @ outer_SD.T
 
 
+def check_options(rank: int, model_error: float) -> None:
+    """Raise ValueError unless these options make sense; see :class:`QuadraticModel`."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}.")
+    if not model_error >= 0:
+        raise ValueError(f"model_error must not be negative, got {model_error}.")
+
+
 class FittedQuadratic(FittedEstimator):
     """An estimator whose estimate is that of a displacement in a quadratic model."""
 

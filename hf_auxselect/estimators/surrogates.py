@@ -17,6 +17,7 @@ from hf_auxselect.estimators.base import (
     Array,
     Estimate,
     FittedEstimator,
+    in_chunks,
     normalize_mixtures,
 )
 from hf_auxselect.estimators.linearized import LinearizedTraining
@@ -295,11 +296,7 @@ class FittedSurrogate(FittedEstimator):
                 "training, and none of the measured runs was one; add such a run to fit_runs."
             )
         size = max(1, _ELEMENTS_AT_ONCE // len(self._losses_M))
-        chunks = [
-            self._estimate_chunk(shares_QK[first : first + size])
-            for first in range(0, max(len(shares_QK), 1), size)
-        ]
-        loss, low, high = (np.concatenate(column) for column in zip(*chunks, strict=True))
+        loss, low, high = in_chunks(shares_QK, self._estimate_chunk, size=size)
         if self._idle is not None:
             loss[is_idle_Q], low[is_idle_Q] = self._idle.loss[0], self._idle.low[0]
             high[is_idle_Q] = self._idle.high[0]
