@@ -53,7 +53,7 @@ class Family:
     """Rows of the target; another seed gives other rows."""
     model: Callable[[], str] = smollm2
     warm_up_steps: int = 16
-    steps: int = 36
+    steps: int = 40
     arguments: dict[str, Any] = field(default_factory=dict)
     """Of SFTConfig, where they are not those of ``truth.py``."""
 
@@ -95,7 +95,7 @@ def _real(*, target: Generator, tasks: dict[str, Generator], shuffled: Generator
         tasks=(*tasks, "shuffled"),
         make_task=make_task,
         make_target=lambda seed: _short_examples(target, 64, 1000 + seed),
-        arguments={"per_device_train_batch_size": 8},
+        arguments={"per_device_train_batch_size": 4},
     )
 
 

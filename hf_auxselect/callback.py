@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_auxselect import switch
+from hf_auxselect import checkpoints, switch
 from hf_auxselect.distributed import computed_once, process_rank
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
 from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_seconds
@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 DIRECTORY_NAME = "_task_selection"
 """Under the output directory; Trainer leaves names with an underscore out of its Hub uploads."""
-CHECKPOINT_FILE = "task_selection.json"
 MODES = ("continue", "restart", "observe")
 
 
@@ -250,9 +249,7 @@ class TaskSelectionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._decision is not None and state.is_world_process_zero:
-            folder = Path(self._current_trainer()._get_output_dir(trial=None))
-            path = folder / f"checkpoint-{state.global_step}" / CHECKPOINT_FILE
-            write_atomically(path, to_json(self._decision))
+            checkpoints.save_decision(self._current_trainer(), self._decision)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -405,7 +402,7 @@ class TaskSelectionCallback(TrainerCallback):
         """Follow the decision of the run that is resumed; make it only if it is due right now."""
         assert self._plan is not None
         at_switch = state.global_step == self._plan.switch_step
-        decision = self._read_decision(trainer, state)
+        decision = checkpoints.read_decision(trainer, self._directory / "selection.json")
         if decision is not None and not self._same_strategies(decision):
             if at_switch and (self.after != "restart" or not self._needs_estimates):
                 logger.warning(
@@ -425,7 +422,7 @@ class TaskSelectionCallback(TrainerCallback):
             if self.verify and at_switch and (self._verify_again or not self.report.verification):
                 with switch.preserved_rng():
                     # The trainer itself takes these up only later, at the first batch.
-                    trainer._load_rng_state(switch.resumed_checkpoint(trainer))
+                    trainer._load_rng_state(checkpoints.resumed_checkpoint(trainer))
                     is_main = trainer.is_world_process_zero()
                     self._verify(trainer, self.report, self.report.fitted() if is_main else None)
             self._switch(trainer, state)
@@ -440,21 +437,10 @@ class TaskSelectionCallback(TrainerCallback):
         else:
             raise ValueError(
                 f"cannot resume at step {state.global_step}: the selection was due after step "
-                f"{self._plan.switch_step}, but neither the checkpoint ({CHECKPOINT_FILE}) nor "
+                f"{self._plan.switch_step}, but neither the checkpoint nor "
                 f"{self._directory / 'selection.json'} holds a decision. Resume from a checkpoint "
                 f"of step {self._plan.switch_step} or before."
             )
-
-    def _read_decision(self, trainer: Trainer, state: TrainerState) -> JsonDict | None:
-        """The decision that belongs to the checkpoint: its own copy, or else the run's."""
-        checkpoint = switch.resumed_checkpoint(trainer)
-        paths = [self._directory / "selection.json"]
-        if checkpoint is not None:
-            paths.insert(0, Path(checkpoint) / CHECKPOINT_FILE)
-        for path in paths:
-            if path.is_file():
-                return read_json(path, ("selected", "weights", "switch_step", "after"))
-        return None
 
     def _same_strategies(self, decision: JsonDict) -> bool:
         now = (strategy_record(self.estimator), strategy_record(self.selector))
@@ -577,6 +563,7 @@ class TaskSelectionCallback(TrainerCallback):
 
     def _meet(self, trainer: Trainer) -> None:
         self._trainer = weakref.ref(trainer)
+        checkpoints.guard_resumption(trainer)
         if self.after == "restart" and trainer.model is not None:
             self._initial = switch.trainable_state(trainer.model)
 

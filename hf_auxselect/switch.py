@@ -50,17 +50,6 @@ def find_trainer(callback: TrainerCallback) -> Trainer | None:
     return None
 
 
-def resumed_checkpoint(trainer: Trainer) -> str | None:
-    """The checkpoint that the running ``trainer.train()`` resumes from, found on the call stack."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_locals.get("self") is trainer and "resume_from_checkpoint" in frame.f_locals:
-            checkpoint = frame.f_locals["resume_from_checkpoint"]
-            return str(checkpoint) if checkpoint else None
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
 @contextlib.contextmanager
 def preserved_rng() -> Iterator[None]:
     """Put Python's, NumPy's and PyTorch's global random states back at the end."""
@@ -98,6 +87,12 @@ def refuse_unsupported(trainer: Trainer) -> None:
     if getattr(args, "eval_packing", False):
         raise ValueError(
             "eval_packing=True packs the target's examples into rows. Set eval_packing=False."
+        )
+    if trainer.hp_search_backend is not None:
+        raise ValueError(
+            "hyperparameter_search makes a model and an output directory for each trial, so that "
+            "one selection would be written over another. Search without TaskSelectionCallback "
+            "(trainer.remove_callback), then train with the best values and with it."
         )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         kind = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"

@@ -38,6 +38,7 @@ LAYOUT = {
     "cli": {"report", "script"},
     "script": {"callback", "report", "store"},
     "switch": {"per_example", "mixture"},
+    "checkpoints": {"store"},
     "plan": {
         "__init__",
         "estimators",
@@ -50,6 +51,7 @@ LAYOUT = {
     },
     "verification": {"distributed", "estimators", "mixture", "report", "selectors", "switch"},
     "callback": {
+        "checkpoints",
         "distributed",
         "estimators",
         "gradients",
@@ -114,6 +116,7 @@ def test_only_these_modules_know_transformers():
     }
     assert knowing == {
         "callback",
+        "checkpoints",
         "plan",
         "script",
         "switch",

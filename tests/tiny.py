@@ -27,7 +27,7 @@ from transformers import (
     TrainerCallback as TrainerCallback,
 )
 
-from hf_auxselect import concatenate_tasks
+from hf_auxselect import TaskSelectionCallback, concatenate_tasks
 
 CHARACTERS = "0123456789+-=abcdefgh "
 VOCABULARY = {"<pad>": 0, "<eos>": 1} | {c: i + 2 for i, c in enumerate(CHARACTERS)}
@@ -244,3 +244,18 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Bitwise."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def callback(**options: Any) -> TaskSelectionCallback:
+    """One that selects after the fourth step."""
+    return TaskSelectionCallback(**{"warmup": 4, "projection_dim": 16} | options)
+
+
+def trained(
+    make: Any, directory: Path, cb: TaskSelectionCallback, resume: Any = None, **options: Any
+) -> Any:
+    """A trainer of ``TRAINERS`` after its run, the same in every run."""
+    torch.manual_seed(3)
+    trainer = make(directory, cb, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer

@@ -1,0 +1,128 @@
+"""A run's checkpoints: which of them are whole, and the decision that each carries."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_auxselect.store import JsonDict, read_json, to_json, write_atomically
+
+logger = logging.getLogger(__name__)
+
+DECISION_FILE = "task_selection.json"
+"""In each checkpoint from the switch on."""
+STATE_FILE = "trainer_state.json"
+
+
+def guard_resumption(trainer: Trainer) -> None:
+    """Let ``trainer.train(resume_from_checkpoint=True)`` take the last checkpoint that is whole.
+
+    Trainer saves a checkpoint file by file, and takes the one with the highest step: a process that
+    was killed while it saved could not be resumed. Shadows ``train`` on this trainer alone.
+    """
+    if "train" in vars(trainer):
+        return
+    reference = weakref.ref(trainer)
+
+    @functools.wraps(type(trainer).train)
+    def train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        owner = reference()
+        assert owner is not None
+        checkpoint = resolve(owner, resume_from_checkpoint)
+        return type(owner).train(owner, checkpoint, *args, **kwargs)
+
+    trainer.train = train
+
+
+def resolve(trainer: Trainer, resume: str | bool | None) -> str | bool | None:
+    """The checkpoint to resume from, given what the user asked for.
+
+    Raises:
+        ValueError: the user asked for a checkpoint by name that is not whole.
+    """
+    if not resume:
+        return resume
+    if resume is not True:
+        path = Path(resume)
+        if path.is_dir() and not is_whole(path):
+            raise ValueError(
+                f"resume_from_checkpoint={str(resume)!r} is not whole: its {STATE_FILE} is missing "
+                "or damaged, as after a stop while it was saved. Pass an earlier one, or "
+                "resume_from_checkpoint=True for the last that is whole."
+            )
+        return resume
+    found = _checkpoints(Path(trainer.args.output_dir))
+    whole = [path for path in found if is_whole(path, trainer.args.world_size)]
+    if found and found[-1] not in whole:
+        logger.warning(
+            "%s is not whole: the run was stopped while it saved it. %s.",
+            found[-1],
+            f"Resuming from {whole[-1]}" if whole else "There is no other; starting anew",
+        )
+        return str(whole[-1]) if whole else None
+    return resume
+
+
+def is_whole(checkpoint: Path, num_processes: int = 1) -> bool:
+    """Whether a checkpoint was saved to its end: Trainer writes its state last."""
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    if num_processes == 1 or not (checkpoint / "optimizer.pt").is_file():
+        return True
+    # Of several processes the first may be done before the others have saved theirs.
+    return all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(num_processes))
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """In the order of their steps."""
+    steps = {
+        int(step): path
+        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (step := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit()
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
+def resumed_checkpoint(trainer: Trainer) -> Path | None:
+    """The checkpoint that the running ``trainer.train()`` resumes from, found on the call stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_locals.get("self") is trainer and "resume_from_checkpoint" in frame.f_locals:
+            checkpoint = frame.f_locals["resume_from_checkpoint"]
+            return Path(checkpoint) if checkpoint else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def save_decision(trainer: Trainer, decision: JsonDict) -> None:
+    """Put a copy of the decision into the checkpoint that has just been saved."""
+    folder = Path(trainer._get_output_dir(trial=None))
+    path = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}" / DECISION_FILE
+    write_atomically(path, to_json(decision))
+
+
+def read_decision(trainer: Trainer, of_run: Path) -> JsonDict | None:
+    """The decision that belongs to the resumed checkpoint: its own copy, or else the run's.
+
+    Args:
+        trainer: whose ``train()`` is running.
+        of_run: path of the run's decision.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    checkpoint = resumed_checkpoint(trainer)
+    for path in [*([checkpoint / DECISION_FILE] if checkpoint else []), of_run]:
+        if path.is_file():
+            return read_json(path, ("selected", "weights", "switch_step", "after"))
+    return None
