@@ -48,7 +48,7 @@ from hf_auxselect import (
     TaskSelectionCallback,
 )
 from hf_auxselect.estimators.base import rank_correlation
-from hf_auxselect.store import to_json, write_atomically
+from hf_auxselect.files import to_json, write_atomically
 
 IN_NATS = (
     LinearizedTraining,

@@ -51,6 +51,7 @@ from truth import warm_up
 
 from hf_auxselect import AbstractEstimator, Estimate, FittedEstimator, GradientStore
 from hf_auxselect.estimators import normalize_mixtures
+from hf_auxselect.files import to_json, write_atomically
 from hf_auxselect.per_example import (
     SCALARS,
     GradientHooks,
@@ -60,7 +61,6 @@ from hf_auxselect.per_example import (
     forward_label_logits,
 )
 from hf_auxselect.seeds import random_words
-from hf_auxselect.store import to_json, write_atomically
 from hf_auxselect.switch import collate_function
 
 RESULTS = TRUTH.parent / "gradex_reference"

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_auxselect import capture_gradients
-from hf_auxselect.store import to_json, write_atomically
+from hf_auxselect.files import to_json, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "precision.json"
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -29,10 +29,10 @@ from families import smollm2  # puts the recipes on the path, too
 from torch import Tensor
 
 from hf_auxselect import switch
+from hf_auxselect.files import to_json, write_atomically
 from hf_auxselect.per_example import SCALARS, GradientHooks, evaluation_mode, forward_label_logits
 from hf_auxselect.projection import BYTES_PER_PARAMETER, CountSketch
 from hf_auxselect.seeds import random_words
-from hf_auxselect.store import to_json, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "projection.json"
 

@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_auxselect import capture_gradients
-from hf_auxselect.store import to_json, write_atomically
+from hf_auxselect.files import to_json, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULTS = {"examples": 32, "length": 64, "rank": 8, "projection_dim": 512}

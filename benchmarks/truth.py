@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from hf_auxselect import FixedSelection, TaskSelectionCallback, concatenate_tasks
-from hf_auxselect.store import to_json, write_atomically
+from hf_auxselect.files import to_json, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "truth"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hf_auxselect" / "truth"

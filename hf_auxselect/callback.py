@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_auxselect import checkpoints, switch
 from hf_auxselect.distributed import computed_once, process_rank
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
+from hf_auxselect.files import read_json, to_json, write_atomically
 from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_seconds
 from hf_auxselect.mixture import MixtureSampler
 from hf_auxselect.optimizer_state import is_supported
@@ -35,6 +36,7 @@ from hf_auxselect.per_example import check_per_example_gradients
 from hf_auxselect.plan import (
     CostPreview,
     Plan,
+    PlanRecord,
     make_plan,
     require_same_plan,
     warn_of_leaked_target,
@@ -42,7 +44,7 @@ from hf_auxselect.plan import (
 from hf_auxselect.projection import BYTES_PER_PARAMETER
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
-from hf_auxselect.store import GradientStore, JsonDict, read_json, to_json, write_atomically
+from hf_auxselect.store import GradientStore
 from hf_auxselect.verification import RestOfRun, mixtures_to_verify, verify
 
 logger = logging.getLogger(__name__)
@@ -167,7 +169,7 @@ class TaskSelectionCallback(TrainerCallback):
         self._initial: dict[str, torch.Tensor] = {}
         self._plan: Plan | None = None
         self._batches: switch.BatchSource | None = None
-        self._decision: JsonDict | None = None
+        self._decision: checkpoints.Decision | None = None
 
     def attach(self, trainer: Trainer) -> TaskSelectionCallback:
         """Add the callback to a trainer that was made without it; before ``trainer.train()``."""
@@ -226,6 +228,7 @@ class TaskSelectionCallback(TrainerCallback):
         with switch.preserved_rng():
             plan = self._make_plan(trainer, state.max_steps)
             warn_of_leaked_target(plan)
+            switch.warn_of_differences(trainer, is_rewritten=self.after != "observe")
             self._check_capture(trainer, plan)
         resumed = state.global_step > 0
         self._plan = self._resume_plan(plan) if resumed else self._start_plan(plan)
@@ -281,7 +284,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.report = report
         self._decision = self._make_decision(report)
         if state.is_world_process_zero:
-            write_atomically(self._directory / "selection.json", to_json(self._decision))
+            write_atomically(self._directory / "selection.json", to_json({**self._decision}))
             report.save(self._directory / "report")
         if self.verify:
             self._verify(trainer, report, fitted)
@@ -362,14 +365,14 @@ class TaskSelectionCallback(TrainerCallback):
         if trainer.is_world_process_zero():
             report.save(self._directory / "report")
 
-    def _make_decision(self, report: SelectionReport) -> JsonDict:
+    def _make_decision(self, report: SelectionReport) -> checkpoints.Decision:
         chosen = report.row("chosen") if report.rows else None
         return {
             "selected": report.selected,
             "weights": report.weights,
-            "estimated_loss": chosen and chosen.loss,
-            "low": chosen and chosen.low,
-            "high": chosen and chosen.high,
+            "estimated_loss": chosen.loss if chosen else None,
+            "low": chosen.low if chosen else None,
+            "high": chosen.high if chosen else None,
             "estimated_loss_all": report.row("all tasks").loss if report.rows else None,
             "switch_step": report.run["switch_step"],
             "after": self.after,
@@ -402,7 +405,9 @@ class TaskSelectionCallback(TrainerCallback):
         """Follow the decision of the run that is resumed; make it only if it is due right now."""
         assert self._plan is not None
         at_switch = state.global_step == self._plan.switch_step
-        decision = checkpoints.read_decision(trainer, self._directory / "selection.json")
+        decision = checkpoints.read_decision(
+            trainer, self._directory / "selection.json", self._plan.tasks.names
+        )
         if decision is not None and not self._same_strategies(decision):
             if at_switch and (self.after != "restart" or not self._needs_estimates):
                 logger.warning(
@@ -442,19 +447,19 @@ class TaskSelectionCallback(TrainerCallback):
                 f"of step {self._plan.switch_step} or before."
             )
 
-    def _same_strategies(self, decision: JsonDict) -> bool:
+    def _same_strategies(self, decision: checkpoints.Decision) -> bool:
         now = (strategy_record(self.estimator), strategy_record(self.selector))
-        return (decision.get("estimator"), decision.get("selector")) == now
+        return (decision["estimator"], decision["selector"]) == now
 
-    def _read_report(self, decision: JsonDict) -> SelectionReport:
+    def _read_report(self, decision: checkpoints.Decision) -> SelectionReport:
         try:
             report = SelectionReport.load(self._directory)
         except FileNotFoundError:  # the checkpoint was moved without it
             report = SelectionReport(
                 weights=decision["weights"],
-                estimator=decision.get("estimator", {}),
-                selector=decision.get("selector", {}),
-                run={key: decision[key] for key in ("after", "switch_step")},
+                estimator=decision["estimator"],
+                selector=decision["selector"],
+                run={"after": decision["after"], "switch_step": decision["switch_step"]},
             )
         report.gradients_directory = self._directory / "gradients"
         return report
@@ -496,7 +501,7 @@ class TaskSelectionCallback(TrainerCallback):
         """A new run: its plan is written, and nothing of an earlier run is left to be believed."""
         if process_rank()[0] == 0:
             try:
-                write_atomically(self._directory / "plan.json", to_json(plan.to_dict()))
+                write_atomically(self._directory / "plan.json", to_json({**plan.to_dict()}))
             except OSError as error:
                 raise OSError(
                     f"output_dir: cannot write to {str(self._directory)!r} ({error.strerror}); "
@@ -512,7 +517,7 @@ class TaskSelectionCallback(TrainerCallback):
         if not path.is_file():
             logger.info("resuming a run that was started without a task selection.")
             return self._start_plan(plan)
-        on_disk = read_json(path, ("switch_step", "seed", "fingerprint"))
+        on_disk = read_json(path, PlanRecord)
         require_same_plan(plan, on_disk, path)
         return replace(plan, switch_step=on_disk["switch_step"], seed=on_disk["seed"])
 

@@ -5,21 +5,41 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_auxselect.store import JsonDict, read_json, to_json, write_atomically
+from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
 
 logger = logging.getLogger(__name__)
 
 DECISION_FILE = "task_selection.json"
 """In each checkpoint from the switch on."""
 STATE_FILE = "trainer_state.json"
+
+
+class Decision(TypedDict):
+    """What is written to ``selection.json``, and into each checkpoint from the switch on."""
+
+    selected: list[str]
+    weights: dict[str, float]
+    """Task -> share of the training examples; sums to 1."""
+    estimated_loss: float | None
+    """Of the target with this mixture, with its interval; nats per label token."""
+    low: float | None
+    high: float | None
+    estimated_loss_all: float | None
+    switch_step: int
+    after: str
+    seed: int
+    estimator: JsonDict
+    selector: JsonDict
 
 
 def guard_resumption(trainer: Trainer) -> None:
@@ -75,7 +95,7 @@ def is_whole(checkpoint: Path, num_processes: int = 1) -> bool:
     """Whether a checkpoint was saved to its end: Trainer writes its state last."""
     try:
         json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     if num_processes == 1 or not (checkpoint / "optimizer.pt").is_file():
         return True
@@ -104,25 +124,44 @@ def resumed_checkpoint(trainer: Trainer) -> Path | None:
     return None
 
 
-def save_decision(trainer: Trainer, decision: JsonDict) -> None:
+def save_decision(trainer: Trainer, decision: Decision) -> None:
     """Put a copy of the decision into the checkpoint that has just been saved."""
     folder = Path(trainer._get_output_dir(trial=None))
     path = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}" / DECISION_FILE
-    write_atomically(path, to_json(decision))
+    write_atomically(path, to_json({**decision}))
 
 
-def read_decision(trainer: Trainer, of_run: Path) -> JsonDict | None:
+def read_decision(trainer: Trainer, of_run: Path, task_names: Sequence[str]) -> Decision | None:
     """The decision that belongs to the resumed checkpoint: its own copy, or else the run's.
 
     Args:
         trainer: whose ``train()`` is running.
         of_run: path of the run's decision.
+        task_names: of the run.
 
     Raises:
-        StoreError: the file is damaged.
+        ValueError: the file is damaged, or about other tasks; names it.
     """
     checkpoint = resumed_checkpoint(trainer)
     for path in [*([checkpoint / DECISION_FILE] if checkpoint else []), of_run]:
         if path.is_file():
-            return read_json(path, ("selected", "weights", "switch_step", "after"))
+            return load_decision(path, task_names)
     return None
+
+
+def load_decision(path: Path, task_names: Sequence[str]) -> Decision:
+    """A decision on these tasks.
+
+    Raises:
+        ValueError: the file is damaged, or about other tasks; names it.
+    """
+    decision = read_json(path, Decision)
+    weights = decision["weights"]
+    if set(weights) != set(task_names):
+        raise ValueError(
+            f"{path}: decides on the tasks {sorted(weights)}, but the run has {sorted(task_names)}."
+        )
+    total = sum(weights.values())
+    if min(weights.values()) < 0 or not math.isclose(total, 1, abs_tol=1e-6):
+        raise ValueError(f"{path}: damaged (the weights are no shares that sum to 1).")
+    return decision

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_auxselect.distributed import computed_once, gather, process_rank
+from hf_auxselect.files import JsonDict
 from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.per_example import (
     SCALARS,
@@ -36,7 +37,7 @@ from hf_auxselect.per_example import (
 )
 from hf_auxselect.projection import PROJECTION_VERSION, CountSketch
 from hf_auxselect.seeds import random_words
-from hf_auxselect.store import Arrays, GradientStore, JsonDict, ShardSpec, StoreWriter
+from hf_auxselect.store import Arrays, GradientStore, ShardSpec, StoreWriter
 
 logger = logging.getLogger(__name__)
 

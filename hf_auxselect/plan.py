@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,13 +15,25 @@ from transformers import Trainer
 
 from hf_auxselect import __version__, switch
 from hf_auxselect.estimators import Estimate
+from hf_auxselect.files import JsonDict
 from hf_auxselect.gradients import TaskExamples
 from hf_auxselect.mixture import TaskRows
 from hf_auxselect.seeds import random_permutation
 from hf_auxselect.selectors import AbstractSelector
-from hf_auxselect.store import JsonDict
 
 logger = logging.getLogger(__name__)
+
+
+class PlanRecord(TypedDict):
+    """What is written to ``plan.json``."""
+
+    switch_step: int
+    seed: int
+    tasks: dict[str, int]
+    """Task -> number of rows."""
+    target: int
+    fingerprint: JsonDict
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +64,7 @@ class Plan:
             for name, count in zip(self.tasks.names, self.tasks.counts.tolist(), strict=True)
         }
 
-    def to_dict(self) -> JsonDict:
+    def to_dict(self) -> PlanRecord:
         """What is written to ``plan.json``."""
         packages = ("torch", "transformers", "accelerate", "datasets")
         return {
@@ -209,13 +221,13 @@ def warn_of_leaked_target(plan: Plan) -> None:
             )
 
 
-def require_same_plan(plan: Plan, on_disk: JsonDict, path: Any) -> None:
+def require_same_plan(plan: Plan, on_disk: PlanRecord, path: Any) -> None:
     """Compare with the plan of the run that is resumed.
 
     Raises:
         ValueError: names each thing that changed.
     """
-    before = on_disk.get("fingerprint", {})
+    before = on_disk["fingerprint"]
     changed = [
         f"{what} ({before.get(what)} before, {now} now)"
         for what, now in plan.fingerprint.items()

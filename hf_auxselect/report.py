@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from hf_auxselect.estimators import ESTIMATORS, AbstractEstimator, Estimate, FittedEstimator
+from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
 from hf_auxselect.selectors import RandomEnsemble, Selection, Step
-from hf_auxselect.store import GradientStore, JsonDict, to_json, write_atomically
+from hf_auxselect.store import GradientStore
 
 REPORT_NAME = "report.json"
 PICTURE_NAME = "left_out.png"
@@ -71,7 +72,33 @@ class Measurement:
 
 
 @dataclass(kw_only=True)
-class SelectionReport:
+class _Content:
+    """What a report holds, as its JSON does; documented below."""
+
+    weights: dict[str, float]
+    scores: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    difference: Row | None = None
+    tasks: list[TaskSummary] = field(default_factory=list)
+    target: TaskSummary | None = None
+    history: list[Step] = field(default_factory=list)
+    verification: list[Measurement] = field(default_factory=list)
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    estimator: JsonDict = field(default_factory=dict)
+    selector: JsonDict = field(default_factory=dict)
+    run: JsonDict = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class _Record(_Content):
+    """The JSON of a report."""
+
+    selected: list[str]
+
+
+@dataclass(kw_only=True)
+class SelectionReport(_Content):
     """What a selection decided and why; made by the callback, read back by :meth:`load`.
 
     Attributes:
@@ -90,19 +117,6 @@ class SelectionReport:
         warnings: what a reader should know before trusting the choice.
     """
 
-    weights: dict[str, float]
-    scores: dict[str, float] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    difference: Row | None = None
-    tasks: list[TaskSummary] = field(default_factory=list)
-    target: TaskSummary | None = None
-    history: list[Step] = field(default_factory=list)
-    verification: list[Measurement] = field(default_factory=list)
-    diagnostics: dict[str, float] = field(default_factory=dict)
-    estimator: JsonDict = field(default_factory=dict)
-    selector: JsonDict = field(default_factory=dict)
-    run: JsonDict = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
     gradients_directory: Path | None = None
     """Where the gradient store is, for :meth:`estimate`; not part of the JSON."""
     _fitted: FittedEstimator | None = field(default=None, repr=False)
@@ -181,20 +195,8 @@ class SelectionReport:
 
     def to_dict(self) -> JsonDict:
         """The report as JSON values."""
-        record = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("gradients_directory", "_fitted")
-        }
-        record["rows"] = [dataclasses.asdict(row) for row in self.rows]
-        record["difference"] = self.difference and dataclasses.asdict(self.difference)
-        record["tasks"] = [dataclasses.asdict(task) for task in self.tasks]
-        record["target"] = self.target and dataclasses.asdict(self.target)
-        record["verification"] = [dataclasses.asdict(one) for one in self.verification]
-        record["history"] = [
-            dataclasses.asdict(step) | {"tasks": list(step.tasks)} for step in self.history
-        ]
-        return {"selected": self.selected, **record}
+        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(_Content)}
+        return {"selected": self.selected} | dataclasses.asdict(_Content(**record))
 
     def save(self, directory: str | Path) -> None:
         """Write ``report.json``, ``README.md`` and, with estimates, ``left_out.png``."""
@@ -220,20 +222,8 @@ class SelectionReport:
             raise FileNotFoundError(
                 f"no selection report in {str(directory)!r}: {REPORT_NAME} is missing."
             )
-        try:
-            record = json.loads(path.read_bytes())
-            del record["selected"]
-            record["rows"] = [Row(**row) for row in record["rows"]]
-            record["difference"] = record["difference"] and Row(**record["difference"])
-            record["tasks"] = [TaskSummary(**task) for task in record["tasks"]]
-            record["target"] = record["target"] and TaskSummary(**record["target"])
-            record["verification"] = [Measurement(**one) for one in record["verification"]]
-            record["history"] = [
-                Step(**step | {"tasks": tuple(step["tasks"])}) for step in record["history"]
-            ]
-            report = cls(**record)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}).") from error
+        record = read_json(path, _Record)
+        report = cls(**{f.name: getattr(record, f.name) for f in dataclasses.fields(_Content)})
         report.gradients_directory = directory.parent / "gradients"
         return report
 
@@ -269,6 +259,8 @@ class SelectionReport:
             f"The chosen mixture, less all tasks: {self.difference.loss:+.4f} "
             f"[{self.difference.low:+.4f}, {self.difference.high:+.4f}]"
         )
+        if self.difference.low > 0:
+            return f"{text}: by these estimates all tasks are better."
         if self.difference.high >= 0:
             return f"{text}: by these estimates it cannot be told from all tasks."
         return f"{text}."

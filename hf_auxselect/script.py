@@ -12,8 +12,9 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from hf_auxselect.callback import DIRECTORY_NAME, TaskSelectionCallback
+from hf_auxselect.files import read_json
+from hf_auxselect.plan import PlanRecord
 from hf_auxselect.report import SelectionReport, strategy_record
-from hf_auxselect.store import read_json
 
 
 class _Verified(BaseException):
@@ -48,7 +49,7 @@ def verify_with_script(
         raise FileNotFoundError(f"no such script: {str(script)!r}.")
     if directory.name != DIRECTORY_NAME or not (directory / "plan.json").is_file():
         raise ValueError(f"{str(directory)!r} is not the {DIRECTORY_NAME} directory of a run.")
-    step = read_json(directory / "plan.json", ("switch_step",))["switch_step"]
+    step = read_json(directory / "plan.json", PlanRecord)["switch_step"]
     checkpoint = directory.parent / f"checkpoint-{step}"
     if not checkpoint.is_dir():
         raise FileNotFoundError(

@@ -15,21 +15,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from safetensors.numpy import save
+
+from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
 
 FORMAT = "hf_auxselect.gradients"
 FORMAT_VERSION = 2
 INDEX_NAME = "index.json"
 
-JsonDict = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 
 _DTYPES: dict[str, np.dtype] = {
@@ -47,44 +47,46 @@ class StoreError(ValueError):
     """A gradient store that is damaged, incomplete or of a foreign format; names the file."""
 
 
-def read_json(path: Path, keys: Sequence[str]) -> JsonDict:
-    """An object of a JSON file, which must have these keys.
+class TaskEntry(TypedDict):
+    """A task, or the target, in the index."""
 
-    Raises:
-        ValueError: the file is damaged; names it.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: damaged ({error}).") from error
-    if not isinstance(content, dict) or any(key not in content for key in keys):
-        raise ValueError(f"{path}: damaged (expected an object with {list(keys)}).")
-    return content
+    name: str
+    target: bool
+    num_rows: int
+    """Of the dataset; not all need be captured."""
 
 
-def write_atomically(path: str | Path, content: bytes | str | Iterator[bytes | memoryview]) -> None:
-    """Write a file under a temporary name and rename it: it appears whole or not at all.
+class ShardEntry(TypedDict):
+    """A shard in the index."""
 
-    An iterator's items are written one after another, so that they need not fit into memory.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if isinstance(content, str):
-                content = content.encode()
-            file.writelines(iter([content]) if isinstance(content, bytes) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    fingerprint: str
+    task: str
+    target: bool
+    file: str
+    first_row: int
+    """Within the file."""
+    num_examples: int
+    sha256: str
 
 
-def to_json(content: JsonDict) -> str:
-    """Render a JSON file of this package: readable, sorted as given, never NaN."""
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+class VectorsEntry(TypedDict):
+    """The file of vectors in the index."""
+
+    file: str
+    sha256: str
+
+
+class Index(TypedDict):
+    """What is written to ``index.json``."""
+
+    format: str
+    format_version: int
+    complete: bool
+    scalars: list[str]
+    tasks: list[TaskEntry]
+    metadata: JsonDict
+    vectors: VectorsEntry | None
+    shards: list[ShardEntry]
 
 
 class GradientStore:
@@ -281,7 +283,7 @@ class StoreWriter:
         directory: str | Path,
         *,
         scalars: Sequence[str],
-        tasks: Sequence[JsonDict],
+        tasks: Sequence[TaskEntry],
         shards: Sequence[ShardSpec],
         metadata: JsonDict,
         vectors: Arrays | None = None,
@@ -289,7 +291,7 @@ class StoreWriter:
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._shards = list(shards)
-        self._index: JsonDict = {
+        self._index: Index = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "complete": False,
@@ -297,6 +299,7 @@ class StoreWriter:
             "tasks": list(tasks),
             "metadata": metadata,
             "vectors": None,
+            "shards": [],
         }
         self._written = self._find_written()
         if vectors:
@@ -362,22 +365,21 @@ class StoreWriter:
             self._written.update(zip(fingerprints, merged, strict=True))
 
     def _write_index(self, *, complete: bool) -> None:
-        index = self._index | {
-            "complete": complete,
-            "shards": [
-                self._written[shard.fingerprint]
-                for shard in self._shards
-                if shard.fingerprint in self._written
-            ],
-        }
-        write_atomically(self._directory / INDEX_NAME, to_json(index))
+        self._index["complete"] = complete
+        self._index["shards"] = [
+            self._written[shard.fingerprint]
+            for shard in self._shards
+            if shard.fingerprint in self._written
+        ]
+        write_atomically(self._directory / INDEX_NAME, to_json({**self._index}))
 
-    def _find_written(self) -> dict[str, JsonDict]:
+    def _find_written(self) -> dict[str, ShardEntry]:
         try:
             index = _read_index(self._directory)
         except (FileNotFoundError, StoreError):
             return {}
-        if any(index[key] != self._index[key] for key in ("scalars", "metadata")):
+        same_scalars = index["scalars"] == self._index["scalars"]
+        if not same_scalars or index["metadata"] != self._index["metadata"]:
             return {}
         wanted = {shard.fingerprint for shard in self._shards}
         written = {}
@@ -397,42 +399,35 @@ def _read_only(array: np.ndarray | Sequence[int], dtype: type | None = None) -> 
     return view
 
 
-def _read_index(directory: Path) -> JsonDict:
+def _read_index(directory: Path) -> Index:
     path = directory / INDEX_NAME
     if not path.is_file():
         raise FileNotFoundError(
             f"no gradient store in {str(directory)!r}: {INDEX_NAME} is missing."
         )
     try:
-        index = json.loads(path.read_bytes())
-        if not isinstance(index, dict) or index["format"] != FORMAT:
-            raise StoreError(f"{path}: not the index of a gradient store.")
-        if index["format_version"] != FORMAT_VERSION:
-            raise StoreError(
-                f"{path}: format version {index['format_version']}, this package reads "
-                f"{FORMAT_VERSION}. Capture the gradients again."
-            )
-        for key, kind in {
-            "complete": bool,
-            "scalars": list,
-            "tasks": list,
-            "metadata": dict,
-        }.items():
-            if not isinstance(index[key], kind):
-                raise StoreError(f"{path}: {key!r} is not a {kind.__name__}.")
-        for entry in [*index["shards"], *([index["vectors"]] if index["vectors"] else [])]:
-            if Path(entry["file"]).name != entry["file"]:
-                raise StoreError(f"{path}: file {entry['file']!r} leaves the directory.")
-            _ = entry["sha256"]
-        tasks = {(task["name"], task["target"]) for task in index["tasks"]}
-        for task in index["tasks"]:
-            _ = task["num_rows"]
-        for entry in index["shards"]:
-            _ = entry["fingerprint"], entry["first_row"], entry["num_examples"]
-            if (entry["task"], entry["target"]) not in tasks:
-                raise StoreError(f"{path}: a shard of task {entry['task']!r}, which is not listed.")
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise StoreError(f"{path}: damaged ({type(error).__name__}: {error}).") from error
+        index = read_json(path, Index)
+    except ValueError as error:
+        raise StoreError(str(error)) from error
+    if index["format"] != FORMAT:
+        raise StoreError(f"{path}: not the index of a gradient store.")
+    if index["format_version"] != FORMAT_VERSION:
+        raise StoreError(
+            f"{path}: format version {index['format_version']}, this package reads "
+            f"{FORMAT_VERSION}. Capture the gradients again."
+        )
+    files = [entry["file"] for entry in index["shards"]]
+    if index["vectors"]:
+        files.append(index["vectors"]["file"])
+    for file in files:
+        if Path(file).name != file:
+            raise StoreError(f"{path}: file {file!r} leaves the directory.")
+    tasks = {(task["name"], task["target"]) for task in index["tasks"]}
+    for entry in index["shards"]:
+        if (entry["task"], entry["target"]) not in tasks:
+            raise StoreError(f"{path}: a shard of task {entry['task']!r}, which is not listed.")
+        if entry["first_row"] < 0 or entry["num_examples"] < 1:
+            raise StoreError(f"{path}: damaged (a shard of {entry['num_examples']} rows).")
     return index
 
 
@@ -462,16 +457,16 @@ def _digest(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def _in_one_file(entries: list[JsonDict], file: str) -> list[JsonDict]:
+def _in_one_file(entries: list[ShardEntry], file: str) -> list[ShardEntry]:
     """The shards' entries in the index when their rows follow each other in ``file``."""
     ends = np.cumsum([entry["num_examples"] for entry in entries]).tolist()
     return [
-        entry | {"file": file, "first_row": end - entry["num_examples"]}
+        {**entry, "file": file, "first_row": end - entry["num_examples"]}
         for entry, end in zip(entries, ends, strict=True)
     ]
 
 
-def _merged_content(directory: Path, entries: list[JsonDict]) -> Iterator[bytes | memoryview]:
+def _merged_content(directory: Path, entries: list[ShardEntry]) -> Iterator[bytes | memoryview]:
     """A safetensors file of the rows of all shards, as pieces of at most one shard's column."""
     first = _map_rows(directory, entries[0])
     num_rows = sum(entry["num_examples"] for entry in entries)
@@ -491,7 +486,7 @@ def _merged_content(directory: Path, entries: list[JsonDict]) -> Iterator[bytes 
             yield _map_rows(directory, entry)[name].data
 
 
-def _read_part(directory: Path, entries: list[JsonDict], scalars: list[str]) -> Arrays:
+def _read_part(directory: Path, entries: list[ShardEntry], scalars: list[str]) -> Arrays:
     """Map the merged rows of the tasks, or of the target, and check every shard of them."""
     if not entries or entries != _in_one_file(entries, entries[0]["file"]):
         raise StoreError(f"{directory / INDEX_NAME}: damaged (not all shards are merged).")
@@ -500,7 +495,7 @@ def _read_part(directory: Path, entries: list[JsonDict], scalars: list[str]) -> 
     return _map_arrays(directory / entries[0]["file"])
 
 
-def _check_rows(directory: Path, entry: JsonDict, scalars: list[str]) -> None:
+def _check_rows(directory: Path, entry: ShardEntry, scalars: list[str]) -> None:
     """Check one shard, in whatever file it is."""
     path = directory / entry["file"]
     rows = _map_rows(directory, entry)
@@ -517,12 +512,12 @@ def _check_rows(directory: Path, entry: JsonDict, scalars: list[str]) -> None:
         )
 
 
-def _map_rows(directory: Path, entry: JsonDict) -> Arrays:
+def _map_rows(directory: Path, entry: ShardEntry) -> Arrays:
     rows = slice(entry["first_row"], entry["first_row"] + entry["num_examples"])
     return {name: array[rows] for name, array in _map_arrays(directory / entry["file"]).items()}
 
 
-def _read_vectors(directory: Path, entry: JsonDict) -> Arrays:
+def _read_vectors(directory: Path, entry: VectorsEntry) -> Arrays:
     path = directory / entry["file"]
     vectors = _map_arrays(path)
     if _digest(vectors) != entry["sha256"]:
@@ -547,5 +542,5 @@ def _map_arrays(path: Path) -> Arrays:
         }
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path}: damaged, or not a safetensors file ({error}).") from error

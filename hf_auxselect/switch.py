@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from hf_auxselect.per_example import IGNORE_INDEX, Batch
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 PACKING_RECIPE = (
     "Set packing=False; or pack each task by itself before making the trainer: "
@@ -113,6 +116,29 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError(
             f"loss_type={args.loss_type!r} changes the eval loss, which the estimates take for the "
             "mean negative log-likelihood; set loss_type='nll'."
+        )
+
+
+def warn_of_differences(trainer: Trainer, *, is_rewritten: bool) -> None:
+    """Say where a run will not be quite what the user's settings say.
+
+    Args:
+        trainer: before its first step.
+        is_rewritten: whether the mixture is, after the switch.
+    """
+    strategy = trainer.args.train_sampling_strategy
+    if is_rewritten and strategy != "random":
+        logger.warning(
+            "train_sampling_strategy=%r rules the warm-up; the mixture after it is drawn at "
+            "random, in the shares of the selection.",
+            strategy,
+        )
+    owner = next(c for c in type(trainer).__mro__ if "compute_loss" in vars(c))
+    if owner.__module__.partition(".")[0] not in ("transformers", "trl"):
+        logger.warning(
+            "%s.compute_loss replaces the trainer's; the estimates are about the model's own mean "
+            "negative log-likelihood per label token.",
+            owner.__name__,
         )
 
 
@@ -335,6 +361,12 @@ class MixtureBatches:
             del trainer._get_train_sampler
             if shadowed is not None:
                 trainer._get_train_sampler = shadowed
+        if trainer.accelerator.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: dispatch_batches=True lets the first process read for all, "
+                "and its loader cannot be moved to a position; leave it out, or use "
+                "after='observe'."
+            )
         batch_sampler = loader.batch_sampler
         while hasattr(batch_sampler, "batch_sampler"):  # accelerate's shard of a process
             batch_sampler = batch_sampler.batch_sampler

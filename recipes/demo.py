@@ -21,7 +21,7 @@ from models import smollm2
 from trl import SFTTrainer
 
 from hf_auxselect import FixedSelection, TaskSelectionCallback
-from hf_auxselect.store import to_json, write_atomically
+from hf_auxselect.files import to_json, write_atomically
 
 WARM_UP_STEPS, STEPS, BATCH_SIZE = 16, 40, 8
 NUM_ROWS, NUM_CAPTURED, NUM_HELD_OUT, SEED = 256, 16, 64, 0

@@ -11,7 +11,8 @@ from reference import random_store
 from safetensors.numpy import load_file, save
 
 from hf_auxselect import GradientStore, LinearizedTraining, StoreError, capture_gradients
-from hf_auxselect.store import INDEX_NAME, ShardSpec, StoreWriter, write_atomically
+from hf_auxselect.files import write_atomically
+from hf_auxselect.store import INDEX_NAME, ShardSpec, StoreWriter
 
 SHARDS = [
     ShardSpec(task="a", is_target=False, example_ids=(0, 2)),

@@ -23,7 +23,8 @@ from hf_auxselect.estimators.quadratic import (
     check_options,
     chunks_of_tasks,
 )
-from hf_auxselect.store import GradientStore, JsonDict
+from hf_auxselect.files import JsonDict
+from hf_auxselect.store import GradientStore
 
 _GRID_POINTS = 8192
 """Eigenvalues at which the steps to come are tabulated; between them it is interpolated."""
