@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python recipes/demo.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -11,16 +11,18 @@ and a decision, once made, is read and never made again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -42,10 +44,10 @@ from hf_auxselect.plan import (
     warn_of_leaked_target,
 )
 from hf_auxselect.projection import BYTES_PER_PARAMETER
-from hf_auxselect.report import SelectionReport, strategy_record
+from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
 from hf_auxselect.store import GradientStore
-from hf_auxselect.verification import RestOfRun, mixtures_to_verify, verify
+from hf_auxselect.verification import RestOfRun, measure, mixtures_to_calibrate, mixtures_to_verify
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,8 @@ class TaskSelectionCallback(TrainerCallback):
         verify: so many mixtures (the chosen one, all tasks, random subsets of the chosen size) are
             fine-tuned for real at the switch, each for the rest of the run, and the report tells
             how the estimates agree. The run itself is not changed by it.
+        calibrate: so many mixtures, spread out over all, are fine-tuned for real before the choice,
+            and set scale, offset and error bars of the estimates.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
         seed: rules examples, projection and the mixture's order; None: the trainer's ``data_seed``,
             or else its ``seed``.
@@ -112,6 +116,7 @@ class TaskSelectionCallback(TrainerCallback):
         batch_size: int | None = None,
         one_by_one: bool = False,
         verify: int = 0,
+        calibrate: int = 0,
         output_dir: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
@@ -133,8 +138,9 @@ class TaskSelectionCallback(TrainerCallback):
             raise ValueError(f"projection_dim must be at least 2, got {projection_dim}.")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, or None; got {batch_size}.")
-        if isinstance(verify, bool) or not isinstance(verify, int) or verify < 0:
-            raise ValueError(f"verify must be a number of mixtures, 0 or more; got {verify!r}.")
+        for name, number in (("verify", verify), ("calibrate", calibrate)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ValueError(f"{name} must be a number of mixtures, 0 or more; got {number!r}.")
         if not isinstance(estimator, AbstractEstimator | None):
             raise TypeError(
                 f"estimator must be an object such as LinearizedTraining(), got {estimator!r}."
@@ -143,9 +149,7 @@ class TaskSelectionCallback(TrainerCallback):
             raise TypeError(
                 f"selector must be an object such as ForwardSelection(), got {selector!r}."
             )
-        self.target = target
-        self.task_column = task_column
-        self.warmup = warmup
+        self.target, self.task_column, self.warmup = target, task_column, warmup
         self.estimator = estimator or LinearizedTraining()
         self.selector = selector or ForwardSelection()
         self.after = after
@@ -155,13 +159,14 @@ class TaskSelectionCallback(TrainerCallback):
         self.batch_size = batch_size
         self.one_by_one = one_by_one
         self.verify = verify
+        self.calibrate = calibrate
         self._verify_again = False  # in a resumed run that has been verified before
         self.output_dir = output_dir
         self.seed = seed
-        if verify and not self._needs_estimates:
+        if (verify or calibrate) and not self._needs_estimates:
             raise ValueError(
-                f"verify={verify} compares estimates with real fine-tunes, but "
-                "FixedSelection(estimate=False) makes none; leave one of the two out."
+                f"{f'{verify=}' if verify else f'{calibrate=}'} compares estimates with fine-tunes, "
+                "but FixedSelection(estimate=False) makes none; leave one of the two out."
             )
         self.report: SelectionReport | None = None
         # Set when a trainer is met, and for the length of a `train()`:
@@ -208,7 +213,7 @@ class TaskSelectionCallback(TrainerCallback):
             disk_mib=plan.num_examples * bytes_per_example / 2**20,
             memory_mib=num_trainable * BYTES_PER_PARAMETER / 2**20,
             switch_step=plan.switch_step,
-            verification_steps=self.verify * (max_steps - plan.switch_step),
+            verification_steps=(self.verify + self.calibrate) * (max_steps - plan.switch_step),
         )
 
     def on_init_end(
@@ -270,10 +275,22 @@ class TaskSelectionCallback(TrainerCallback):
             store = self._capture(trainer) if self._needs_estimates else None
             pass_seconds = time.perf_counter() - start
 
-            def choose() -> SelectionReport:
+            def fit() -> None:
                 nonlocal fitted
                 fitted = self.estimator.fit(store) if store is not None else None
+
+            computed_once(fit)
+            calibration: list[Measurement] = []
+            if self.calibrate:
+                rest = self._rest_of_run(trainer)
+                anchors = mixtures_to_calibrate(rest.tasks, self.calibrate, rest.seed)
+                calibration = measure(rest, anchors, fitted, "calibration")
+            if fitted is not None:
+                fitted = calibrated(fitted, calibration)
+
+            def choose() -> SelectionReport:
                 report = self._make_report(trainer, store, fitted)
+                report.calibration = calibration
                 report.run["gradient_pass_seconds"] = round(pass_seconds, 3)
                 report.run["seconds"] = round(time.perf_counter() - start, 3)
                 return report
@@ -282,7 +299,7 @@ class TaskSelectionCallback(TrainerCallback):
         report.gradients_directory = self._directory / "gradients"
         report._fitted = fitted
         self.report = report
-        self._decision = self._make_decision(report)
+        self._decision = checkpoints.decision_of(report)
         if state.is_world_process_zero:
             write_atomically(self._directory / "selection.json", to_json({**self._decision}))
             report.save(self._directory / "report")
@@ -354,32 +371,16 @@ class TaskSelectionCallback(TrainerCallback):
         self, trainer: Trainer, report: SelectionReport, fitted: FittedEstimator | None
     ) -> None:
         """Fine-tune on a few mixtures for real, and write the report again with the result."""
-        assert self._plan is not None
-        initial = self._initial if self.after == "restart" else None
-        rest = RestOfRun(trainer, self._plan.tasks, self.target, self._plan.seed, initial)
-        report.verification = verify(
-            rest,
-            mixtures_to_verify(report.weights, rest.tasks.counts, self.verify, rest.seed),
-            fitted,
-        )
+        rest = self._rest_of_run(trainer)
+        mixtures = mixtures_to_verify(report.weights, rest.tasks.counts, self.verify, rest.seed)
+        report.verification = measure(rest, mixtures, fitted, "verification")
         if trainer.is_world_process_zero():
             report.save(self._directory / "report")
 
-    def _make_decision(self, report: SelectionReport) -> checkpoints.Decision:
-        chosen = report.row("chosen") if report.rows else None
-        return {
-            "selected": report.selected,
-            "weights": report.weights,
-            "estimated_loss": chosen.loss if chosen else None,
-            "low": chosen.low if chosen else None,
-            "high": chosen.high if chosen else None,
-            "estimated_loss_all": report.row("all tasks").loss if report.rows else None,
-            "switch_step": report.run["switch_step"],
-            "after": self.after,
-            "seed": report.run["seed"],
-            "estimator": report.estimator,
-            "selector": report.selector,
-        }
+    def _rest_of_run(self, trainer: Trainer) -> RestOfRun:
+        assert self._plan is not None
+        initial = self._initial if self.after == "restart" else None
+        return RestOfRun(trainer, self._plan.tasks, self.target, self._plan.seed, initial)
 
     def _switch(self, trainer: Trainer, state: TrainerState) -> None:
         """Feed the selected mixture from here on, at the position that belongs to this step."""
@@ -425,14 +426,13 @@ class TaskSelectionCallback(TrainerCallback):
             self._decision = decision
             self.report = self._read_report(decision)
             if self.verify and at_switch and (self._verify_again or not self.report.verification):
-                with switch.preserved_rng():
-                    # The trainer itself takes these up only later, at the first batch.
-                    trainer._load_rng_state(checkpoints.resumed_checkpoint(trainer))
+                with self._random_states_of_checkpoint(trainer):
                     is_main = trainer.is_world_process_zero()
                     self._verify(trainer, self.report, self.report.fitted() if is_main else None)
             self._switch(trainer, state)
         elif at_switch:
-            self._select(trainer, state)
+            with self._random_states_of_checkpoint(trainer):
+                self._select(trainer, state)
         elif self.after == "observe":
             logger.warning(
                 "resumed at step %d, after the selection was due (step %d): nothing is selected.",
@@ -446,6 +446,13 @@ class TaskSelectionCallback(TrainerCallback):
                 f"{self._directory / 'selection.json'} holds a decision. Resume from a checkpoint "
                 f"of step {self._plan.switch_step} or before."
             )
+
+    @contextlib.contextmanager
+    def _random_states_of_checkpoint(self, trainer: Trainer) -> Iterator[None]:
+        """Those of an unbroken run; the trainer itself takes them up later, at its first batch."""
+        with switch.preserved_rng():
+            trainer._load_rng_state(checkpoints.resumed_checkpoint(trainer))
+            yield
 
     def _same_strategies(self, decision: checkpoints.Decision) -> bool:
         now = (strategy_record(self.estimator), strategy_record(self.selector))
@@ -529,7 +536,13 @@ class TaskSelectionCallback(TrainerCallback):
             if process_rank()[0] == 0:
                 write_atomically(path, save(self._initial))
         elif path.is_file():
-            self._initial = load_file(path)
+            try:
+                self._initial = load_file(path)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path}: damaged ({error}); after='restart' has nothing to go back to. Start "
+                    "again, in another output_dir."
+                ) from error
         else:
             logger.warning(
                 "%s is missing; a restart goes back to the parameters the trainer was made with.",

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import sys
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
+from hf_auxselect.report import SelectionReport
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,11 @@ def guard_resumption(trainer: Trainer) -> None:
     """
     if "train" in vars(trainer):
         return
-    reference = weakref.ref(trainer)
 
     @functools.wraps(type(trainer).train)
     def train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        owner = reference()
-        assert owner is not None
-        checkpoint = resolve(owner, resume_from_checkpoint)
-        return type(owner).train(owner, checkpoint, *args, **kwargs)
+        checkpoint = resolve(trainer, resume_from_checkpoint)
+        return type(trainer).train(trainer, checkpoint, *args, **kwargs)
 
     trainer.train = train
 
@@ -122,6 +119,24 @@ def resumed_checkpoint(trainer: Trainer) -> Path | None:
             return Path(checkpoint) if checkpoint else None
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def decision_of(report: SelectionReport) -> Decision:
+    """The decision that a report tells of."""
+    chosen = report.row("chosen") if report.rows else None
+    return Decision(
+        selected=report.selected,
+        weights=report.weights,
+        estimated_loss=chosen.loss if chosen else None,
+        low=chosen.low if chosen else None,
+        high=chosen.high if chosen else None,
+        estimated_loss_all=report.row("all tasks").loss if report.rows else None,
+        switch_step=report.run["switch_step"],
+        after=report.run["after"],
+        seed=report.run["seed"],
+        estimator=report.estimator,
+        selector=report.selector,
+    )
 
 
 def save_decision(trainer: Trainer, decision: Decision) -> None:

@@ -6,6 +6,7 @@ Shapes: B examples of a batch, N examples in all, D projection_dim.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import platform
@@ -232,12 +233,15 @@ def capture_examples(
             for other in results:
                 if isinstance(other, Exception):
                     raise other
-            if writer is not None:
-                for shard, arrays in zip(round_of_shards, results, strict=False):
-                    assert isinstance(arrays, dict)
+
+            def write(shards: Sequence[ShardSpec], results: Sequence[Any]) -> None:
+                assert writer is not None
+                for shard, arrays in zip(shards, results, strict=False):
                     writer.write(shard, arrays)
-                bar.update(sum(len(shard.example_ids) for shard in round_of_shards[1:]))
-    gather(None)  # all shards are on disk before any process reads them
+
+            # A full disk, say, is an error in all processes.
+            computed_once(functools.partial(write, round_of_shards, results))
+            bar.update(sum(len(shard.example_ids) for shard in round_of_shards[1:]))
     return GradientStore.load(directory)
 
 

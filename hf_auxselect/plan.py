@@ -89,7 +89,7 @@ class CostPreview:
         memory_mib: memory of the projection's tables, MiB, beyond that of an evaluation batch
             with gradients.
         switch_step: optimizer step after which the pass runs.
-        verification_steps: further training steps, of ``verify=n`` mixtures.
+        verification_steps: further training steps, of ``verify`` and ``calibrate`` mixtures.
     """
 
     num_examples: int
@@ -106,7 +106,7 @@ class CostPreview:
             f"{minutes} min {seconds:02d} s, {self.disk_mib:.1f} MiB on disk, "
             f"{self.memory_mib:.0f} MiB of memory"
         ) + (
-            f"; verification: {self.verification_steps} training steps"
+            f"; real fine-tunes: {self.verification_steps} training steps"
             if self.verification_steps
             else ""
         )

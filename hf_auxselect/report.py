@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from hf_auxselect.estimators import ESTIMATORS, AbstractEstimator, Estimate, FittedEstimator
+from hf_auxselect.estimators import (
+    ESTIMATORS,
+    AbstractEstimator,
+    Estimate,
+    FittedCalibrated,
+    FittedEstimator,
+)
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
 from hf_auxselect.selectors import RandomEnsemble, Selection, Step
 from hf_auxselect.store import GradientStore
@@ -83,6 +89,7 @@ class _Content:
     target: TaskSummary | None = None
     history: list[Step] = field(default_factory=list)
     verification: list[Measurement] = field(default_factory=list)
+    calibration: list[Measurement] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
     estimator: JsonDict = field(default_factory=dict)
     selector: JsonDict = field(default_factory=dict)
@@ -111,6 +118,8 @@ class SelectionReport(_Content):
         tasks: what was captured of each task; ``target`` of the target.
         history: every mixture the selector tried.
         verification: mixtures that were trained for real (``verify=n``), the chosen one first.
+        calibration: mixtures that were trained for real before the choice (``calibrate=n``), beside
+            the estimates that they have put right since.
         diagnostics: numbers that say how far to trust the estimates.
         estimator, selector: name and options of the strategies.
         run: switch step, mode, seed, model, versions, seconds.
@@ -167,9 +176,9 @@ class SelectionReport(_Content):
                     "the report's gradient store is not available, so nothing can be estimated "
                     f"(looked for {self.gradients_directory})."
                 )
-            self._fitted = estimator_from(self.estimator).fit(
-                GradientStore.load(self.gradients_directory)
-            )
+            store = GradientStore.load(self.gradients_directory)
+            fitted = estimator_from(self.estimator).fit(store)
+            self._fitted = calibrated(fitted, self.calibration)
         return self._fitted
 
     def add_estimates(
@@ -317,18 +326,12 @@ class SelectionReport(_Content):
             ]
         if self.verification:
             lines += ["## Checked by real fine-tunes", "", self.agreement(), ""]
-            lines += _table(
-                ["trained on", "measured", "estimated", "low", "high", "seconds"],
-                [
-                    [
-                        one.name,
-                        *(f"{x:.4f}" for x in (one.measured, one.estimated, one.low, one.high)),
-                        f"{one.seconds:.1f}",
-                    ]
-                    for one in self.verification
-                ],
-            )
-            lines += [""]
+            lines += [*_measurements(self.verification), ""]
+        if self.calibration:
+            seconds = sum(one.seconds for one in self.calibration)
+            lines += ["## Calibrated by real fine-tunes", ""]
+            lines += [f"Before the calibration; the fine-tunes took {seconds:.0f} seconds.", ""]
+            lines += [*_measurements(self.calibration), ""]
         lines += ["## Mixture", ""]
         headers = ["task", "share of examples"] + (["score"] if self.scores else [])
         lines += _table(
@@ -440,6 +443,28 @@ def compare(
         dataclasses.replace(row, left_out=name)
         for row, name in zip(without, task_names, strict=True)
     ]
+
+
+def calibrated(fitted: FittedEstimator, anchors: Sequence[Measurement]) -> FittedEstimator:
+    """The estimator put right by mixtures that were trained for real, if there are any."""
+    if not anchors:
+        return fitted
+    weights = np.array([[*one.weights.values()] for one in anchors])
+    return FittedCalibrated(fitted, weights, [one.measured for one in anchors])
+
+
+def _measurements(measurements: Sequence[Measurement]) -> list[str]:
+    return _table(
+        ["trained on", "measured", "estimated", "low", "high", "seconds"],
+        [
+            [
+                one.name,
+                *(f"{x:.4f}" for x in (one.measured, one.estimated, one.low, one.high)),
+                f"{one.seconds:.1f}",
+            ]
+            for one in measurements
+        ],
+    )
 
 
 def compare_with_all_tasks(

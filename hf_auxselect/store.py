@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "hf_auxselect.gradients"
 FORMAT_VERSION = 2
@@ -376,7 +379,10 @@ class StoreWriter:
     def _find_written(self) -> dict[str, ShardEntry]:
         try:
             index = _read_index(self._directory)
-        except (FileNotFoundError, StoreError):
+        except FileNotFoundError:
+            return {}
+        except StoreError as error:
+            logger.warning("%s What is there is replaced.", error)
             return {}
         same_scalars = index["scalars"] == self._index["scalars"]
         if not same_scalars or index["metadata"] != self._index["metadata"]:

@@ -145,8 +145,37 @@ def mixtures_to_verify(
     return dict([*different.items()][:num_mixtures])
 
 
-def verify(
-    rest: RestOfRun, mixtures: Mapping[str, np.ndarray], fitted: FittedEstimator | None
+def mixtures_to_calibrate(tasks: TaskRows, num_mixtures: int, seed: int) -> dict[str, np.ndarray]:
+    """All tasks, then random subsets of all sizes, each as far from those before as can be.
+
+    Args:
+        tasks: of the training set.
+        num_mixtures: how many are wanted; there may be fewer different ones.
+        seed: rules which subsets are looked at.
+
+    Returns:
+        Shares [K] by the name of the mixture.
+    """
+    num_tasks, rng = len(tasks.names), np.random.default_rng(seed)
+    sizes = rng.integers(1, num_tasks, 512)
+    masks = np.vstack(
+        [np.ones(num_tasks, bool), rng.random((512, num_tasks)).argsort(1) < sizes[:, None]]
+    )
+    shares = normalize_mixtures(masks, tasks.counts)
+    chosen = [0]
+    distance = np.linalg.norm(shares - shares[0], axis=1)
+    while len(chosen) < num_mixtures and distance.max() > 1e-9:
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(shares - shares[chosen[-1]], axis=1))
+    names = [", ".join(np.array(tasks.names)[mask]) for mask in masks]
+    return {"all tasks" if i == 0 else names[i]: shares[i] for i in chosen}
+
+
+def measure(
+    rest: RestOfRun,
+    mixtures: Mapping[str, np.ndarray],
+    fitted: FittedEstimator | None,
+    purpose: str,
 ) -> list[Measurement]:
     """Fine-tune on each mixture for real and put the result beside the estimate.
 
@@ -157,7 +186,7 @@ def verify(
     measured: dict[str, tuple[float, float]] = {}
     with tqdm(
         total=len(mixtures) * steps,
-        desc="verification",
+        desc=purpose,
         unit="step",
         disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero(),
     ) as progress:

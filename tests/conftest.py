@@ -15,7 +15,7 @@ settings.load_profile("default")
 def _same_random_state():
     """Every test starts from the same global random state, whatever ran before it."""
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tests run side by side
 
 
 @pytest.fixture

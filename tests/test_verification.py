@@ -129,7 +129,7 @@ def test_the_preview_counts_its_steps(run_dir):
     cb = callback(verify=3)
     preview = cb.preview(tiny.sft_trainer(run_dir, cb))
     assert preview.verification_steps == 3 * (10 - 4)
-    assert "verification: 18 training steps" in str(preview)
+    assert "real fine-tunes: 18 training steps" in str(preview)
     assert "verification" not in str(callback().preview(tiny.sft_trainer(run_dir, callback())))
 
 

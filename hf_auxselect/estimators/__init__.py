@@ -8,6 +8,7 @@ from hf_auxselect.estimators.base import AbstractEstimator as AbstractEstimator
 from hf_auxselect.estimators.base import Estimate as Estimate
 from hf_auxselect.estimators.base import FittedEstimator as FittedEstimator
 from hf_auxselect.estimators.base import normalize_mixtures as normalize_mixtures
+from hf_auxselect.estimators.calibrated import FittedCalibrated as FittedCalibrated
 from hf_auxselect.estimators.gauss_newton import GaussNewton as GaussNewton
 from hf_auxselect.estimators.linearized import LinearizedTraining as LinearizedTraining
 from hf_auxselect.estimators.logistic import GradExLogistic as GradExLogistic

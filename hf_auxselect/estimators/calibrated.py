@@ -1,0 +1,102 @@
+"""Estimates that a few real runs have put right.
+
+Shapes: K tasks, M mixtures, A anchors (mixtures that were trained on for real).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_auxselect.estimators.base import NORMAL_95, Array, Estimate, FittedEstimator
+
+_AGREEING_RUNS = 2
+"""The anchors are shrunk as if so many further ones had agreed with the estimates."""
+
+
+class FittedCalibrated(FittedEstimator):
+    """An estimator whose scale, offset and error bars are those that fit some real runs.
+
+    With e the estimates and y the measured losses of the A anchors, and e_m the mean of e,
+
+        loss(w) = e(w) + offset + slope (e(w) - e_m),
+        offset = sum_a (y_a - e_a) / (A + 2),
+        slope = A / (A + 2) * sum_a (e_a - e_m) (y_a - e_a - mean residual) / sum_a (e_a - e_m)^2,
+
+    least squares shrunk towards the estimates themselves. Intervals are widened or narrowed by
+
+        factor^2 = (2 + sum_a z_a^2) / (A + 2),
+
+    where z_a is the error at anchor a of the calibration by all others, in standard deviations of
+    the estimate: the posterior mean of their variance under a scaled inverse chi-squared prior.
+    The loss without further training is known, and left alone.
+
+    Args:
+        fitted: the estimator.
+        weights: the anchors [A, K], masks or weights.
+        losses: measured losses of the target [A], nats per label token.
+
+    Raises:
+        ValueError: there are no anchors, or the shapes do not agree.
+    """
+
+    def __init__(self, fitted: FittedEstimator, weights: ArrayLike, losses: ArrayLike) -> None:
+        measured_A = np.asarray(losses, np.float64)
+        if len(measured_A) == 0 or len(np.asarray(weights)) != len(measured_A):
+            raise ValueError(
+                f"losses must be those of the mixtures in weights, one or more; got "
+                f"{len(measured_A)} losses of {len(np.asarray(weights))} mixtures."
+            )
+        self._fitted = fitted
+        estimate = fitted.estimate(weights)
+        residual_A = measured_A - estimate.loss
+        self._middle, self._offset, self._slope = _line(estimate.loss, residual_A)
+        deviation_A = np.maximum(estimate.high - estimate.low, 1e-12) / (2 * NORMAL_95)
+        left_out_A = np.zeros(len(measured_A))
+        for a in range(len(measured_A)):
+            others = np.arange(len(measured_A)) != a
+            middle, offset, slope = _line(estimate.loss[others], residual_A[others])
+            left_out_A[a] = residual_A[a] - offset - slope * (estimate.loss[a] - middle)
+        square = float(((left_out_A / deviation_A) ** 2).sum())
+        self._factor = np.sqrt((_AGREEING_RUNS + square) / (_AGREEING_RUNS + len(measured_A)))
+
+    def estimate(self, weights: ArrayLike) -> Estimate:
+        plain = self._fitted.estimate(weights)
+        is_trained = plain.high > plain.low
+        moved = plain.loss + self._offset + self._slope * (plain.loss - self._middle)
+        return self._widened(plain, np.where(is_trained, moved, plain.loss), lowest=0.0)
+
+    def difference(self, weights: ArrayLike, reference: ArrayLike) -> Estimate:
+        plain = self._fitted.difference(weights, reference)
+        return self._widened(plain, plain.loss * (1 + self._slope), lowest=-np.inf)
+
+    def _widened(self, plain: Estimate, loss: Array, *, lowest: float) -> Estimate:
+        factor = self._factor * (1 + self._slope)
+        return Estimate(
+            loss=np.maximum(loss, lowest),
+            low=np.maximum(loss - factor * (plain.loss - plain.low), lowest),
+            high=loss + factor * (plain.high - plain.loss),
+            weights=plain.weights,
+        )
+
+    def diagnostics(self) -> dict[str, float]:
+        """Those of the estimator, and what the real runs have changed."""
+        return {
+            **self._fitted.diagnostics(),
+            "calibration_scale": 1 + self._slope,
+            "calibration_offset_nats": self._offset,
+            "calibration_interval_factor": float(self._factor),
+        }
+
+
+def _line(estimated: Array, residual: Array) -> tuple[float, float, float]:
+    """Mean estimate, offset and slope of the residuals, both shrunk."""
+    if len(residual) == 0:
+        return 0.0, 0.0, 0.0
+    middle = float(estimated.mean())
+    x = estimated - middle
+    shrinkage = len(residual) / (len(residual) + _AGREEING_RUNS)
+    spread = float(x @ x)
+    slope = float(x @ (residual - residual.mean())) / spread if spread > 0 else 0.0
+    # A scale below a half would be an estimator not worth calibrating.
+    return middle, shrinkage * float(residual.mean()), max(shrinkage * slope, -0.5)

@@ -1,0 +1,36 @@
+"""A script as users launch it; started by test_launch.py under ``accelerate launch``."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import tiny
+import torch
+
+
+def main(output: Path, *, dies: bool) -> None:
+    torch.set_num_threads(1)
+    callback = tiny.callback()
+    # The weights at the switch are then those of any number of processes.
+    trainer = tiny.sft_trainer(output, callback, learning_rate=0.0)
+    rank = trainer.args.process_index
+    if dies and rank == 1:
+        from hf_auxselect.gradients import _Capture
+
+        _Capture.shard = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+    trainer.train()
+    result = {
+        "world_size": trainer.args.world_size,
+        "is_sharded": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+        "weights": callback.report.weights,
+        "losses": [row.loss for row in callback.report.rows],
+    }
+    (output / f"rank{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), dies="--die" in sys.argv)

@@ -1,0 +1,62 @@
+"""The configurations of recipes/accelerate, under ``accelerate launch``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from accelerate.commands.config.config_args import load_config_from_file
+from tiny import callback
+
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "recipes" / "accelerate"
+
+
+def launch(config, output, *arguments):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    return subprocess.run(
+        [*command, str(CONFIGS / config), str(TESTS / "launched_run.py"), str(output), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The selection of one process that nobody launched."""
+    cb = callback()
+    tiny.sft_trainer(tmp_path_factory.mktemp("alone"), cb, learning_rate=0.0).train()
+    return cb.report
+
+
+@pytest.mark.parametrize(
+    ("config", "num_processes"),
+    [("one_process.yaml", 1), ("two_cpu_processes.yaml", 2), ("fsdp2.yaml", 2)],
+)
+def test_they_run_on_a_cpu(config, num_processes, run_dir, alone):
+    """Accelerate shards nothing on a CPU: the FSDP configuration trains as DDP there."""
+    done = launch(config, run_dir)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(path.read_text()) for path in sorted(run_dir.glob("rank*.json"))]
+    assert [run["world_size"] for run in runs] == [num_processes] * num_processes
+    for run in runs:
+        assert not run["is_sharded"]
+        assert run["weights"] == alone.weights
+        assert run["losses"] == pytest.approx([row.loss for row in alone.rows], abs=1e-6)
+
+
+def test_a_process_that_dies_in_the_pass_ends_the_run(run_dir):
+    done = launch("two_cpu_processes.yaml", run_dir, "--die")
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert not (run_dir / "_task_selection" / "selection.json").exists()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_reads_them(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
+    assert config.distributed_type
