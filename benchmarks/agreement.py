@@ -33,12 +33,14 @@ from baselines import (
 )
 from families import FAMILIES
 from gradex_reference import GradExAsPublished, measured_scales
+from numpy.typing import ArrayLike
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 from truth import CACHE, RESULTS, make_trainer, warm_up
 
 from hf_auxselect import (
     AbstractEstimator,
+    ForwardSelection,
     GaussNewton,
     GradExLogistic,
     GradientStore,
@@ -47,6 +49,7 @@ from hf_auxselect import (
     RidgeSurrogate,
     TaskSelectionCallback,
 )
+from hf_auxselect.estimators import Estimate, FittedCalibrated, FittedEstimator
 from hf_auxselect.estimators.base import rank_correlation
 from hf_auxselect.files import to_json, write_atomically
 
@@ -60,6 +63,9 @@ IN_NATS = (
     Constant,
 )
 NUM_BOOTSTRAP = 1000
+NUM_ANCHORS = (2, 4, 8, 16)
+NUM_ANCHOR_DRAWS = 50
+EXAMPLES_PER_TASK = (8, 16, 32, 64)
 
 
 def estimators(family: str, weights: np.ndarray) -> dict[str, AbstractEstimator]:
@@ -98,9 +104,16 @@ class Truth:
     family: str
     mode: str
     weights: np.ndarray
-    """Mixtures [M, K] that every seed has run."""
+    """Mixtures [M, K] that were trained on."""
     losses: np.ndarray
-    """Of every seed [seeds, M]."""
+    """Of every seed [seeds, M]; NaN where it has not been run."""
+    seconds: float
+    """Of one of these runs, the median."""
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Over the seeds [M]: what estimates are compared with."""
+        return np.nanmean(self.losses, axis=0)
 
     @property
     def is_without_shuffled(self) -> np.ndarray:
@@ -154,22 +167,28 @@ def read_truth(family: str, mode: str) -> Truth:
     losses: dict[tuple[float, ...], dict[int, float]] = {}
     for run in runs:
         losses.setdefault(tuple(run["weights"]), {})[run["seed"]] = run["loss"]
-    num_seeds = max(len(of_mixture) for of_mixture in losses.values())
-    complete = {w: of for w, of in losses.items() if len(of) == num_seeds}
-    table = [[of[seed] for seed in sorted(of)] for of in complete.values()]
+    seeds = sorted({run["seed"] for run in runs})
+    table = [[of.get(seed, np.nan) for seed in seeds] for of in losses.values()]
     return Truth(
-        family=family, mode=mode, weights=np.array(list(complete)), losses=np.array(table).T
+        family=family,
+        mode=mode,
+        weights=np.array(list(losses)),
+        losses=np.array(table).T,
+        seconds=float(np.median([run["seconds"] for run in runs])),
     )
 
 
 def noise_ceiling(losses: np.ndarray) -> float | None:
     """Expected Spearman of a perfect estimate with the mean over seeds; None with one seed.
 
+    From the mixtures that all seeds have run.
+
     With r the correlation of two seeds, the mean of n of them has the reliability
     n r / (1 + (n - 1) r) (Spearman-Brown), whose root is its correlation with the expectation.
     """
     count = len(losses)
-    if count < 2:
+    losses = losses[:, np.isfinite(losses).all(0)]
+    if count < 2 or losses.shape[1] < 3:
         return None
     pairs = [spearman(losses[i], losses[j]) for i in range(count) for j in range(i)]
     r = max(float(np.mean(pairs)), 0.0)
@@ -201,7 +220,7 @@ def compare(
     truth: Truth, store: GradientStore, name: str, estimator: AbstractEstimator
 ) -> dict[str, Any]:
     """One line of the table: an estimator on a family and mode, with 90% bootstrap intervals."""
-    weights, true = truth.weights, truth.losses.mean(0)
+    weights, true = truth.weights, truth.mean
     fitted = estimator.fit(store)
     start = time.perf_counter()
     estimate = fitted.estimate(weights)
@@ -222,17 +241,103 @@ def compare(
         if (estimate.low < estimate.high).any():  # it gives intervals
             line["coverage"] = float(((estimate.low <= true) & (true <= estimate.high)).mean())
             line["width"] = float(np.mean(estimate.high - estimate.low))
+            line["difference_coverage"] = coverage_of_differences(fitted, weights, true)
     line |= {f"{measure}_without_shuffled": value for measure, value in of_left.items()}
+    diagnostics = fitted.diagnostics()
     # What was measured before says itself how long it took.
-    seconds = fitted.diagnostics().get("seconds_per_estimate", seconds)
+    seconds = diagnostics.get("seconds_per_estimate", seconds)
+    if "rank_correlation_with_step_norm" in diagnostics:
+        line["follows_step_norm"] = diagnostics["rank_correlation_with_step_norm"]
     line["ms_per_estimate"] = 1000 * seconds
     return line
+
+
+def coverage_of_differences(
+    fitted: FittedEstimator, weights: np.ndarray, true: np.ndarray
+) -> float:
+    """Share of all pairs of mixtures whose difference lies in its 90% interval."""
+    inside = []
+    for j in range(1, len(weights)):
+        difference = fitted.difference(weights[:j], weights[j])
+        real = true[:j] - true[j]
+        inside.append((difference.low <= real) & (real <= difference.high))
+    return float(np.concatenate(inside).mean())
+
+
+def compare_calibrated(
+    truth: Truth, fitted: FittedEstimator, name: str, num_anchors: int
+) -> dict[str, Any]:
+    """As :func:`compare`, after ``num_anchors`` of the real runs have put the estimates right.
+
+    The mean over random choices of the anchors, each compared on all other mixtures.
+    """
+    rng, true, lines = np.random.default_rng(0), truth.mean, []
+    for _ in range(NUM_ANCHOR_DRAWS):
+        anchors = rng.choice(len(true), num_anchors, replace=False)
+        others = np.setdiff1d(np.arange(len(true)), anchors)
+        calibrated = FittedCalibrated(fitted, truth.weights[anchors], true[anchors])
+        estimate = calibrated.estimate(truth.weights[others])
+        inside = (estimate.low <= true[others]) & (true[others] <= estimate.high)
+        lines.append(
+            measures(estimate.loss, true[others])
+            | measures_in_nats(estimate.loss, true[others])
+            | {"coverage": float(inside.mean())}
+        )
+    return {
+        "family": truth.family,
+        "mode": truth.mode,
+        "estimator": name,
+        "anchors": num_anchors,
+        **{key: float(np.mean([line[key] for line in lines])) for key in lines[0]},
+    }
+
+
+def cost(truth: Truth, fitted: FittedEstimator) -> dict[str, float]:
+    """What the selection took, and what forward selection by training would have."""
+    directory = CACHE / truth.family / f"{truth.mode}-512" / "_task_selection"
+    run = json.loads((directory / "report" / "report.json").read_text())["run"]
+    asked: list[int] = []
+
+    def estimate(weights: ArrayLike) -> Estimate:
+        asked.append(len(np.asarray(weights)))
+        return fitted.estimate(weights)
+
+    start = time.perf_counter()
+    ForwardSelection().select(estimate, FAMILIES[truth.family].tasks)
+    search = time.perf_counter() - start
+    return {
+        "seconds_of_the_pass": run["gradient_pass_seconds"],
+        "seconds_of_the_search": search,
+        "seconds_of_a_real_run": truth.seconds,
+        "mixtures_that_forward_selection_tries": sum(asked),
+        "cost_ratio": sum(asked) * truth.seconds / (run["gradient_pass_seconds"] + search),
+    }
+
+
+def thinned(store: GradientStore, examples_per_task: int) -> GradientStore:
+    """The first examples of each task alone; the target as it is."""
+    first = np.searchsorted(store.task_ids, store.task_ids)
+    chosen = np.flatnonzero(np.arange(len(store)) - first < examples_per_task)
+    return GradientStore(
+        task_names=store.task_names,
+        task_ids=store.task_ids[chosen],
+        example_ids=store.example_ids[chosen],
+        losses=store.losses[chosen],
+        num_label_tokens=store.num_label_tokens[chosen],
+        scalars={
+            name: tuple(part[chosen] for part in store.scalar(name)) for name in store.scalars
+        },
+        task_sizes=store.task_sizes,
+        target=store.target,
+        metadata=store.metadata,
+        vectors=store.vectors,
+    )
 
 
 def describe(truth: Truth) -> dict[str, Any]:
     """The truth in numbers."""
     losses = truth.losses
-    is_left, mean = truth.is_without_shuffled, losses.mean(0)
+    is_left, mean = truth.is_without_shuffled, truth.mean
     return {
         "family": truth.family,
         "mode": truth.mode,
@@ -243,7 +348,7 @@ def describe(truth: Truth) -> dict[str, Any]:
         "spread": float(mean.std()),
         "noise_ceiling": noise_ceiling(losses),
         "noise_ceiling_without_shuffled": noise_ceiling(losses[:, is_left]),
-        "error_of_a_constant": float(np.mean(np.abs(mean / losses.mean() - 1))),
+        "error_of_a_constant": float(np.mean(np.abs(mean / mean.mean() - 1))),
     }
 
 
@@ -262,17 +367,40 @@ def print_table(header: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     )
     print(
         f"{'':34} spearman  [90%]            w/o shuffled  same size     R2   error  regret"
-        "  coverage  ms/estimate"
+        "  coverage (of differences)  ms/estimate"
     )
     for line in lines:
         interval = "[{:.3f}, {:.3f}]".format(*line["spearman_interval"])
         nats = f"{line['r2']:6.2f}  {line['error']:6.2%}" if "r2" in line else " " * 14
         coverage = f"{line['coverage']:8.0%}" if "coverage" in line else " " * 8
+        if "difference_coverage" in line:
+            coverage += f" ({line['difference_coverage']:.0%})"
         print(
             f"{line['estimator']:34} {line['spearman']:8.3f}  {interval:16} "
             f"{line['spearman_without_shuffled']:13.3f}  {line['spearman_equal_size']:9.3f}  "
-            f"{nats}  {line['regret']:6.1%}  {coverage}  {line['ms_per_estimate']:11.2f}"
+            f"{nats}  {line['regret']:6.1%}  {coverage:14}  {line['ms_per_estimate']:22.2f}"
         )
+
+
+def print_rest(
+    header: dict[str, Any], few: list[dict[str, Any]], lines: list[dict[str, Any]]
+) -> None:
+    """What fewer examples lose, what anchors bring, and what all of it costs."""
+    for line in few:
+        print(f"{line['estimator']}: step norm {line['follows_step_norm']:.2f}")
+    for line in lines:
+        print(
+            f"{line['estimator']} with {line['anchors']:2} anchors: Spearman "
+            f"{line['spearman']:.3f}, R2 {line['r2']:.2f}, error {line['error']:.2%}, regret "
+            f"{line['regret']:.1%}, coverage {line['coverage']:.0%}"
+        )
+    print(
+        "pass {seconds_of_the_pass:.0f} s, search {seconds_of_the_search:.1f} s; a real run "
+        "{seconds_of_a_real_run:.0f} s, forward selection "
+        "{mixtures_that_forward_selection_tries} of them: {cost_ratio:.0f} times as much".format(
+            **header
+        )
+    )
 
 
 def main() -> None:
@@ -291,9 +419,21 @@ def main() -> None:
                 compare(truth, store, name, estimator)
                 for name, estimator in estimators(family, truth.weights).items()
             ]
-            header = describe(truth)
-            print_table(header, lines)
+            fitted = LinearizedTraining().fit(store)
+            calibrated = [
+                compare_calibrated(truth, fitted, "LinearizedTraining()", num_anchors)
+                for num_anchors in NUM_ANCHORS
+            ]
+            few = [
+                compare(truth, thinned(store, n), f"{n} examples a task", LinearizedTraining())
+                for n in EXAMPLES_PER_TASK
+            ]
+            header = describe(truth) | cost(truth, fitted)
+            print_table(header, lines + few)
+            print_rest(header, few, calibrated)
             record = header | {"command": "python benchmarks/agreement.py", "lines": lines}
+            record |= {"calibrated": calibrated, "fewer_examples": few}
+            record["diagnostics"] = fitted.diagnostics()
             path = RESULTS.parent / "agreement" / f"{family}-{mode}.json"
             write_atomically(path, to_json(record))
 

@@ -164,9 +164,10 @@ class TaskSelectionCallback(TrainerCallback):
         self.output_dir = output_dir
         self.seed = seed
         if (verify or calibrate) and not self._needs_estimates:
+            option = f"{verify=}" if verify else f"{calibrate=}"
             raise ValueError(
-                f"{f'{verify=}' if verify else f'{calibrate=}'} compares estimates with fine-tunes, "
-                "but FixedSelection(estimate=False) makes none; leave one of the two out."
+                f"{option} compares estimates with real fine-tunes, but "
+                "FixedSelection(estimate=False) makes none; leave one of the two out."
             )
         self.report: SelectionReport | None = None
         # Set when a trainer is met, and for the length of a `train()`:

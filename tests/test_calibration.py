@@ -39,9 +39,9 @@ def by_hand(plain, anchors, measured, new):
         count = len(chosen)
         middle = sum(estimated[a] for a in chosen) / count
         mean = sum(measured[a] - estimated[a] for a in chosen) / count
-        above = sum((estimated[a] - middle) * (measured[a] - estimated[a] - mean) for a in chosen)
-        below = sum((estimated[a] - middle) ** 2 for a in chosen)
-        return middle, count / (count + 2) * mean, count / (count + 2) * above / below
+        above = sum((estimated[a] - middle) * (measured[a] - estimated[a]) for a in chosen)
+        below = sum((estimated[a] - middle) ** 2 for a in chosen) + (0.1 / 0.25) ** 2
+        return middle, count / (count + 2) * mean, above / below
 
     def put_right(loss, fit):
         return loss + fit[1] + fit[2] * (loss - fit[0])

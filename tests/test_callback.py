@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 
 import numpy as np
 import pytest
@@ -111,6 +112,17 @@ class TestARun:
         assert "Selected" in shown
         for line in ("no further training", "chosen", "all tasks", "random", "all without b"):
             assert line in shown
+
+
+def test_nothing_connects_to_a_network(run_dir, monkeypatch):
+    def refuse(*args):
+        raise AssertionError(f"connects to {args[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    cb = callback(verify=1)
+    trained(tiny.sft_trainer, run_dir, cb)
+    assert cb.report.verification
 
 
 class TestTheTarget:

@@ -95,6 +95,19 @@ class TestTheComparison:
         assert [row.low, row.high] == pytest.approx(np.quantile(losses, [0.05, 0.95]))
 
 
+class TestDoubts:
+    def test_estimates_that_follow_the_step_norm_are_warned_of(self, monkeypatch):
+        store = random_store(3)
+        fitted = GradExLogistic().fit(store)
+        selection = ForwardSelection().select(fitted.estimate, store.task_names)
+        for correlation, warned in [(0.41, True), (0.39, False), (-0.9, False)]:
+            report = SelectionReport(weights=selection.weights)
+            told = {"rank_correlation_with_step_norm": correlation}
+            monkeypatch.setattr(type(fitted), "diagnostics", lambda self, told=told: told)
+            report.add_estimates(fitted, selection, store, seed=0)
+            assert [f"{correlation:.2f}" in text for text in report.warnings] == [True] * warned
+
+
 class TestFiles:
     def test_it_is_read_back_as_it_was(self, report, tmp_path):
         report.save(tmp_path / "report")

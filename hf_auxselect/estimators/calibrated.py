@@ -11,19 +11,24 @@ from numpy.typing import ArrayLike
 from hf_auxselect.estimators.base import NORMAL_95, Array, Estimate, FittedEstimator
 
 _AGREEING_RUNS = 2
-"""The anchors are shrunk as if so many further ones had agreed with the estimates."""
+"""Offset and error bars are shrunk as if so many further runs had agreed with the estimates."""
+
+_SLOPE_DEVIATION = 0.25
+"""Standard deviation, before any run, of the factor by which estimated differences are wrong."""
 
 
 class FittedCalibrated(FittedEstimator):
     """An estimator whose scale, offset and error bars are those that fit some real runs.
 
-    With e the estimates and y the measured losses of the A anchors, and e_m the mean of e,
+    With e the estimates and y the measured losses of the A anchors, e_m the mean of e, and s the
+    root mean square of the standard deviations that the estimator itself gives,
 
         loss(w) = e(w) + offset + slope (e(w) - e_m),
         offset = sum_a (y_a - e_a) / (A + 2),
-        slope = A / (A + 2) * sum_a (e_a - e_m) (y_a - e_a - mean residual) / sum_a (e_a - e_m)^2,
+        slope = sum_a (e_a - e_m) (y_a - e_a) / (sum_a (e_a - e_m)^2 + (s / 0.25)^2),
 
-    least squares shrunk towards the estimates themselves. Intervals are widened or narrowed by
+    least squares shrunk towards the estimates themselves: the slope is the posterior mean under a
+    normal prior of deviation 0.25. Intervals are widened or narrowed by
 
         factor^2 = (2 + sum_a z_a^2) / (A + 2),
 
@@ -50,12 +55,14 @@ class FittedCalibrated(FittedEstimator):
         self._fitted = fitted
         estimate = fitted.estimate(weights)
         residual_A = measured_A - estimate.loss
-        self._middle, self._offset, self._slope = _line(estimate.loss, residual_A)
         deviation_A = np.maximum(estimate.high - estimate.low, 1e-12) / (2 * NORMAL_95)
+        self._middle, self._offset, self._slope = _line(estimate.loss, residual_A, deviation_A)
         left_out_A = np.zeros(len(measured_A))
         for a in range(len(measured_A)):
             others = np.arange(len(measured_A)) != a
-            middle, offset, slope = _line(estimate.loss[others], residual_A[others])
+            middle, offset, slope = _line(
+                estimate.loss[others], residual_A[others], deviation_A[others]
+            )
             left_out_A[a] = residual_A[a] - offset - slope * (estimate.loss[a] - middle)
         square = float(((left_out_A / deviation_A) ** 2).sum())
         self._factor = np.sqrt((_AGREEING_RUNS + square) / (_AGREEING_RUNS + len(measured_A)))
@@ -89,14 +96,13 @@ class FittedCalibrated(FittedEstimator):
         }
 
 
-def _line(estimated: Array, residual: Array) -> tuple[float, float, float]:
+def _line(estimated: Array, residual: Array, deviation: Array) -> tuple[float, float, float]:
     """Mean estimate, offset and slope of the residuals, both shrunk."""
     if len(residual) == 0:
         return 0.0, 0.0, 0.0
     middle = float(estimated.mean())
     x = estimated - middle
-    shrinkage = len(residual) / (len(residual) + _AGREEING_RUNS)
-    spread = float(x @ x)
-    slope = float(x @ (residual - residual.mean())) / spread if spread > 0 else 0.0
+    offset = float(residual.sum()) / (len(residual) + _AGREEING_RUNS)
+    noise = float(np.mean(deviation**2)) / _SLOPE_DEVIATION**2
     # A scale below a half would be an estimator not worth calibrating.
-    return middle, shrinkage * float(residual.mean()), max(shrinkage * slope, -0.5)
+    return middle, offset, max(float(x @ residual) / (float(x @ x) + noise), -0.5)
