@@ -31,7 +31,7 @@ from baselines import (
     RepresentationSimilarity,
     StepNorm,
 )
-from families import FAMILIES
+from families import FAMILIES, with_fixed_hashes
 from gradex_reference import GradExAsPublished, measured_scales
 from numpy.typing import ArrayLike
 from transformers import TrainerCallback
@@ -439,4 +439,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    with_fixed_hashes()
     main()

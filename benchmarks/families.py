@@ -8,6 +8,7 @@ reasoning-gym with options that keep the rows short; boilerplate above the quest
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -39,6 +40,18 @@ KEPT = {
     "word_sorting": r"(?<=list: ).*",
 }
 """The part of the question that is kept, by generator; all of it unless it is named here."""
+
+
+def with_fixed_hashes() -> None:
+    """Start this script again with a fixed hash seed, unless it has one.
+
+    ``ransom_note`` draws from a set of letters, whose order depends on it: its rows were others in
+    every process. The truth of ``text`` and ``logic`` was measured before this was fixed, on rows
+    that differ from those of today by a permutation of the alphabet in that task.
+    """
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from families import FAMILIES
+from families import FAMILIES, with_fixed_hashes
 from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -211,4 +211,5 @@ def run_family(family: str, mode: str, seed: int, rounds: int) -> Iterator[None]
 
 
 if __name__ == "__main__":
+    with_fixed_hashes()
     main()
