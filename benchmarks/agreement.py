@@ -33,14 +33,12 @@ from baselines import (
 )
 from families import FAMILIES, with_fixed_hashes
 from gradex_reference import GradExAsPublished, measured_scales
-from numpy.typing import ArrayLike
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 from truth import CACHE, RESULTS, make_trainer, warm_up
 
 from hf_auxselect import (
     AbstractEstimator,
-    ForwardSelection,
     GaussNewton,
     GradExLogistic,
     GradientStore,
@@ -49,7 +47,7 @@ from hf_auxselect import (
     RidgeSurrogate,
     TaskSelectionCallback,
 )
-from hf_auxselect.estimators import Estimate, FittedCalibrated, FittedEstimator
+from hf_auxselect.estimators import FittedCalibrated, FittedEstimator
 from hf_auxselect.estimators.base import rank_correlation
 from hf_auxselect.files import to_json, write_atomically
 
@@ -107,8 +105,6 @@ class Truth:
     """Mixtures [M, K] that were trained on."""
     losses: np.ndarray
     """Of every seed [seeds, M]; NaN where it has not been run."""
-    seconds: float
-    """Of one of these runs, the median."""
 
     @property
     def mean(self) -> np.ndarray:
@@ -169,13 +165,7 @@ def read_truth(family: str, mode: str) -> Truth:
         losses.setdefault(tuple(run["weights"]), {})[run["seed"]] = run["loss"]
     seeds = sorted({run["seed"] for run in runs})
     table = [[of.get(seed, np.nan) for seed in seeds] for of in losses.values()]
-    return Truth(
-        family=family,
-        mode=mode,
-        weights=np.array(list(losses)),
-        losses=np.array(table).T,
-        seconds=float(np.median([run["seconds"] for run in runs])),
-    )
+    return Truth(family=family, mode=mode, weights=np.array(list(losses)), losses=np.array(table).T)
 
 
 def noise_ceiling(losses: np.ndarray) -> float | None:
@@ -292,28 +282,6 @@ def compare_calibrated(
     }
 
 
-def cost(truth: Truth, fitted: FittedEstimator) -> dict[str, float]:
-    """What the selection took, and what forward selection by training would have."""
-    directory = CACHE / truth.family / f"{truth.mode}-512" / "_task_selection"
-    run = json.loads((directory / "report" / "report.json").read_text())["run"]
-    asked: list[int] = []
-
-    def estimate(weights: ArrayLike) -> Estimate:
-        asked.append(len(np.asarray(weights)))
-        return fitted.estimate(weights)
-
-    start = time.perf_counter()
-    ForwardSelection().select(estimate, FAMILIES[truth.family].tasks)
-    search = time.perf_counter() - start
-    return {
-        "seconds_of_the_pass": run["gradient_pass_seconds"],
-        "seconds_of_the_search": search,
-        "seconds_of_a_real_run": truth.seconds,
-        "mixtures_that_forward_selection_tries": sum(asked),
-        "cost_ratio": sum(asked) * truth.seconds / (run["gradient_pass_seconds"] + search),
-    }
-
-
 def thinned(store: GradientStore, examples_per_task: int) -> GradientStore:
     """The first examples of each task alone; the target as it is."""
     first = np.searchsorted(store.task_ids, store.task_ids)
@@ -382,10 +350,8 @@ def print_table(header: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         )
 
 
-def print_rest(
-    header: dict[str, Any], few: list[dict[str, Any]], lines: list[dict[str, Any]]
-) -> None:
-    """What fewer examples lose, what anchors bring, and what all of it costs."""
+def print_rest(few: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
+    """What fewer examples lose, and what anchors bring."""
     for line in few:
         print(f"{line['estimator']}: step norm {line['follows_step_norm']:.2f}")
     for line in lines:
@@ -394,13 +360,6 @@ def print_rest(
             f"{line['spearman']:.3f}, R2 {line['r2']:.2f}, error {line['error']:.2%}, regret "
             f"{line['regret']:.1%}, coverage {line['coverage']:.0%}"
         )
-    print(
-        "pass {seconds_of_the_pass:.0f} s, search {seconds_of_the_search:.1f} s; a real run "
-        "{seconds_of_a_real_run:.0f} s, forward selection "
-        "{mixtures_that_forward_selection_tries} of them: {cost_ratio:.0f} times as much".format(
-            **header
-        )
-    )
 
 
 def main() -> None:
@@ -428,9 +387,9 @@ def main() -> None:
                 compare(truth, thinned(store, n), f"{n} examples a task", LinearizedTraining())
                 for n in EXAMPLES_PER_TASK
             ]
-            header = describe(truth) | cost(truth, fitted)
+            header = describe(truth)
             print_table(header, lines + few)
-            print_rest(header, few, calibrated)
+            print_rest(few, calibrated)
             record = header | {"command": "python benchmarks/agreement.py", "lines": lines}
             record |= {"calibrated": calibrated, "fewer_examples": few}
             record["diagnostics"] = fitted.diagnostics()
