@@ -47,7 +47,7 @@ from hf_auxselect import (
     RidgeSurrogate,
     TaskSelectionCallback,
 )
-from hf_auxselect.estimators import FittedCalibrated, FittedEstimator
+from hf_auxselect.estimators import Estimate, FittedCalibrated, FittedEstimator
 from hf_auxselect.estimators.base import rank_correlation
 from hf_auxselect.files import to_json, write_atomically
 
@@ -229,7 +229,7 @@ def compare(
         line |= measures_in_nats(estimate.loss, true)
         of_left |= measures_in_nats(estimate.loss[is_left], true[is_left])
         if (estimate.low < estimate.high).any():  # it gives intervals
-            line["coverage"] = float(((estimate.low <= true) & (true <= estimate.high)).mean())
+            line["coverage"] = float(is_inside(estimate, true).mean())
             line["width"] = float(np.mean(estimate.high - estimate.low))
             line["difference_coverage"] = coverage_of_differences(fitted, weights, true)
     line |= {f"{measure}_without_shuffled": value for measure, value in of_left.items()}
@@ -242,6 +242,11 @@ def compare(
     return line
 
 
+def is_inside(estimate: Estimate, true: np.ndarray) -> np.ndarray:
+    """Which of the true values [M] lie in their intervals: booleans [M]."""
+    return (estimate.low <= true) & (true <= estimate.high)
+
+
 def coverage_of_differences(
     fitted: FittedEstimator, weights: np.ndarray, true: np.ndarray
 ) -> float:
@@ -249,8 +254,7 @@ def coverage_of_differences(
     inside = []
     for j in range(1, len(weights)):
         difference = fitted.difference(weights[:j], weights[j])
-        real = true[:j] - true[j]
-        inside.append((difference.low <= real) & (real <= difference.high))
+        inside.append(is_inside(difference, true[:j] - true[j]))
     return float(np.concatenate(inside).mean())
 
 
@@ -267,11 +271,10 @@ def compare_calibrated(
         others = np.setdiff1d(np.arange(len(true)), anchors)
         calibrated = FittedCalibrated(fitted, truth.weights[anchors], true[anchors])
         estimate = calibrated.estimate(truth.weights[others])
-        inside = (estimate.low <= true[others]) & (true[others] <= estimate.high)
         lines.append(
             measures(estimate.loss, true[others])
             | measures_in_nats(estimate.loss, true[others])
-            | {"coverage": float(inside.mean())}
+            | {"coverage": float(is_inside(estimate, true[others]).mean())}
         )
     return {
         "family": truth.family,

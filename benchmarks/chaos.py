@@ -31,8 +31,9 @@ from transformers.utils import logging as transformers_logging
 from truth import RESULTS, make_trainer
 
 from hf_auxselect import TaskSelectionCallback
-from hf_auxselect.checkpoints import is_whole
+from hf_auxselect.checkpoints import is_whole, saved_checkpoints
 from hf_auxselect.files import to_json, write_atomically
+from hf_auxselect.switch import trainable_state
 
 SWITCH_STEP = 16
 PHASES = (
@@ -59,14 +60,13 @@ def train(directory: Path) -> None:
     )
     can_resume = directory.is_dir() and get_last_checkpoint(str(directory)) is not None
     trainer.train(resume_from_checkpoint=can_resume)
-    trainable = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    save_file(trainable, directory / "final.safetensors")
+    save_file(trainable_state(trainer.model), directory / "final.safetensors")
 
 
 def phase(directory: Path) -> str:
     """Where a run was when it was killed, as far as its files tell."""
     files = directory / "_task_selection"
-    checkpoints = sorted(directory.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    checkpoints = saved_checkpoints(directory)
     if not (files / "plan.json").is_file():
         return "before the first step"
     if checkpoints and not is_whole(checkpoints[-1]):
@@ -78,7 +78,7 @@ def phase(directory: Path) -> str:
         return "gradient pass"
     if not (files / "selection.json").is_file():
         return "between pass and decision"
-    if not checkpoints or int(checkpoints[-1].name[11:]) < SWITCH_STEP:
+    if directory / f"checkpoint-{SWITCH_STEP}" not in checkpoints:
         return "between decision and checkpoint"
     return "after the switch"
 

@@ -11,11 +11,10 @@ and a decision, once made, is read and never made again.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +148,9 @@ class TaskSelectionCallback(TrainerCallback):
             raise TypeError(
                 f"selector must be an object such as ForwardSelection(), got {selector!r}."
             )
-        self.target, self.task_column, self.warmup = target, task_column, warmup
+        self.target = target
+        self.task_column = task_column
+        self.warmup = warmup
         self.estimator = estimator or LinearizedTraining()
         self.selector = selector or ForwardSelection()
         self.after = after
@@ -302,7 +303,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.report = report
         self._decision = checkpoints.decision_of(report)
         if state.is_world_process_zero:
-            write_atomically(self._directory / "selection.json", to_json({**self._decision}))
+            write_atomically(self._directory / "selection.json", to_json(self._decision))
             report.save(self._directory / "report")
         if self.verify:
             self._verify(trainer, report, fitted)
@@ -427,12 +428,12 @@ class TaskSelectionCallback(TrainerCallback):
             self._decision = decision
             self.report = self._read_report(decision)
             if self.verify and at_switch and (self._verify_again or not self.report.verification):
-                with self._random_states_of_checkpoint(trainer):
+                with checkpoints.random_states_of_checkpoint(trainer):
                     is_main = trainer.is_world_process_zero()
                     self._verify(trainer, self.report, self.report.fitted() if is_main else None)
             self._switch(trainer, state)
         elif at_switch:
-            with self._random_states_of_checkpoint(trainer):
+            with checkpoints.random_states_of_checkpoint(trainer):
                 self._select(trainer, state)
         elif self.after == "observe":
             logger.warning(
@@ -447,13 +448,6 @@ class TaskSelectionCallback(TrainerCallback):
                 f"{self._directory / 'selection.json'} holds a decision. Resume from a checkpoint "
                 f"of step {self._plan.switch_step} or before."
             )
-
-    @contextlib.contextmanager
-    def _random_states_of_checkpoint(self, trainer: Trainer) -> Iterator[None]:
-        """Those of an unbroken run; the trainer itself takes them up later, at its first batch."""
-        with switch.preserved_rng():
-            trainer._load_rng_state(checkpoints.resumed_checkpoint(trainer))
-            yield
 
     def _same_strategies(self, decision: checkpoints.Decision) -> bool:
         now = (strategy_record(self.estimator), strategy_record(self.selector))
@@ -509,7 +503,7 @@ class TaskSelectionCallback(TrainerCallback):
         """A new run: its plan is written, and nothing of an earlier run is left to be believed."""
         if process_rank()[0] == 0:
             try:
-                write_atomically(self._directory / "plan.json", to_json({**plan.to_dict()}))
+                write_atomically(self._directory / "plan.json", to_json(plan.to_dict()))
             except OSError as error:
                 raise OSError(
                     f"output_dir: cannot write to {str(self._directory)!r} ({error.strerror}); "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
 from hf_auxselect.report import SelectionReport
+from hf_auxselect.switch import callers, preserved_rng
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def resolve(trainer: Trainer, resume: str | bool | None) -> str | bool | None:
                 "resume_from_checkpoint=True for the last that is whole."
             )
         return resume
-    found = _checkpoints(Path(trainer.args.output_dir))
+    found = saved_checkpoints(Path(trainer.args.output_dir))
     whole = [path for path in found if is_whole(path, trainer.args.world_size)]
     if found and found[-1] not in whole:
         logger.warning(
@@ -100,8 +101,8 @@ def is_whole(checkpoint: Path, num_processes: int = 1) -> bool:
     return all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(num_processes))
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    """In the order of their steps."""
+def saved_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, in the order of their steps."""
     steps = {
         int(step): path
         for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -112,13 +113,19 @@ def _checkpoints(directory: Path) -> list[Path]:
 
 def resumed_checkpoint(trainer: Trainer) -> Path | None:
     """The checkpoint that the running ``trainer.train()`` resumes from, found on the call stack."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         if frame.f_locals.get("self") is trainer and "resume_from_checkpoint" in frame.f_locals:
             checkpoint = frame.f_locals["resume_from_checkpoint"]
             return Path(checkpoint) if checkpoint else None
-        frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+@contextlib.contextmanager
+def random_states_of_checkpoint(trainer: Trainer) -> Iterator[None]:
+    """Those of an unbroken run; a resumed trainer takes them up only later, at its first batch."""
+    with preserved_rng():
+        trainer._load_rng_state(resumed_checkpoint(trainer))
+        yield
 
 
 def decision_of(report: SelectionReport) -> Decision:
@@ -143,7 +150,7 @@ def save_decision(trainer: Trainer, decision: Decision) -> None:
     """Put a copy of the decision into the checkpoint that has just been saved."""
     folder = Path(trainer._get_output_dir(trial=None))
     path = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}" / DECISION_FILE
-    write_atomically(path, to_json({**decision}))
+    write_atomically(path, to_json(decision))
 
 
 def read_decision(trainer: Trainer, of_run: Path, task_names: Sequence[str]) -> Decision | None:

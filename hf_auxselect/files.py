@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -40,7 +40,7 @@ def write_atomically(path: str | Path, content: bytes | str | Iterator[bytes | m
         temporary.unlink(missing_ok=True)
 
 
-def to_json(content: JsonDict) -> str:
+def to_json(content: Mapping[str, object]) -> str:
     """Render a JSON file of this package: readable, sorted as given, never NaN."""
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -218,6 +218,12 @@ def capture_examples(
         unit="example",
         disable=not progress or rank != 0,
     )
+
+    def write(shards: Sequence[ShardSpec], results: Sequence[Any]) -> None:
+        assert writer is not None
+        for shard, arrays in zip(shards, results, strict=False):
+            writer.write(shard, arrays)
+
     with bar, capture:
         for start in range(0, len(pending), world_size):
             round_of_shards = pending[start : start + world_size]
@@ -233,12 +239,6 @@ def capture_examples(
             for other in results:
                 if isinstance(other, Exception):
                     raise other
-
-            def write(shards: Sequence[ShardSpec], results: Sequence[Any]) -> None:
-                assert writer is not None
-                for shard, arrays in zip(shards, results, strict=False):
-                    writer.write(shard, arrays)
-
             # A full disk, say, is an error in all processes.
             computed_once(functools.partial(write, round_of_shards, results))
             bar.update(sum(len(shard.example_ids) for shard in round_of_shards[1:]))

@@ -374,7 +374,7 @@ class StoreWriter:
             for shard in self._shards
             if shard.fingerprint in self._written
         ]
-        write_atomically(self._directory / INDEX_NAME, to_json({**self._index}))
+        write_atomically(self._directory / INDEX_NAME, to_json(self._index))
 
     def _find_written(self) -> dict[str, ShardEntry]:
         try:

@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,19 +38,25 @@ PACKING_RECIPE = (
 )
 
 
+def callers() -> Iterator[FrameType]:
+    """The frames of the call stack, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def find_trainer(callback: TrainerCallback) -> Trainer | None:
     """The trainer that is calling ``callback`` right now, found on the call stack; None if none is.
 
     The Trainer hands its callbacks no reference to itself (huggingface/transformers#38181).
     """
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         caller = frame.f_locals.get("self")
         if isinstance(caller, Trainer) and any(
             known is callback for known in caller.callback_handler.callbacks
         ):
             return caller
-        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 

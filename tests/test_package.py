@@ -40,7 +40,7 @@ LAYOUT = {
     "cli": {"report", "script"},
     "script": {"callback", "files", "plan", "report"},
     "switch": {"per_example", "mixture"},
-    "checkpoints": {"files", "report"},
+    "checkpoints": {"files", "report", "switch"},
     "plan": {
         "__init__",
         "estimators",
