@@ -169,8 +169,22 @@ def test_parameters_that_are_no_numbers(value, run_dir):
     assert load_file(run_dir / "checkpoint-2" / "adapter_model.safetensors")
 
 
-def test_outliers_are_reported(run_dir):
+def test_outliers_are_reported(run_dir, monkeypatch):
+    original, counts = StoreWriter.write, []
+
+    def write(self, shard, arrays):
+        if not shard.is_target:
+            counts.append(len(shard.example_ids))
+            if len(counts) == 1:  # of its gradients, one is far longer than the others
+                arrays = dict(arrays)
+                for name in arrays:
+                    if name.startswith("gradients."):
+                        arrays[name] = arrays[name].copy()
+                        arrays[name][0] *= 1000
+        original(self, shard, arrays)
+
+    monkeypatch.setattr(StoreWriter, "write", write)
     cb = callback()
     trained(tiny.sft_trainer, run_dir, cb, **OPTIONS)
-    assert 0 <= cb.report.diagnostics["outlier_gradient_share"] <= 1
-    assert "outlier\\_gradient\\_share" in cb.report.to_markdown()
+    assert cb.report.diagnostics["outlier_gradient_share"] == pytest.approx(1 / sum(counts))
+    assert "outlier\\_gradient\\_share | 0.012" in cb.report.to_markdown()

@@ -195,6 +195,15 @@ class TestResumption:
         with pytest.raises(ValueError, match=f"cannot resume: the run differs.*{changed}"):
             self.resume(finished, 6, **options)
 
+    @pytest.mark.parametrize("what", ["number of processes", "trainable parameters"])
+    def test_what_the_plan_says_of_the_run_must_hold(self, finished, what):
+        path = finished / "_task_selection" / "plan.json"
+        plan = json.loads(path.read_text())
+        plan["fingerprint"][what] = 2
+        path.write_text(json.dumps(plan))
+        with pytest.raises(ValueError, match=rf"differs .* in {what} \(2 before, .* now\)"):
+            self.resume(finished, 6)
+
     def test_other_strategies_right_after_the_warm_up_make_a_branch(self, finished):
         cb = callback(selector=FixedSelection(["d"], estimate=False))
         torch.manual_seed(3)
