@@ -45,9 +45,8 @@ KEPT = {
 def with_fixed_hashes() -> None:
     """Start this script again with a fixed hash seed, unless it has one.
 
-    ``ransom_note`` draws from a set of letters, whose order depends on it: its rows were others in
-    every process. The truth of ``text`` and ``logic`` was measured before this was fixed, on rows
-    that differ from those of today by a permutation of the alphabet in that task.
+    ``ransom_note`` draws from a set of letters, whose order depends on it: its rows would be others
+    in every process.
     """
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.environ["PYTHONHASHSEED"] = "0"
@@ -65,8 +64,8 @@ class Family:
     make_target: Callable[[int], Dataset]
     """Rows of the target; another seed gives other rows."""
     model: Callable[[], str] = smollm2
-    warm_up_steps: int = 16
-    steps: int = 40
+    warm_up_steps: int = 96
+    steps: int = 128
     arguments: dict[str, Any] = field(default_factory=dict)
     """Of SFTConfig, where they are not those of ``truth.py``."""
 
@@ -108,7 +107,12 @@ def _real(*, target: Generator, tasks: dict[str, Generator], shuffled: Generator
         tasks=(*tasks, "shuffled"),
         make_task=make_task,
         make_target=lambda seed: _short_examples(target, 64, 1000 + seed),
-        arguments={"per_device_train_batch_size": 4},
+        # In bfloat16, whose attention is slow on a CPU unless it is spelled out: twice as fast.
+        arguments={
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1.5e-3,
+            "model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "eager"},
+        },
     )
 
 

@@ -105,6 +105,25 @@ def expected_gradient_norm(store: GradientStore, pooled: np.ndarray) -> float:
     return float(np.sqrt(mean @ mean + (second - mean @ mean) / size))
 
 
+def gradient_covariances(store: GradientStore, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Covariance [D, D] of a batch's gradient, and of the mean gradient by what was captured."""
+    counts, dim = np.bincount(store.task_ids), store.gradients.shape[1]
+    gradients = store.scalar("loss@optimizer")[1].astype(np.float64)
+    contributions = store.num_label_tokens[:, None] * gradients  # of each row to a batch's sum
+    tokens = np.array(
+        [store.num_label_tokens[store.task_ids == k].mean() for k in range(len(counts))]
+    )
+    chance = (pooled / counts)[store.task_ids]
+    rows = contributions / (pooled @ tokens)
+    batch = (chance[:, None] * rows).T @ rows - np.outer(chance @ rows, chance @ rows)
+    capture = np.zeros((dim, dim))
+    for k, share in enumerate(pooled * tokens / (pooled @ tokens)):
+        own = contributions[store.task_ids == k] / tokens[k]
+        missing = 1 - len(own) / store.task_sizes[k]
+        capture += share**2 * missing * np.cov(own.T) / len(own)
+    return batch / store.metadata["training"]["examples_per_step"], capture
+
+
 def linearized_training(
     store: GradientStore, pooled: np.ndarray, *, rank: int, learning_rates: Sequence[float]
 ) -> float:
@@ -173,7 +192,33 @@ def linearized_training(
         delta = delta - rate * (momentum / correction + decay * (parameters + delta))
     target_b = target.example_weights @ target.scalar("loss@optimizer")[1].astype(np.float64)
     target_H = denoised(curvature(target, target.example_weights), least=-np.inf)
-    bend = max(delta @ target_H @ delta / 2, 0.0)
+
+    # Displacement after the last step per unit of gradient in each step alone.
+    responses = []
+    for first in range(len(rates)):
+        moved, momentum = np.zeros((dim, dim)), np.zeros((dim, dim))
+        for t, rate in enumerate(rates):
+            gradient = np.eye(dim) * (t == first) + H @ moved
+            momentum = beta * momentum + (1 - beta) * gradient
+            correction = 1 if steps_taken is None else 1 - beta ** (steps_taken + t + 1)
+            moved = moved - rate * (momentum / correction + decay * moved)
+        responses.append(moved)
+    noise, capture = gradient_covariances(store, pooled)
+
+    def bend_by(response: np.ndarray, covariance: np.ndarray) -> float:
+        return float(np.trace(target_H @ response @ covariance @ response.T)) / 2
+
+    random_bend = sum(bend_by(response, noise) for response in responses)
+    steps_per_pass = store.task_sizes[pooled > 0].sum() / training["examples_per_step"]
+    for start in np.arange(0, len(rates), steps_per_pass):
+        end = start + steps_per_pass
+        within = sum(
+            max(min(t + 1, end) - max(t, start), 0.0) * response
+            for t, response in enumerate(responses)
+        )
+        random_bend -= bend_by(within, noise) / steps_per_pass
+    random_bend -= bend_by(sum(responses), capture)
+    bend = max(delta @ target_H @ delta / 2 + clip**2 * random_bend, 0.0)
     return max(float(target.example_weights @ target.losses + target_b @ delta + bend), 0.0)
 
 

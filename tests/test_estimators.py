@@ -27,7 +27,8 @@ from hf_auxselect import (
 )
 from hf_auxselect.estimators import normalize_mixtures
 from hf_auxselect.estimators.base import rank_correlation
-from hf_auxselect.estimators.linearized import _Recursion
+from hf_auxselect.estimators.recursion import Recursion
+from hf_auxselect.mixture import MixtureSampler, TaskRows
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-1, 1)), min_size=2, max_size=12))
@@ -210,6 +211,45 @@ class TestGradExLogistic:
             GradExLogistic().tolerance = 1
 
 
+def without_curvature(seed, counts):
+    """Rows of one token in 4 of 60 dimensions; gradients alone move, and only the target bends."""
+    store = random_store(seed, counts=counts, dim=60, max_grad_norm=0.0)
+    few = (np.arange(60) < 4).astype(np.float32)
+
+    def scalars(part, bend):
+        gradients = {"loss@optimizer": 0.3, "sampled_loss@optimizer": bend}
+        return part._scalars | {
+            name: (part.outputs, factor * few * (1 + part.scalar(name)[1]))
+            for name, factor in gradients.items()
+        }
+
+    return rebuilt(
+        store,
+        scalars=scalars(store, 0.0),
+        num_label_tokens=np.ones_like(store.num_label_tokens),
+        example_weights=None,
+        metadata={
+            "optimizer": store.metadata["optimizer"] | {"steps_taken": None, "weight_decay": 0.0},
+            "training": store.metadata["training"],
+        },
+        vectors={name: np.zeros(60, np.float32) for name in store.vectors},
+        target=rebuilt(store.target, scalars=scalars(store.target, 1.0)),
+    )
+
+
+def of_rows(store, rows):
+    """The same tasks, of which only these rows were captured."""
+    return rebuilt(
+        store,
+        task_ids=store.task_ids[rows],
+        example_ids=store.example_ids[rows],
+        losses=store.losses[rows],
+        num_label_tokens=store.num_label_tokens[rows],
+        example_weights=None,
+        scalars={name: (a[rows], g[rows]) for name, (a, g) in store._scalars.items()},
+    )
+
+
 class TestLinearizedTraining:
     @given(
         seed=st.integers(0, 20),
@@ -218,20 +258,58 @@ class TestLinearizedTraining:
         after=st.sampled_from(["continue", "restart"]),
         max_grad_norm=st.sampled_from([0.0, 0.5, 100.0]),
         steps_taken=st.sampled_from([None, 1, 30]),
+        task_sizes=st.sampled_from([(7, 12, 5), (7, 20, 90)]),
     )
-    def test_it_is_its_definition(self, seed, subsets, rank, after, max_grad_norm, steps_taken):
+    def test_it_is_its_definition(
+        self, seed, subsets, rank, after, max_grad_norm, steps_taken, task_sizes
+    ):
         store = random_store(
             seed, after=after, max_grad_norm=max_grad_norm, steps_taken=steps_taken
         )
+        store = rebuilt(store, task_sizes=task_sizes)
         rates = [0.3, 0.2, 0.1]
         expected = [
             linearized_training(
-                store, normalize_mixtures([mask], [7, 12, 5])[0], rank=rank, learning_rates=rates
+                store, normalize_mixtures([mask], task_sizes)[0], rank=rank, learning_rates=rates
             )
             for mask in subsets
         ]
         fitted = LinearizedTraining(rank=rank, learning_rates=rates).fit(store)
         assert fitted.estimate(subsets).loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+    @pytest.mark.parametrize("num_steps", [6, 20])
+    def test_the_noise_of_minibatches_is_that_of_many_runs(self, num_steps):
+        """Steps of 4 of the rows, as the sampler draws them, in the quadratic model itself."""
+        store = without_curvature(11, (27, 33))
+        gradients, target = store.scalar("loss@optimizer")[1], store.target
+        phi = target.scalar("sampled_loss@optimizer")[1]
+        target_H = (phi.T * target.example_weights) @ phi
+        target_H -= np.trace(target_H) / 60 * np.eye(60)  # what a projection would have added
+        tasks, bends = TaskRows(("a", "b"), store.task_ids), []
+        noise = gradients - gradients.mean(0)
+        for seed in range(2000):
+            sampler = MixtureSampler(tasks, [27 / 60, 33 / 60], seed, length=4 * num_steps)
+            epsilon, momentum = np.zeros((2, 60))
+            for rows in np.reshape(list(sampler), (num_steps, 4)):
+                momentum = 0.9 * momentum + 0.1 * noise[rows].mean(0)
+                epsilon = epsilon - 0.5 * momentum
+            bends.append(epsilon @ target_H @ epsilon / 2)
+        options = LinearizedTraining(learning_rates=[0.5] * num_steps)
+        noisy = options.fit(store).estimate([[True, True]]).loss[0]
+        store.metadata["training"]["examples_per_step"] = 10**6
+        added = noisy - options.fit(store).estimate([[True, True]]).loss[0]
+        assert added == pytest.approx(np.mean(bends), abs=4 * np.std(bends) / 2000**0.5)
+
+    def test_few_captured_rows_do_not_bend_the_loss_in_the_mean(self):
+        store = without_curvature(12, (40, 40))
+        store.metadata["training"]["examples_per_step"] = 10**6
+        options = LinearizedTraining(learning_rates=[0.5] * 9)
+        rng, losses = np.random.default_rng(0), []
+        for _ in range(500):
+            rows = np.concatenate([40 * k + rng.choice(40, 10, replace=False) for k in (0, 1)])
+            losses.append(options.fit(of_rows(store, rows)).estimate([[True, True]]).loss[0])
+        everything = options.fit(store).estimate([[True, True]]).loss[0]
+        assert np.mean(losses) == pytest.approx(everything, abs=4 * np.std(losses) / 500**0.5)
 
     def test_rates_come_from_the_trainer_unless_given(self):
         store = random_store(1)
@@ -248,7 +326,7 @@ class TestLinearizedTraining:
         assert estimate.low[0] == estimate.high[0] == estimate.loss[0]
 
     def test_steps_that_would_overshoot_for_good_end_where_training_just_converges(self):
-        recursion = _Recursion(
+        recursion = Recursion(
             np.full(500, 2.0),
             momentum_coefficient=0.9,
             steps_taken=None,

@@ -151,7 +151,7 @@ class FittedGaussNewton(FittedQuadratic):
             slope_MR=solve(target_slope_MR),
             outer_slope_M=outer_inverse_M,
             linear_MT=linear_MT,
-            quadratic_M=quadratic_M,
+            quadratic_M=np.maximum(quadratic_M, 0.0),
         )
 
 

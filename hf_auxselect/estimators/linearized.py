@@ -7,7 +7,7 @@ D projection_dim, R dimensions in which curvature is modelled.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,11 +23,9 @@ from hf_auxselect.estimators.quadratic import (
     check_options,
     chunks_of_tasks,
 )
+from hf_auxselect.estimators.recursion import Recursion
 from hf_auxselect.files import JsonDict
 from hf_auxselect.store import GradientStore
-
-_GRID_POINTS = 8192
-"""Eigenvalues at which the steps to come are tabulated; between them it is interpolated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +55,21 @@ class LinearizedTraining(AbstractEstimator):
 
     The recursion is linear, and in the eigenvectors of H_w it falls apart into one of two numbers
     per eigenvalue; what it makes of m_0, b_w and theta is tabulated once as a function of the
-    eigenvalue. The estimate is
+    eigenvalue. After the last step,
 
-        L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2     after the last step.
+        L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2.
+
+    Real steps see the gradient of B rows, not of all. What it adds to the displacement, epsilon, is
+    0 in the mean, but bends the loss: the estimate is that of the mean displacement and
+
+        E[epsilon^T H_T epsilon] / 2 = sum_st u_st trace(H_T A_s C_w A_t^T) / (2 B),
+
+    where A_t is the displacement after the last step per unit of gradient in step t alone, C_w the
+    covariance of one row's gradient (times c_w^2), u_st = 1 for s = t, and less 1/P in addition for
+    all s, t of the same pass over the mixture's rows, P steps long: rows are drawn without
+    replacement, and after a whole pass their noise has cancelled out. In the same way the mean
+    gradient of n captured rows of a task's N bends the loss by its own error, of covariance
+    (1 - n/N) C_k / n, which the real run does not make: it is subtracted.
 
     No constant is tuned: steps, rates, clipping and preconditioner are the run's own. A random
     projection to D dimensions adds trace(H)/D to every eigenvalue in expectation, which is
@@ -70,8 +80,9 @@ class LinearizedTraining(AbstractEstimator):
     if all rows were), and that of the model itself, taken for a share ``model_error`` of the root
     mean square of the linear and the quadratic term.
 
-    Cost: one product of R^2 numbers per task, and one eigendecomposition R x R, per mixture. The
-    gradients are read twice, some rows at a time; in memory stay 2 R float32 numbers per example.
+    Cost: two products of R^2 numbers per task, an eigendecomposition and six products of R x R
+    matrices per mixture. The gradients are read twice, some rows at a time; in memory stay 2 R
+    float32 numbers per example.
 
     Args:
         rank: R.
@@ -80,7 +91,9 @@ class LinearizedTraining(AbstractEstimator):
 
     Source: gradient descent on the linearised network as in Lee et al., "Wide Neural Networks of
     Any Depth Evolve as Linear Models" (NeurIPS 2019), section 2.2, with Gauss-Newton curvature
-    (Martens, JMLR 2020, section 8) in place of the kernel, and momentum.
+    (Martens, JMLR 2020, section 8) in place of the kernel, and momentum; noise as in Mandt et al.,
+    "Stochastic Gradient Descent as Approximate Bayesian Inference" (JMLR 2017), section 3, for
+    finitely many steps and drawing without replacement.
     """
 
     scalars: ClassVar[tuple[str, ...]] = ("loss", "loss@optimizer", "sampled_loss@optimizer")
@@ -124,7 +137,7 @@ class FittedLinearizedTraining(FittedQuadratic):
             )
         rates = np.asarray(rates, np.float64) * optimizer["learning_rate_factor"]
         is_restart = self._training.get("after") == "restart"
-        self._recursion = _Recursion(
+        self._recursion = Recursion(
             rates,
             momentum_coefficient=optimizer["momentum_coefficient"],
             steps_taken=None if is_restart else optimizer.get("steps_taken"),
@@ -160,7 +173,8 @@ class FittedLinearizedTraining(FittedQuadratic):
         model = self._model
         idle_M = ~rows_MK.any(1)
         w_MK = model.token_weights(rows_MK)
-        clipped_MK = self._clipping(rows_MK, w_MK)[:, None] * w_MK
+        clip_M = self._clipping(rows_MK, w_MK)
+        clipped_MK = clip_M[:, None] * w_MK
         values_MR, vectors_MRR, outer_M = model.curvature(clipped_MK)
 
         def turned(x: Array) -> Array:  # into each mixture's own axes
@@ -180,6 +194,8 @@ class FittedLinearizedTraining(FittedQuadratic):
         sources_MS[idle_M] = 0.0
 
         linear_MT, quadratic_M, target_slope_MR = model.target_change(delta_MR, sources_MS)
+        values_MR = np.column_stack([values_MR, outer_M])
+        quadratic_M += clip_M**2 * self._noise(rows_MK, w_MK, values_MR, vectors_MRR)
         return Effects(
             w_MK=clipped_MK,
             delta_MR=delta_MR,
@@ -188,8 +204,37 @@ class FittedLinearizedTraining(FittedQuadratic):
             ),
             outer_slope_M=outer.gradient,
             linear_MT=linear_MT,
-            quadratic_M=quadratic_M,
+            quadratic_M=np.where(idle_M, 0.0, np.maximum(quadratic_M, 0.0)),
         )
+
+    def _noise(self, rows_MK: Array, w_MK: Array, values_MR: Array, vectors_MRR: Array) -> Array:
+        """Quadratic change by what differs from batch to batch, less that of the capture [M].
+
+        Without gradient clipping; the last of the eigenvalues is that outside the axes.
+        """
+        randoms, signs = [], []
+        batch_size = self._training.get("examples_per_step")
+        if batch_size:
+            response = self._recursion.noise_response(
+                values_MR, self._rows_per_pass(rows_MK) / batch_size
+            )
+            randoms.append((self._model.row_covariance(rows_MK, w_MK), np.dstack(response)))
+            signs.append(np.repeat([1, -1], [part.shape[2] for part in response]) / batch_size)
+        capture = self._model.capture_covariance(w_MK)
+        if capture is not None:
+            randoms.append((capture, self._recursion.response(values_MR).gradient[..., None]))
+            signs.append(np.array([-1]))
+        curves = self._model.mean_target_curves(vectors_MRR, randoms)
+        return sum(
+            (curve_MQ @ sign_Q for curve_MQ, sign_Q in zip(curves, signs, strict=True)),
+            start=np.zeros(len(rows_MK)),
+        )
+
+    def _rows_per_pass(self, rows_MK: Array) -> Array:
+        """How many rows of mixtures are read before they are shuffled anew [M]."""
+        num_rows_M = (rows_MK > 0) @ self._store.task_sizes
+        smallest_M = np.where(rows_MK > 0, rows_MK, 1.0).min(1)
+        return np.maximum(num_rows_M, np.ceil(1 / smallest_M))
 
     def _clipping(self, rows_MK: Array, w_MK: Array) -> Array:
         """Factor by which gradient clipping shortens the mean gradient of each mixture [M]."""
@@ -221,60 +266,6 @@ class FittedLinearizedTraining(FittedQuadratic):
             "largest_curvature_times_duration": float(spectrum.max() * self._recursion.duration),
             "effective_dimension": float(spectrum.sum() ** 2 / max((spectrum**2).sum(), 1e-300)),
         }
-
-
-class _Response(NamedTuple):
-    """Displacement after the last step per unit of each source, at some eigenvalues."""
-
-    momentum: Array
-    gradient: Array
-    """With the opposite sign: training goes against the gradient."""
-    parameters: Array
-    """Of weight decay, with the opposite sign."""
-
-
-class _Recursion:
-    """What the steps to come make of momentum, a gradient and weight decay, by eigenvalue of H."""
-
-    def __init__(
-        self,
-        rates: Array,
-        *,
-        momentum_coefficient: float,
-        steps_taken: int | None,
-        weight_decay: float,
-    ) -> None:
-        beta = momentum_coefficient
-        fading = beta ** np.arange(1, len(rates) + 1)
-        self.duration = float((rates * (1 - fading)).sum()) or 1.0
-        """Sum of the learning rates, less what momentum delays: 1 / duration is the curvature in
-        whose direction training has just begun to converge."""
-        # Where a step would overshoot for good, real training does not diverge but leaves the
-        # quadratic model; there the response is that of the largest curvature which converges.
-        # Negative curvature is an error of the projection: it may cancel that of other directions,
-        # but not grow beyond a factor of e.
-        largest = 0.9 * 2 * (1 + beta) / ((1 - beta) * max(rates.max(), 1e-300))
-        self._x_G = np.linspace(0.0, np.log(largest * self.duration + 2), _GRID_POINTS)
-        values_G = (np.exp(self._x_G) - 2) / self.duration
-
-        # Columns: momentum, gradient, parameters.
-        delta_3G, momentum_3G = np.zeros((2, 3, _GRID_POINTS))
-        momentum_3G[0] = 1.0 if steps_taken is None else 1 - beta**steps_taken
-        sources_3G = np.zeros((3, 1)), np.zeros((3, 1))
-        sources_3G[0][1], sources_3G[1][2] = 1.0, weight_decay
-        for t, rate in enumerate(rates, start=1):
-            momentum_3G *= beta
-            momentum_3G += (1 - beta) * (values_G * delta_3G + sources_3G[0])
-            correction = 1.0 if steps_taken is None else 1 - beta ** (steps_taken + t)
-            delta_3G *= 1 - rate * weight_decay
-            delta_3G -= rate * (momentum_3G / correction + sources_3G[1])
-        self._delta_3G = delta_3G
-
-    def response(self, values: Array) -> _Response:
-        """At eigenvalues of any shape."""
-        x = np.log(np.maximum(values * self.duration, -1.0) + 2)
-        momentum, gradient, parameters = (np.interp(x, self._x_G, d) for d in self._delta_3G)
-        return _Response(momentum, -gradient, -parameters)
 
 
 def _read_gradients(store: GradientStore, rows: slice) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ D projection_dim, R dimensions in which curvature is modelled, S sources of a di
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -40,6 +40,13 @@ def chunks_of_tasks(task_ids: Array) -> Iterator[tuple[int, slice]]:
         for first in range(start, end, _ROWS_AT_ONCE):
             yield int(task_ids[start]), slice(first, min(first + _ROWS_AT_ONCE, end))
         start = end
+
+
+class Covariance(NamedTuple):
+    """Of gradients: within the axes [M, R, R], and its trace outside [M]."""
+
+    inner: Array
+    outer: Array
 
 
 class Effects(NamedTuple):
@@ -93,6 +100,7 @@ class QuadraticModel:
         share_N: share of an example in its task's loss.
         counts_K, tokens_per_row_K: captured examples of a task, and their mean label tokens.
         b_KD, b_KR: mean gradients of the tasks, whole and within the axes.
+        missing_K: share of a task's rows that were not captured.
         vectors_VR: the further vectors within the axes.
         norm_N: norms of the gradients g within the axes.
         anchor_loss: of the target, nats per label token.
@@ -118,6 +126,8 @@ class QuadraticModel:
         tokens_K = np.bincount(store.task_ids, tokens_N)
         self.tokens_per_row_K = tokens_K / self.counts_K
         self.share_N = tokens_N / tokens_K[store.task_ids]
+        self.missing_K = 1 - self.counts_K / np.maximum(store.task_sizes, self.counts_K)
+        self.missing_K[self.counts_K < 2] = 0.0  # one row does not tell how rows differ
         self.b_KD, self._trace_K, sum_H_DD = self._moments(store, self.share_N)
         self._dim = len(sum_H_DD)
 
@@ -156,6 +166,50 @@ class QuadraticModel:
         """What the projection adds to every eigenvalue of mixtures, in expectation [M]."""
         return w_MK @ self._trace_K / self._dim
 
+    def row_covariance(self, rows_MK: Array, w_MK: Array) -> Covariance:
+        """Of the gradient of one row of a mixture, in the loss of a batch."""
+        w_per_row_MK = w_MK * self.tokens_per_row_K
+        w_per_row_MK /= np.where(rows_MK.any(1), rows_MK @ self.tokens_per_row_K, 1.0)[:, None]
+        b_MR, b_MD = w_MK @ self.b_KR, w_MK @ self.b_KD
+        return Covariance(
+            np.tensordot(w_per_row_MK, self._moment_KRR, 1) - b_MR[:, :, None] * b_MR[:, None, :],
+            w_per_row_MK @ self._outer_moment_K - (b_MD**2).sum(1) + (b_MR**2).sum(1),
+        )
+
+    def capture_covariance(self, w_MK: Array) -> Covariance | None:
+        """Of the error of the mean gradient, by which rows were captured; None if all were."""
+        if not self.missing_K.any():
+            return None
+        w_MK = w_MK**2 * self.missing_K / np.maximum(self.counts_K - 1, 1)
+        outer_K = self._outer_moment_K - (self.b_KD**2).sum(1) + (self.b_KR**2).sum(1)
+        moment_MRR = np.tensordot(w_MK, self._moment_KRR, 1)
+        return Covariance(
+            moment_MRR - np.einsum("mk,kr,ks->mrs", w_MK, self.b_KR, self.b_KR, optimize=True),
+            w_MK @ outer_K,
+        )
+
+    def mean_target_curves(
+        self, vectors_MRR: Array, randoms: Iterable[tuple[Covariance, Array]]
+    ) -> list[Array]:
+        """Mean quadratic changes of the target's loss by random displacements, [M, Q] each.
+
+        Args:
+            vectors_MRR: eigenvectors of the mixtures' curvature, in columns.
+            randoms: covariance of a random gradient, and Q displacements per unit of it along each
+                of these vectors and last outside of the axes, [M, R + 1, Q].
+        """
+        turned_MRR = vectors_MRR.transpose(0, 2, 1)
+        H_MRR = turned_MRR @ self._target_H_RR @ vectors_MRR
+        curves = []
+        for covariance, displacement_MRQ in randoms:
+            both_MRR = H_MRR * (turned_MRR @ covariance.inner @ vectors_MRR)
+            inner_MRQ, outer_MQ = displacement_MRQ[:, :-1], displacement_MRQ[:, -1]
+            outer_M = self._target_outer_curvature * covariance.outer
+            curves.append(
+                ((inner_MRQ * (both_MRR @ inner_MRQ)).sum(1) + outer_M[:, None] * outer_MQ**2) / 2
+            )
+        return curves
+
     def target_change(self, delta_MR: Array, sources_MS: Array) -> tuple[Array, Array, Array]:
         """How the target's loss answers to displacements.
 
@@ -164,14 +218,14 @@ class QuadraticModel:
             sources_MS: their coefficients outside: of the tasks' gradients, then of the vectors.
 
         Returns:
-            Linear term of each example [M, T]; quadratic term of their mean [M], not negative; both
-            in nats per label token. Gradient of the loss at the displacement, in the axes [M, R].
+            Linear term of each example [M, T]; quadratic term of their mean [M]; both in nats per
+            label token. Gradient of the loss at the displacement, in the axes [M, R].
         """
         linear_MT = delta_MR @ self._target_g_TR.T + sources_MS @ self._target_outer_TS.T
         H_delta_MR = delta_MR @ self._target_H_RR
         square_M = np.einsum("ms,st,mt->m", sources_MS, self._outer_gram_SS, sources_MS)
         quadratic_M = (delta_MR * H_delta_MR).sum(1) + self._target_outer_curvature * square_M
-        return linear_MT, np.maximum(quadratic_M / 2, 0.0), self._target_b_R + H_delta_MR
+        return linear_MT, quadratic_M / 2, self._target_b_R + H_delta_MR
 
     def estimate(
         self,
@@ -266,9 +320,7 @@ class QuadraticModel:
         self, own: Effects, reference: Effects | None, curvature_share: float
     ) -> Array:
         """Variance of the loss over which rows of the tasks were captured [M]."""
-        missing_K = 1 - self.counts_K / np.maximum(self._store.task_sizes, self.counts_K)
-        missing_K[self.counts_K < 2] = 0.0
-        factor_K = missing_K * self.counts_K / np.maximum(self.counts_K - 1, 1)
+        factor_K = self.missing_K * self.counts_K / np.maximum(self.counts_K - 1, 1)
 
         def mean(e: Effects) -> Array:
             mean_MK = e.slope_MR @ self.b_KR.T + e.outer_slope_M[:, None] * self._outer_response_K
@@ -325,7 +377,10 @@ class QuadraticModel:
         num_examples = len(self._store)
         outer_target_b_D = self._outside(target_b_D)
         self.b_KR = self._inside(self.b_KD)
-        self._H_KRR = np.zeros((len(self.b_KD), self.rank, self.rank))
+        # H, and the second moment of a row's contribution to b.
+        self._H_KRR, self._moment_KRR = np.zeros((2, len(self.b_KD), self.rank, self.rank))
+        self._outer_moment_K = np.zeros(len(self.b_KD))
+        tokens_N = self._store.num_label_tokens.astype(np.float64)
         # For the interval alone, and no less precise than the gradients were.
         self._phi_NR = np.empty((num_examples, self.rank), np.float32)
         self._g_NR = np.empty((num_examples, self.rank), np.float32)
@@ -338,6 +393,10 @@ class QuadraticModel:
             self._g_NR[rows], self._phi_NR[rows] = g, phi
             self.norm_N[rows] = np.linalg.norm(g, axis=1)
             self._outer_response_N[rows] = g_ND @ outer_target_b_D
+            contribution_N = tokens_N[rows] / self.tokens_per_row_K[k]
+            weights_N = contribution_N**2 / self.counts_K[k]
+            self._moment_KRR[k] += (g * weights_N[:, None]).T @ g
+            self._outer_moment_K[k] += weights_N @ ((g_ND**2).sum(1) - (g**2).sum(1))
         self._outer_response_K = self.b_KD @ outer_target_b_D
         self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
 

@@ -1,0 +1,189 @@
+"""What the steps to come make of a gradient, of momentum, of weight decay and of minibatches.
+
+In the eigenvectors of a quadratic model's curvature H, training falls apart into recursions of two
+numbers each, the displacement and the momentum. They are tabulated as functions of the eigenvalue.
+
+Shapes: M mixtures, R eigenvalues of each, G eigenvalues in a table, Q basis functions of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from hf_auxselect.estimators.base import Array
+
+_GRID_POINTS = 8192
+"""Eigenvalues at which responses to constant sources are tabulated; between, it is interpolated."""
+
+_NOISE_GRID_POINTS = 2048
+"""The same for responses to single steps, which take many numbers each."""
+
+_BASIS_GRID_POINTS = 64
+_BASIS_TOLERANCE = 1e-6
+"""Basis functions of time are kept down to this share of the largest singular value."""
+
+_MAX_PASSES = 64
+"""If the rows are read more often, what shuffling leaves of their noise is next to nothing."""
+
+_MAX_MOMENTS = 256
+"""Points in time between which the sum of responses is interpolated."""
+
+
+class Response(NamedTuple):
+    """Displacement after the last step per unit of each source, at some eigenvalues."""
+
+    momentum: Array
+    gradient: Array
+    """With the opposite sign: training goes against the gradient."""
+    parameters: Array
+    """Of weight decay, with the opposite sign."""
+
+
+class NoiseResponse(NamedTuple):
+    """The covariance of the displacement after the last step, per unit of each step's noise.
+
+    Between the eigenvectors i and j it is ``sum_q drawn_iq drawn_jq - sum_p passes_ip passes_jp``:
+    what independent draws would do, less what the rows' being drawn without replacement takes away.
+    """
+
+    drawn: Array
+    """[M, R, Q]"""
+    passes: Array
+    """[M, R, passes over the rows]"""
+
+
+class Recursion:
+    """The steps to come, by eigenvalue of H.
+
+    Args:
+        rates: eta_t of each step.
+        momentum_coefficient: beta.
+        steps_taken: t_0, which corrects the bias of momentum towards 0; None: not corrected.
+        weight_decay: per unit of learning rate.
+
+    Attributes:
+        duration: sum of the learning rates, less what momentum delays: 1 / duration is the
+            curvature in whose direction training has just begun to converge.
+    """
+
+    def __init__(
+        self,
+        rates: Array,
+        *,
+        momentum_coefficient: float,
+        steps_taken: int | None,
+        weight_decay: float,
+    ) -> None:
+        self._rates = rates
+        self._beta = beta = momentum_coefficient
+        self._decay = weight_decay
+        steps = np.arange(1, len(rates) + 1)
+        self.duration = float((rates * (1 - beta**steps)).sum()) or 1.0
+        self._initial_momentum = 1.0 if steps_taken is None else 1 - beta**steps_taken
+        self._corrections = (
+            np.ones(len(rates)) if steps_taken is None else 1 - beta ** (steps_taken + steps)
+        )
+        # Where a step would overshoot for good, real training does not diverge but leaves the
+        # quadratic model; there the response is that of the largest curvature which converges.
+        # Negative curvature is an error of the projection: it may cancel that of other directions,
+        # but not grow beyond a factor of e.
+        largest = 0.9 * 2 * (1 + beta) / ((1 - beta) * max(rates.max(), 1e-300))
+        self._largest_x = np.log(largest * self.duration + 2)
+        self._tabulate_sources()
+        self._tabulate_noise()
+
+    def response(self, values: Array) -> Response:
+        """To sources that are the same in every step, at eigenvalues of any shape."""
+        x = self._coordinate(values)
+        momentum, gradient, parameters = (np.interp(x, self._x_G, d) for d in self._delta_3G)
+        return Response(momentum, -gradient, -parameters)
+
+    def noise_response(self, values_MR: Array, steps_per_pass_M: Array) -> NoiseResponse:
+        """To noise of the gradients which is independent from row to row.
+
+        Args:
+            values_MR: eigenvalues.
+            steps_per_pass_M: after how many steps the rows of a mixture have all been read.
+        """
+        num_steps = len(self._rates)
+        steps_per_pass_M = np.maximum(steps_per_pass_M, num_steps / _MAX_PASSES)
+        place_MR = self._coordinate(values_MR) / self._largest_x * (_NOISE_GRID_POINTS - 1)
+        at_MR, share_MR = _between(place_MR, _NOISE_GRID_POINTS)
+        share_MR1 = share_MR[..., None]
+        drawn = self._basis_GQ[at_MR] * (1 - share_MR1) + self._basis_GQ[at_MR + 1] * share_MR1
+
+        # Within a pass, noise adds up to 0: the sum over its steps of an unconstrained draw, spread
+        # over them, is taken away. The last pass may be broken off.
+        num_passes = int(np.ceil(num_steps / steps_per_pass_M.min()))
+        ends_MP = np.minimum(np.arange(num_passes + 1) * steps_per_pass_M[:, None], num_steps)
+        last = len(self._sums_SG) - 1
+        moment_MP, between_MP = _between(ends_MP / num_steps * last, last + 1)
+        sums_MRP = np.zeros((*values_MR.shape, num_passes + 1))
+        for later, of_time in ((0, 1 - between_MP), (1, between_MP)):
+            for higher, of_value in ((0, 1 - share_MR), (1, share_MR)):
+                sums = self._sums_SG[moment_MP[:, None, :] + later, at_MR[..., None] + higher]
+                sums_MRP += of_time[:, None, :] * of_value[..., None] * sums
+        passes = np.diff(sums_MRP, axis=2) / np.sqrt(steps_per_pass_M)[:, None, None]
+        return NoiseResponse(drawn, passes)
+
+    def _coordinate(self, values: Array) -> Array:
+        """Where eigenvalues are in the tables, which are even in it."""
+        return np.clip(np.log(np.maximum(values * self.duration, -1.0) + 2), 0.0, self._largest_x)
+
+    def _values(self, num_points: int) -> Array:
+        """The eigenvalues of a table."""
+        return (np.exp(np.linspace(0.0, self._largest_x, num_points)) - 2) / self.duration
+
+    def _tabulate_sources(self) -> None:
+        self._x_G = np.linspace(0.0, self._largest_x, _GRID_POINTS)
+        values_G = self._values(_GRID_POINTS)
+        # Columns: momentum, gradient, parameters.
+        delta_3G, momentum_3G = np.zeros((2, 3, _GRID_POINTS))
+        momentum_3G[0] = self._initial_momentum
+        gradient_31, parameters_31 = np.array([[0.0, 1, 0], [0, 0, self._decay]])[..., None]
+        for rate, correction in zip(self._rates, self._corrections, strict=True):
+            momentum_3G *= self._beta
+            momentum_3G += (1 - self._beta) * (values_G * delta_3G + gradient_31)
+            delta_3G *= 1 - rate * self._decay
+            delta_3G -= rate * (momentum_3G / correction + parameters_31)
+        self._delta_3G = delta_3G
+
+    def _tabulate_noise(self) -> None:
+        num_steps = len(self._rates)
+        # Responses h_t are smooth in the eigenvalue: few functions of time span them all.
+        few = np.stack(list(self._impulses(self._values(_BASIS_GRID_POINTS))))
+        times_TQ, size_Q, _ = np.linalg.svd(few, full_matrices=False)
+        times_TQ = times_TQ[:, size_Q >= _BASIS_TOLERANCE * size_Q[0]]
+        num_moments = min(num_steps, _MAX_MOMENTS)
+        self._basis_GQ = np.zeros((_NOISE_GRID_POINTS, times_TQ.shape[1]))
+        later_SG = np.zeros((num_moments + 1, _NOISE_GRID_POINTS))
+        total_G = np.zeros(_NOISE_GRID_POINTS)
+        impulses = self._impulses(self._values(_NOISE_GRID_POINTS))
+        for t, own_G in zip(range(num_steps - 1, -1, -1), impulses, strict=True):
+            self._basis_GQ += own_G[:, None] * times_TQ[num_steps - 1 - t]
+            total_G += own_G
+            # Step t is the time from t to t + 1; the responses of the steps since each moment.
+            first = -(-t * num_moments // num_steps)
+            if first * num_steps < (t + 1) * num_moments:
+                share = t + 1 - first * num_steps / num_moments
+                later_SG[first] = total_G - (1 - share) * own_G
+        self._sums_SG = later_SG[0] - later_SG  # since the switch
+
+    def _impulses(self, values_G: Array) -> Iterator[Array]:
+        """Displacement after the last step per unit of gradient in one step, from the last back."""
+        of_delta_G, of_momentum_G = np.ones_like(values_G), np.zeros_like(values_G)
+        for rate, correction in zip(self._rates[::-1], self._corrections[::-1], strict=True):
+            of_momentum_G = of_momentum_G - of_delta_G * rate / correction
+            yield (1 - self._beta) * of_momentum_G
+            of_delta_G = (1 - rate * self._decay) * of_delta_G
+            of_delta_G += (1 - self._beta) * values_G * of_momentum_G
+            of_momentum_G = self._beta * of_momentum_G
+
+
+def _between(places: Array, length: int) -> tuple[Array, Array]:
+    """Of positions in a table: the entry before each, and the share of the one after it."""
+    before = np.clip(places.astype(np.int64), 0, length - 2)
+    return before, places - before
