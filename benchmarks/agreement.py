@@ -132,7 +132,7 @@ class _Stop(TrainerCallback):
         control.should_training_stop = True
 
 
-def gradients(family: str, mode: str, dim: int = 512) -> GradientStore:
+def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
     """The gradients at the warm-up's checkpoint, captured when they are first asked for."""
     directory = CACHE / family / f"{mode}-{dim}"
     store = directory / "_task_selection" / "gradients"

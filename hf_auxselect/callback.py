@@ -111,7 +111,7 @@ class TaskSelectionCallback(TrainerCallback):
         after: str = "continue",
         keep: Sequence[str] = (),
         examples_per_task: int | None = 256,
-        projection_dim: int = 512,
+        projection_dim: int = 4096,
         batch_size: int | None = None,
         one_by_one: bool = False,
         verify: int = 0,

@@ -68,7 +68,7 @@ def capture_gradients(
     collate_fn: CollateFn,
     *,
     directory: str | Path,
-    projection_dim: int = 512,
+    projection_dim: int = 4096,
     batch_size: int = 16,
     seed: int = 0,
     optimizer: torch.optim.Optimizer | None = None,

@@ -93,16 +93,70 @@ def logistic_estimate(store: GradientStore, mask: np.ndarray, regularization: fl
     return total
 
 
-def expected_gradient_norm(store: GradientStore, pooled: np.ndarray) -> float:
-    """Root of E|g|^2 for the gradient g of a batch of rows drawn with probability ``pooled`` [K]."""
-    counts = np.bincount(store.task_ids)
-    chance = (pooled / counts)[store.task_ids]  # of each example to be drawn
-    tokens, gradients = store.num_label_tokens, store.scalar("loss")[1].astype(np.float64)
-    tokens_per_row = chance @ tokens
-    mean = (chance * tokens) @ gradients / tokens_per_row
-    second = chance @ (tokens**2 * (gradients**2).sum(1)) / tokens_per_row**2
+def drawn_batches(store: GradientStore, pooled: np.ndarray) -> list[np.ndarray]:
+    """Rows of the batches by which ``LinearizedTraining`` sees how gradients are clipped."""
     size = store.metadata["training"]["examples_per_step"]
-    return float(np.sqrt(mean @ mean + (second - mean @ mean) / size))
+    num_rows = size * max(8, 2048 // size)
+    rng = np.random.default_rng(0)
+    which_task = (rng.permutation(num_rows) + rng.random(num_rows)) / num_rows
+    which_row = rng.random(num_rows)
+    names = sorted(range(len(pooled)), key=lambda k: store.task_names[k])
+    rows = []
+    for u, v in zip(which_task, which_row, strict=True):
+        end = 0.0
+        for task in names:
+            end += pooled[task]
+            if u < end:
+                break
+        own = np.flatnonzero(store.task_ids == task)
+        rows.append(own[int(v * len(own))])
+    return np.split(np.array(rows), num_rows // size)
+
+
+def clipping_factors(store: GradientStore, pooled: np.ndarray) -> np.ndarray:
+    """Mean factor by which clipping shortens the gradients of each task [K], batch by batch."""
+    limit = store.metadata["training"]["max_grad_norm"]
+    num_tasks = len(pooled)
+    if not limit:
+        return np.ones(num_tasks)
+    g, tokens = store.scalar("loss")[1].astype(np.float64), store.num_label_tokens
+    task_ids = store.task_ids
+    b = [
+        np.average(g[task_ids == k], axis=0, weights=tokens[task_ids == k])
+        for k in range(num_tasks)
+    ]
+    factors, shares = [], []
+    for batch in drawn_batches(store, pooled):
+        square = 0.0
+        for i, row in enumerate(batch):
+            for j, other in enumerate(batch):
+                mean = b[task_ids[row]] @ b[task_ids[other]]
+                product = g[row] @ g[row] if i == j else mean
+                square += tokens[row] * tokens[other] * product
+        total = tokens[batch].sum()
+        norm = np.sqrt(max(square, 0.0)) / total
+        factors.append(min(1.0, limit / norm) if norm > 0 else 1.0)
+        shares.append([tokens[batch][task_ids[batch] == k].sum() / total for k in range(num_tasks)])
+    totals = np.sum(shares, axis=0)
+    return np.where(
+        totals > 0, factors @ np.array(shares) / np.maximum(totals, 1e-300), np.mean(factors)
+    )
+
+
+def krylov_axes(starts: Sequence[np.ndarray], matrix: np.ndarray, rank: int) -> np.ndarray:
+    """Orthonormal basis [D, R] of the starts, H times them, H^2 times them, ..., cut at R."""
+    axes = np.zeros((len(matrix), 0))
+    block = list(starts)
+    while axes.shape[1] < min(rank, len(matrix)):
+        outside = np.eye(len(matrix)) - axes @ axes.T
+        unit = [outside @ (v / np.linalg.norm(v)) for v in block if v.any()]
+        directions, sizes, _ = np.linalg.svd(np.array(unit).T.reshape(len(matrix), -1))
+        new = directions[:, : (sizes > 1e-7).sum()][:, : rank - axes.shape[1]]
+        if not new.size:
+            break
+        axes = np.hstack([axes, new])
+        block = list((matrix @ new).T)
+    return axes if axes.size else np.eye(len(matrix))[:, :1]
 
 
 def gradient_covariances(store: GradientStore, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,16 +205,22 @@ def linearized_training(
         store.num_label_tokens[store.task_ids == k].mean() for k in range(len(pooled))
     ]
     w = pooled * tokens_per_row / (pooled @ tokens_per_row)
-    # The leading axes.
+    is_restart, steps_taken = training["after"] == "restart", optimizer["steps_taken"]
+    gradients = store.scalar("loss@optimizer")[1].astype(np.float64)
+    target_b = target.example_weights @ target.scalar("loss@optimizer")[1].astype(np.float64)
+    parameters = store.vectors["parameters"].astype(np.float64)
+    momentum = np.zeros(dim) if is_restart else store.vectors["momentum"].astype(np.float64)
+
+    starts = [share_in_task * (store.task_ids == k) @ gradients for k in range(len(pooled))]
+    starts += [target_b, momentum, parameters if optimizer["weight_decay"] else np.zeros(dim)]
     overall = curvature(store, share_in_task / len(pooled))
     overall += curvature(target, target.example_weights)
-    axes = np.linalg.svd(overall)[0][:, :rank]
+    axes = krylov_axes(starts, overall, rank)
+    rank = axes.shape[1]
     outside = np.eye(dim) - axes @ axes.T
 
-    clip = 1.0
-    if training.get("max_grad_norm"):
-        clip = min(1.0, training["max_grad_norm"] / expected_gradient_norm(store, pooled))
-    is_restart, steps_taken = training["after"] == "restart", optimizer["steps_taken"]
+    w = w * clipping_factors(store, pooled)
+    clip = w.sum()
     beta, decay = optimizer["momentum_coefficient"], optimizer["weight_decay"]
     rates = np.array(learning_rates) * optimizer["learning_rate_factor"]
     # Training has just begun to converge along this curvature.
@@ -176,21 +236,17 @@ def linearized_training(
             result += max(left - noise, least) * outside
         return result
 
-    b = (w[store.task_ids] * share_in_task) @ store.scalar("loss@optimizer")[1].astype(np.float64)
-    H = denoised(clip * curvature(store, w[store.task_ids] * share_in_task), least=-slowest)
-    parameters = store.vectors["parameters"].astype(np.float64)
-    delta, momentum = np.zeros(dim), np.zeros(dim)
+    b = (w[store.task_ids] * share_in_task) @ gradients
+    H = denoised(curvature(store, w[store.task_ids] * share_in_task), least=-slowest)
+    delta = np.zeros(dim)
     if is_restart:
         steps_taken = None
-    else:
-        momentum = store.vectors["momentum"].astype(np.float64)
-        if steps_taken is not None:
-            momentum *= 1 - beta**steps_taken
+    if steps_taken is not None:
+        momentum = momentum * (1 - beta**steps_taken)
     for t, rate in enumerate(rates, start=1):
-        momentum = beta * momentum + (1 - beta) * (clip * b + H @ delta)
+        momentum = beta * momentum + (1 - beta) * (b + H @ delta)
         correction = 1 if steps_taken is None else 1 - beta ** (steps_taken + t)
         delta = delta - rate * (momentum / correction + decay * (parameters + delta))
-    target_b = target.example_weights @ target.scalar("loss@optimizer")[1].astype(np.float64)
     target_H = denoised(curvature(target, target.example_weights), least=-np.inf)
 
     # Displacement after the last step per unit of gradient in each step alone.
@@ -247,7 +303,11 @@ def gauss_newton(
 
     each = [second_moment(store, by_tokens(row)) for row in np.eye(len(pooled))]
     target_H = second_moment(target, target.example_weights)
-    axes = np.linalg.svd(sum(each) / len(each) + target_H)[0][:, :rank]
+    target_b = target.example_weights @ target.scalar("loss")[1].astype(np.float64)
+    gradients = store.scalar("loss")[1].astype(np.float64)
+    starts = [by_tokens(row) @ gradients for row in np.eye(len(pooled))]
+    axes = krylov_axes([*starts, target_b], sum(each) / len(each) + target_H, rank)
+    rank = axes.shape[1]
     inside = axes @ axes.T
     outside = np.eye(dim) - inside
 
@@ -266,9 +326,8 @@ def gauss_newton(
     if pooled.any():
         shares = by_tokens(pooled)
         matrix = matrix + denoised(second_moment(store, shares), keep_positive=True)
-        b = shares @ store.scalar("loss")[1].astype(np.float64)
+        b = shares @ gradients
     delta = -np.linalg.solve(matrix, b)
-    target_b = target.example_weights @ target.scalar("loss")[1].astype(np.float64)
     bend = max(delta @ denoised(target_H, keep_positive=False) @ delta / 2, 0.0)
     return max(float(target.example_weights @ target.losses + target_b @ delta + bend), 0.0)
 

@@ -360,7 +360,7 @@ def test_estimates_do_not_depend_on_how_many_rows_are_read_at_once(monkeypatch):
     store.task_sizes = np.array([90, 60, 7])  # not all rows were captured
     subsets = np.random.default_rng(0).random((10, 3)) < 0.5
     whole = LinearizedTraining(rank=5).fit(store)
-    monkeypatch.setattr("hf_auxselect.estimators.quadratic._ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("hf_auxselect.estimators.quadratic._NUMBERS_AT_ONCE", 50)
     chunked = LinearizedTraining(rank=5).fit(store)
     for name in ("loss", "low", "high"):
         expected = getattr(whole.estimate(subsets), name)

@@ -82,7 +82,7 @@ class GaussNewton(AbstractEstimator):
 
     curvature: Curvature = "sampled"
     damping: float = 0.03
-    rank: int = 96
+    rank: int = 64
     model_error: float = 1.0
 
     def __post_init__(self) -> None:

@@ -27,6 +27,10 @@ from hf_auxselect.estimators.recursion import Recursion
 from hf_auxselect.files import JsonDict
 from hf_auxselect.store import GradientStore
 
+_ROWS_OF_BATCHES = 2048
+_LEAST_BATCHES = 8
+"""How many rows are drawn of a mixture to see how its batches are clipped, or how many batches."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearizedTraining(AbstractEstimator):
@@ -41,13 +45,17 @@ class LinearizedTraining(AbstractEstimator):
     where b is the mean loss gradient and H the Gauss-Newton matrix, E[phi phi^T] over gradients phi
     of losses of labels drawn from the model. Both are linear in the mixture, weighted by label
     tokens as in the trainer's loss: b_w = sum_k w_k b_k. With the schedule eta_t of the steps to
-    come, the optimizer's momentum coefficient beta and weight decay, and gradient clipping by a
-    factor c_w = min(1, max_grad_norm / E|g|), step t is
+    come, and the optimizer's momentum coefficient beta and weight decay, step t is
 
-        m_t = beta m_{t-1} + (1 - beta) c_w (b_w + H_w delta_{t-1}),
+        m_t = beta m_{t-1} + (1 - beta) (b_w + H_w delta_{t-1}),
         delta_t = delta_{t-1} - eta_t (m_t / (1 - beta^(t_0 + t)) + decay (theta + delta_{t-1})),
 
-    from the optimizer's own m_0 after its t_0 steps; SGD has no division by 1 - beta^(t_0 + t).
+    where gradient clipping puts c_wk w_k in place of w_k: c_wk is the mean of
+    min(1, max_grad_norm / |g|) over batches, each counted by the label tokens that task k has in
+    it, so that tasks with large gradients lose more. A few hundred batches of the mixture are drawn
+    to take it, with |g|^2 of a batch as it is for its rows' own lengths and for inner products
+    between different rows that are those of their tasks' mean gradients. The steps begin from the
+    optimizer's own m_0 after its t_0 steps; SGD has no division by 1 - beta^(t_0 + t).
     When training restarts, the anchor stands for where it will have come, on all tasks, before
     mixtures make a difference: the steps, with the rates of the restart, begin there too, with
     m_0 = 0 and no such division, since the second moments of the first steps are as small as their
@@ -65,7 +73,7 @@ class LinearizedTraining(AbstractEstimator):
         E[epsilon^T H_T epsilon] / 2 = sum_st u_st trace(H_T A_s C_w A_t^T) / (2 B),
 
     where A_t is the displacement after the last step per unit of gradient in step t alone, C_w the
-    covariance of one row's gradient (times c_w^2), u_st = 1 for s = t, and less 1/P in addition for
+    covariance of one row's gradient (times c_w^2, the mean over its tasks), u_st = 1 for s = t, and less 1/P in addition for
     all s, t of the same pass over the mixture's rows, P steps long: rows are drawn without
     replacement, and after a whole pass their noise has cancelled out. In the same way the mean
     gradient of n captured rows of a task's N bends the loss by its own error, of covariance
@@ -98,7 +106,7 @@ class LinearizedTraining(AbstractEstimator):
 
     scalars: ClassVar[tuple[str, ...]] = ("loss", "loss@optimizer", "sampled_loss@optimizer")
 
-    rank: int = 96
+    rank: int = 64
     learning_rates: tuple[float, ...] | None = None
     model_error: float = 0.5
 
@@ -157,24 +165,32 @@ class FittedLinearizedTraining(FittedQuadratic):
             self._read_plain_gradients()
 
     def _read_plain_gradients(self) -> None:
-        """What clipping depends on, of each task: b, and the mean square of a row's gradient."""
+        """What clipping depends on: squared lengths of gradients, and inner products of b."""
         gradients_ND = self._store.scalar("loss")[1]
-        tokens_N = self._store.num_label_tokens.astype(np.float64)
-        self._plain_b_KD = np.zeros_like(self._model.b_KD)
-        self._plain_spread_K = np.zeros(len(self._plain_b_KD))
-        for k, rows in chunks_of_tasks(self._store.task_ids):
+        b_KD = np.zeros_like(self._model.b_KD)
+        self._square_N = np.empty(len(self._store))
+        for k, rows in chunks_of_tasks(self._store):
             chunk = gradients_ND[rows].astype(np.float64)
-            self._plain_b_KD[k] += self._model.share_N[rows] @ chunk
-            self._plain_spread_K[k] += tokens_N[rows] ** 2 @ (chunk**2).sum(1)
-        self._plain_spread_K /= self._model.counts_K
+            b_KD[k] += self._model.share_N[rows] @ chunk
+            self._square_N[rows] = (chunk**2).sum(1)
+        self._gram_KK = b_KD @ b_KD.T
+        rng = np.random.default_rng(0)
+        size = self._training["examples_per_step"]
+        num_rows = size * max(_LEAST_BATCHES, _ROWS_OF_BATCHES // size)
+        # The same random numbers for every mixture, so that mixtures differ by their shares alone;
+        # those that say which task are spread out evenly, over the tasks in the order of names.
+        self._which_task = (rng.permutation(num_rows) + rng.random(num_rows)) / num_rows
+        self._which_row = rng.random(num_rows)
+        self._by_name_K = np.argsort(self._store.task_names)
+        self._by_task_N = np.argsort(self._store.task_ids, kind="stable")
 
     def _effects(self, rows_MK: Array) -> Effects:
         """What training on some mixtures does."""
         model = self._model
         idle_M = ~rows_MK.any(1)
         w_MK = model.token_weights(rows_MK)
-        clip_M = self._clipping(rows_MK, w_MK)
-        clipped_MK = clip_M[:, None] * w_MK
+        clipped_MK = self._clipping(rows_MK) * w_MK
+        clip_M = clipped_MK.sum(1)
         values_MR, vectors_MRR, outer_M = model.curvature(clipped_MK)
 
         def turned(x: Array) -> Array:  # into each mixture's own axes
@@ -236,33 +252,57 @@ class FittedLinearizedTraining(FittedQuadratic):
         smallest_M = np.where(rows_MK > 0, rows_MK, 1.0).min(1)
         return np.maximum(num_rows_M, np.ceil(1 / smallest_M))
 
-    def _clipping(self, rows_MK: Array, w_MK: Array) -> Array:
-        """Factor by which gradient clipping shortens the mean gradient of each mixture [M]."""
+    def _clipping(self, rows_MK: Array) -> Array:
+        """Mean factor by which clipping shortens gradients of each task in each mixture [M, K]."""
         limit = self._training.get("max_grad_norm")
         if not limit:
-            return np.ones(len(rows_MK))
-        # |mean|^2 plus the variance of a batch of B rows around it, both weighted by label tokens.
-        mean_MD = w_MK @ self._plain_b_KD
-        mean_square_M = (mean_MD**2).sum(1)
-        tokens_M = rows_MK @ self._model.tokens_per_row_K
-        tokens_M = np.where(tokens_M > 0, tokens_M, 1.0)  # no training has no batch
-        variance_M = rows_MK @ self._plain_spread_K / tokens_M**2 - mean_square_M
-        norm_M = np.sqrt(
-            mean_square_M + np.maximum(variance_M, 0.0) / self._training["examples_per_step"]
+            return np.ones(rows_MK.shape)
+        num_mixtures, num_tasks = rows_MK.shape
+        tokens_N = self._store.num_label_tokens.astype(np.float64)
+        counts_K = self._model.counts_K
+        first_K = np.cumsum(counts_K) - counts_K
+        # J batches of B rows for each mixture: the task of each row, and which of its rows.
+        ends_MK = np.cumsum(rows_MK[:, self._by_name_K], axis=1)
+        place_ML = np.array([np.searchsorted(e, self._which_task, side="right") for e in ends_MK])
+        place_ML = place_ML.reshape(num_mixtures, len(self._which_task))
+        task_ML = self._by_name_K[np.minimum(place_ML, num_tasks - 1)]
+        row_ML = self._by_task_N[
+            first_K[task_ML] + (self._which_row * counts_K[task_ML]).astype(np.int64)
+        ]
+        shape_MJB = (num_mixtures, -1, self._training["examples_per_step"])
+        row_MJB, task_MJB = row_ML.reshape(shape_MJB), task_ML.reshape(shape_MJB)
+        tokens_MJB = tokens_N[row_MJB]
+        num_batches = num_mixtures * row_MJB.shape[1]
+        cell_MJB = np.arange(num_batches).reshape(*row_MJB.shape[:2], 1) * num_tasks + task_MJB
+        tokens_MJK = np.bincount(
+            cell_MJB.ravel(), tokens_MJB.ravel(), minlength=num_batches * num_tasks
+        ).reshape(*row_MJB.shape[:2], num_tasks)
+        own_MJB = self._square_N[row_MJB] - np.diagonal(self._gram_KK)[task_MJB]
+        square_MJ = (tokens_MJB**2 * own_MJB).sum(2)
+        square_MJ += ((tokens_MJK @ self._gram_KK) * tokens_MJK).sum(2)
+        tokens_MJ = tokens_MJB.sum(2)
+        norm_MJ = np.sqrt(np.maximum(square_MJ, 0.0)) / tokens_MJ
+        clip_MJ = np.minimum(1.0, limit / np.maximum(norm_MJ, 1e-300))
+        share_MJK = tokens_MJK / tokens_MJ[..., None]
+        total_MK = share_MJK.sum(1)
+        return np.divide(
+            np.einsum("mj,mjk->mk", clip_MJ, share_MJK),
+            total_MK,
+            out=np.repeat(clip_MJ.mean(1, keepdims=True), num_tasks, axis=1),
+            where=total_MK > 0,
         )
-        return np.minimum(1.0, limit / np.maximum(norm_M, 1e-300))
 
     def diagnostics(self) -> dict[str, float]:
         everything = np.ones((1, len(self._store.task_names)), bool)
         rows_MK = normalize_mixtures(everything, self._store.task_sizes)
         w_MK = self._model.token_weights(rows_MK)
-        clip_M = self._clipping(rows_MK, w_MK)
-        values_MR, _, _ = self._model.curvature(clip_M[:, None] * w_MK)
+        clipped_MK = self._clipping(rows_MK) * w_MK
+        values_MR, _, _ = self._model.curvature(clipped_MK)
         spectrum = np.maximum(values_MR[0], 0.0)
         return {
             **self._model.diagnostics(self._effects),
             "duration": self._recursion.duration,
-            "clipping_factor_all_tasks": float(clip_M[0]),
+            "clipping_factor_all_tasks": float(clipped_MK.sum()),
             "largest_curvature_times_duration": float(spectrum.max() * self._recursion.duration),
             "effective_dimension": float(spectrum.sum() ** 2 / max((spectrum**2).sum(), 1e-300)),
         }

@@ -105,11 +105,9 @@ class FittedGradExLogistic(FittedEstimator):
         )
         # w lies in the span of the gradients. In its principal axes the Hessian is nearly diagonal,
         # which is all the preconditioning that conjugate gradients need.
-        variances, axes = np.linalg.eigh(gradients.T @ gradients / len(gradients))
-        kept = variances > variances[-1] * 1e-12
-        self._variances_R = variances[kept]
-        self._gradients_NR = gradients @ axes[:, kept]
-        self._target_gradients_TR = target_gradients.astype(np.float64) @ axes[:, kept]
+        self._variances_R, axes_DR = _principal_axes(gradients)
+        self._gradients_NR = gradients @ axes_DR
+        self._target_gradients_TR = target_gradients.astype(np.float64) @ axes_DR
         self._outputs_N = outputs.astype(np.float64)
         self._target_outputs_T = target_outputs.astype(np.float64)
         self._gap_T = store.target.losses.astype(np.float64) - _softplus(-self._target_outputs_T)
@@ -258,3 +256,16 @@ def _softplus(x: Array) -> Array:
 
 def _sigmoid(x: Array) -> Array:
     return np.exp(-np.logaddexp(0.0, -x))
+
+
+def _principal_axes(gradients: Array) -> tuple[Array, Array]:
+    """Second moments [R] of gradients [N, D] along their principal axes, and the axes [D, R]."""
+    num_examples, dim = gradients.shape
+    is_wide = num_examples < dim  # then their inner products are the smaller matrix
+    moments = gradients @ gradients.T if is_wide else gradients.T @ gradients
+    values, vectors = np.linalg.eigh(moments / num_examples)
+    kept = values > values[-1] * 1e-12
+    values, vectors = values[kept], vectors[:, kept]
+    if is_wide:
+        vectors = gradients.T @ (vectors / np.sqrt(num_examples * values))
+    return values, vectors

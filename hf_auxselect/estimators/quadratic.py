@@ -28,17 +28,21 @@ from hf_auxselect.store import GradientStore
 
 _MIXTURES_AT_ONCE = 32
 
-_ROWS_AT_ONCE = 4096
-"""Rows of gradients that are in memory at once in float64 (16 MB for 512 numbers each)."""
+_NUMBERS_AT_ONCE = 2**21
+"""Numbers of gradients that are in memory at once (16 MB in float64)."""
+
+_INDEPENDENT = 1e-7
+"""Length that is left of a unit vector which still counts as a direction of its own."""
 
 
-def chunks_of_tasks(task_ids: Array) -> Iterator[tuple[int, slice]]:
+def chunks_of_tasks(store: GradientStore) -> Iterator[tuple[int, slice]]:
     """Rows of one task that follow each other, few at a time: the task, and which rows."""
+    task_ids, size = store.task_ids, max(1, _NUMBERS_AT_ONCE // store.gradients.shape[1])
     ends = [*(np.flatnonzero(np.diff(task_ids)) + 1).tolist(), len(task_ids)]
     start = 0
     for end in ends:
-        for first in range(start, end, _ROWS_AT_ONCE):
-            yield int(task_ids[start]), slice(first, min(first + _ROWS_AT_ONCE, end))
+        for first in range(start, end, size):
+            yield int(task_ids[start]), slice(first, min(first + size, end))
         start = end
 
 
@@ -81,13 +85,18 @@ class QuadraticModel:
 
     where b = E[g] and H = E[phi phi^T]. Both are linear in the mixture w, and means are weighted by
     label tokens as in the trainer's loss: b_w = sum_k w_k b_k. A random projection to D dimensions
-    adds trace(H)/D to every eigenvalue in expectation, which is subtracted. Outside the R leading
-    axes of the tasks' and the target's H, curvature is the same in all directions, with the trace
-    that is left; there a displacement is known by its S = K + V sources, which are the tasks' mean
-    gradients and the further vectors.
+    adds trace(H)/D to every eigenvalue in expectation, which is subtracted.
 
-    The gradients are read twice, some rows at a time; in memory stay 2 R float32 numbers per
-    example of the tasks.
+    Curvature is modelled in R axes, a block Krylov space: the directions of all b, of the target's
+    too, and of the further vectors; then those of H applied to them, H twice, and so on, H being
+    the mean of the tasks' and the target's. What training makes of b, a function of H times b,
+    lies in the first of them almost entirely. Where there are more directions than R, the leading
+    ones (singular vectors of the normalised vectors) are taken. Outside the axes, curvature is the
+    same in all directions, with the trace that is left; there a displacement is known by its
+    S = K + V sources, which are the tasks' mean gradients and the further vectors.
+
+    The gradients are read some rows at a time, 2 + R / (K + V + 1) times; in memory stay 2 R
+    float32 numbers per example of the tasks.
 
     Args:
         store: the examples.
@@ -104,6 +113,9 @@ class QuadraticModel:
         vectors_VR: the further vectors within the axes.
         norm_N: norms of the gradients g within the axes.
         anchor_loss: of the target, nats per label token.
+
+    Source: Saad, "Analysis of Some Krylov Subspace Approximations to the Matrix Exponential
+    Operator" (SIAM J. Numer. Anal. 1992), section 2, for blocks of vectors.
     """
 
     def __init__(
@@ -128,23 +140,46 @@ class QuadraticModel:
         self.share_N = tokens_N / tokens_K[store.task_ids]
         self.missing_K = 1 - self.counts_K / np.maximum(store.task_sizes, self.counts_K)
         self.missing_K[self.counts_K < 2] = 0.0  # one row does not tell how rows differ
-        self.b_KD, self._trace_K, sum_H_DD = self._moments(store, self.share_N)
-        self._dim = len(sum_H_DD)
+        self.b_KD, self._trace_K = self._moments(store, self.share_N)
+        self._dim = self.b_KD.shape[1]
 
         self._omega_T = store.target.example_weights
         self._losses_T = store.target.losses.astype(np.float64)
         self.anchor_loss = float(store.target.task_losses[0])
-        target_b_1D, (target_trace,), target_H_DD = self._moments(store.target, self._omega_T)
+        target_b_1D, (target_trace,) = self._moments(store.target, self._omega_T)
 
-        _, axes = np.linalg.eigh(sum_H_DD / len(self.b_KD) + target_H_DD)
-        self._axes_DR = axes[:, ::-1][:, : min(rank, self._dim)]
+        if vectors_VD is None:
+            vectors_VD = np.zeros((0, self._dim))
+        self._axes_DR = self._krylov_axes(np.vstack([self.b_KD, target_b_1D, vectors_VD]), rank)
         self.rank = self._axes_DR.shape[1]
-        self._reduce_tasks(target_b_1D[0])
         self._target_b_R = self._inside(target_b_1D[0])
-        self._target_H_RR = self._inside(self._inside(target_H_DD).T)
-        self._target_outer_curvature = self._curvature_left(self._target_H_RR, target_trace)
-        self._target_H_RR -= target_trace / self._dim * np.eye(self.rank)
-        self._reduce_target(np.zeros((0, self._dim)) if vectors_VD is None else vectors_VD)
+        self._reduce_tasks(target_b_1D[0])
+        self._reduce_target(vectors_VD, target_trace)
+
+    def _krylov_axes(self, starts_SD: Array, rank: int) -> Array:
+        """Orthonormal axes [D, R]; fewer if they already hold all that H makes of the starts."""
+        axes_DR, block_DS = np.zeros((self._dim, 0)), starts_SD.T
+        while axes_DR.shape[1] < min(rank, self._dim):
+            lengths_S = np.linalg.norm(block_DS, axis=0)
+            block_DS = block_DS[:, lengths_S > 0] / lengths_S[lengths_S > 0]
+            for _ in range(2):  # once leaves what rounding leaves
+                block_DS = block_DS - axes_DR @ (axes_DR.T @ block_DS)
+            directions, sizes, _ = np.linalg.svd(block_DS, full_matrices=False)
+            new_DS = directions[:, sizes > _INDEPENDENT][:, : rank - axes_DR.shape[1]]
+            if not new_DS.size:
+                break
+            axes_DR = np.hstack([axes_DR, new_DS])
+            block_DS = self._curve(self._store, self.share_N / len(self.b_KD), new_DS)
+            block_DS += self._curve(self._store.target, self._omega_T, new_DS)
+        return axes_DR if axes_DR.size else np.eye(self._dim, 1)
+
+    def _curve(self, store: GradientStore, weights_N: Array, vectors_DS: Array) -> Array:
+        """The weighted sum of phi phi^T, times some vectors [D, S]."""
+        result_DS = np.zeros_like(vectors_DS)
+        for _, rows in chunks_of_tasks(store):
+            phi = self._read(store, rows)[1]
+            result_DS += phi.T @ (weights_N[rows, None] * (phi @ vectors_DS))
+        return result_DS
 
     def token_weights(self, rows_MK: Array) -> Array:
         """Share of each task in the label tokens of mixtures of rows; each sums to 1 or is 0."""
@@ -338,7 +373,7 @@ class QuadraticModel:
 
         sides = [(e, mean(e)) for e in (own, reference) if e is not None]
         variance_M = np.zeros(len(own.delta_MR))
-        for k, rows in chunks_of_tasks(self._store.task_ids):
+        for k, rows in chunks_of_tasks(self._store):
             if factor_K[k]:
                 influence_MN = influence(*sides[0], k, rows)
                 if reference is not None:
@@ -346,18 +381,15 @@ class QuadraticModel:
                 variance_M += factor_K[k] * (influence_MN**2 @ self.share_N[rows] ** 2)
         return variance_M
 
-    def _moments(self, store: GradientStore, weights_N: Array) -> tuple[Array, Array, Array]:
-        """Of each task b [K, D] and the trace of H [K]; the sum over tasks of H [D, D]."""
-        dim = store.gradients.shape[1]
-        b_KD = np.zeros((len(store.task_names), dim))
+    def _moments(self, store: GradientStore, weights_N: Array) -> tuple[Array, Array]:
+        """Of each task b [K, D] and the trace of H [K]."""
+        b_KD = np.zeros((len(store.task_names), store.gradients.shape[1]))
         trace_K = np.zeros(len(b_KD))
-        sum_H_DD = np.zeros((dim, dim))
-        for k, rows in chunks_of_tasks(store.task_ids):
+        for k, rows in chunks_of_tasks(store):
             g, phi = self._read(store, rows)
             b_KD[k] += weights_N[rows] @ g
             trace_K[k] += weights_N[rows] @ (phi**2).sum(1)
-            sum_H_DD += (phi * weights_N[rows, None]).T @ phi
-        return b_KD, trace_K, sum_H_DD
+        return b_KD, trace_K
 
     def _inside(self, vectors: Array) -> Array:
         return vectors @ self._axes_DR
@@ -386,7 +418,7 @@ class QuadraticModel:
         self._g_NR = np.empty((num_examples, self.rank), np.float32)
         self._outer_response_N = np.empty(num_examples)
         self.norm_N = np.empty(num_examples)
-        for k, rows in chunks_of_tasks(self._store.task_ids):
+        for k, rows in chunks_of_tasks(self._store):
             g_ND, phi_ND = self._read(self._store, rows)
             g, phi = self._inside(g_ND), self._inside(phi_ND)
             self._H_KRR[k] += (phi * self.share_N[rows, None]).T @ phi
@@ -400,7 +432,7 @@ class QuadraticModel:
         self._outer_response_K = self.b_KD @ outer_target_b_D
         self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
 
-    def _reduce_target(self, vectors_VD: Array) -> None:
+    def _reduce_target(self, vectors_VD: Array, trace: float) -> None:
         """Turn the target into the axes, and keep its inner products outside of them."""
         target = self._store.target
         self.vectors_VR = self._inside(vectors_VD)
@@ -409,13 +441,16 @@ class QuadraticModel:
         self._target_outer_TS = np.empty((len(target), len(outer_SD)))
         self._target_g_TR = np.empty((len(target), self.rank))
         self._target_phi_TR = np.empty((len(target), self.rank))
-        for _, rows in chunks_of_tasks(target.task_ids):
+        for _, rows in chunks_of_tasks(target):
             g_TD, phi_TD = self._read(target, rows)
             self._target_g_TR[rows], self._target_phi_TR[rows] = (
                 self._inside(g_TD),
                 self._inside(phi_TD),
             )
             self._target_outer_TS[rows] = g_TD @ outer_SD.T
+        self._target_H_RR = (self._target_phi_TR * self._omega_T[:, None]).T @ self._target_phi_TR
+        self._target_outer_curvature = self._curvature_left(self._target_H_RR, trace)
+        self._target_H_RR -= trace / self._dim * np.eye(self.rank)
 
 
 def check_options(rank: int, model_error: float) -> None:
