@@ -64,13 +64,15 @@ NUM_BOOTSTRAP = 1000
 NUM_ANCHORS = (2, 4, 8, 16)
 NUM_ANCHOR_DRAWS = 50
 EXAMPLES_PER_TASK = (8, 16, 32, 64)
+DIMS = (256, 512, 1024, 2048)
+NUM_PROJECTIONS = 8
+RANKS = (16, 32, 128, 256)
 
 
 def estimators(family: str, weights: np.ndarray) -> dict[str, AbstractEstimator]:
     """What is compared on mixtures [M, K] of a family, by the name of its line."""
     return {
         "LinearizedTraining()": LinearizedTraining(),
-        "LinearizedTraining(rank=256)": LinearizedTraining(rank=256),
         "GaussNewton()": GaussNewton(),
         'GaussNewton(curvature="empirical")': GaussNewton(curvature="empirical"),
         "KernelSurrogate()": KernelSurrogate(),
@@ -285,12 +287,64 @@ def compare_calibrated(
     }
 
 
+def compare_projections(truth: Truth, store: GradientStore, dim: int) -> dict[str, Any]:
+    """As :func:`compare`, with gradients of ``dim`` numbers: mean and spread over projections."""
+    lines = []
+    for seed in range(NUM_PROJECTIONS):
+        fitted = LinearizedTraining().fit(projected_again(store, dim, seed))
+        loss = fitted.estimate(truth.weights).loss
+        lines.append(measures(loss, truth.mean) | measures_in_nats(loss, truth.mean))
+    return {
+        "dim": dim,
+        **{key: float(np.mean([line[key] for line in lines])) for key in lines[0]},
+        "spearman_range": [f(line["spearman"] for line in lines) for f in (min, max)],
+    }
+
+
+def projected_again(store: GradientStore, dim: int, seed: int) -> GradientStore:
+    """The store with fewer numbers per gradient: cells of the sketch added up with random signs."""
+    rng = np.random.default_rng(seed)
+    size = store.gradients.shape[1]
+    order, signs = rng.permutation(size), rng.choice([-1.0, 1.0], size)
+
+    def project(vectors: np.ndarray) -> np.ndarray:
+        cells = (vectors * signs)[..., order].reshape(*vectors.shape[:-1], -1, dim)
+        return cells.sum(-2).astype(np.float32)
+
+    def part(of: GradientStore, target: GradientStore | None) -> GradientStore:
+        return replaced(
+            of,
+            scalars={
+                name: (of.scalar(name)[0], project(of.scalar(name)[1])) for name in of.scalars
+            },
+            vectors={name: project(vector) for name, vector in of.vectors.items()},
+            target=target,
+        )
+
+    return part(store, part(store.target, None))
+
+
+def replaced(store: GradientStore, **changes: Any) -> GradientStore:
+    """A copy of a store with some of its parts replaced."""
+    parts = {
+        "task_names": store.task_names,
+        "task_ids": store.task_ids,
+        "example_ids": store.example_ids,
+        "losses": store.losses,
+        "num_label_tokens": store.num_label_tokens,
+        "task_sizes": store.task_sizes,
+        "metadata": store.metadata,
+        "vectors": store.vectors,
+    }
+    return GradientStore(**parts | changes)
+
+
 def thinned(store: GradientStore, examples_per_task: int) -> GradientStore:
     """The first examples of each task alone; the target as it is."""
     first = np.searchsorted(store.task_ids, store.task_ids)
     chosen = np.flatnonzero(np.arange(len(store)) - first < examples_per_task)
-    return GradientStore(
-        task_names=store.task_names,
+    return replaced(
+        store,
         task_ids=store.task_ids[chosen],
         example_ids=store.example_ids[chosen],
         losses=store.losses[chosen],
@@ -298,10 +352,7 @@ def thinned(store: GradientStore, examples_per_task: int) -> GradientStore:
         scalars={
             name: tuple(part[chosen] for part in store.scalar(name)) for name in store.scalars
         },
-        task_sizes=store.task_sizes,
         target=store.target,
-        metadata=store.metadata,
-        vectors=store.vectors,
     )
 
 
@@ -320,6 +371,26 @@ def describe(truth: Truth) -> dict[str, Any]:
         "noise_ceiling": noise_ceiling(losses),
         "noise_ceiling_without_shuffled": noise_ceiling(losses[:, is_left]),
         "error_of_a_constant": float(np.mean(np.abs(mean / mean.mean() - 1))),
+        **ceilings_in_nats(losses),
+    }
+
+
+def ceilings_in_nats(losses: np.ndarray) -> dict[str, float | None]:
+    """Expected R^2 and relative error of a perfect estimate, against the mean over seeds.
+
+    With one seed they are not known (None). Seeds differ by sqrt(2) times the deviation of one, the
+    mean of n of them from the expectation by 1/sqrt(n) times it.
+    """
+    count = len(losses)
+    losses = losses[:, np.isfinite(losses).all(0)]
+    if count < 2 or losses.shape[1] < 3:
+        return {"r2_ceiling": None, "error_floor": None}
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    squares = np.mean([np.mean((losses[i] - losses[j]) ** 2) for i, j in pairs])
+    gaps = np.mean([np.mean(np.abs(losses[i] - losses[j]) / losses.mean(0)) for i, j in pairs])
+    return {
+        "r2_ceiling": float(1 - squares / (2 * count) / losses.mean(0).var()),
+        "error_floor": float(gaps / np.sqrt(2 * count)),
     }
 
 
@@ -336,6 +407,11 @@ def print_table(header: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         f"losses {low:.3f} to {high:.3f};\nnoise ceiling {ceiling}, without shuffled {of_left}; "
         f"the mean of the truth errs by {header['error_of_a_constant']:.1%}"
     )
+    if header["error_floor"] is not None:
+        print(
+            f"a perfect estimate would have R2 {header['r2_ceiling']:.2f} and err by "
+            f"{header['error_floor']:.1%}: seeds differ"
+        )
     print(
         f"{'':34} spearman  [90%]            w/o shuffled  same size     R2   error  regret"
         "  coverage (of differences)  ms/estimate"
@@ -353,10 +429,19 @@ def print_table(header: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         )
 
 
-def print_rest(few: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
-    """What fewer examples lose, and what anchors bring."""
+def print_rest(
+    few: list[dict[str, Any]], dims: list[dict[str, Any]], lines: list[dict[str, Any]]
+) -> None:
+    """What fewer examples and numbers lose, and what anchors bring."""
     for line in few:
         print(f"{line['estimator']}: step norm {line['follows_step_norm']:.2f}")
+    for line in dims:
+        low, high = line["spearman_range"]
+        print(
+            f"{line['dim']:4} numbers per gradient, {NUM_PROJECTIONS} projections: Spearman "
+            f"{line['spearman']:.3f} ({low:.3f} to {high:.3f}), R2 {line['r2']:.2f}, error "
+            f"{line['error']:.2%}, regret {line['regret']:.1%}"
+        )
     for line in lines:
         print(
             f"{line['estimator']} with {line['anchors']:2} anchors: Spearman "
@@ -390,11 +475,17 @@ def main() -> None:
                 compare(truth, thinned(store, n), f"{n} examples a task", LinearizedTraining())
                 for n in EXAMPLES_PER_TASK
             ]
+            ranks = [
+                compare(truth, store, f"rank {rank}", LinearizedTraining(rank=rank))
+                for rank in RANKS
+            ]
+            dims = [compare_projections(truth, store, dim) for dim in DIMS]
             header = describe(truth)
-            print_table(header, lines + few)
-            print_rest(few, calibrated)
+            print_table(header, lines + ranks + few)
+            print_rest(few, dims, calibrated)
             record = header | {"command": "python benchmarks/agreement.py", "lines": lines}
             record |= {"calibrated": calibrated, "fewer_examples": few}
+            record |= {"ranks": ranks, "dims": dims}
             record["diagnostics"] = fitted.diagnostics()
             path = RESULTS.parent / "agreement" / f"{family}-{mode}.json"
             write_atomically(path, to_json(record))

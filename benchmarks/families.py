@@ -66,6 +66,7 @@ class Family:
     model: Callable[[], str] = smollm2
     warm_up_steps: int = 96
     steps: int = 128
+    lora_rank: int = 8
     arguments: dict[str, Any] = field(default_factory=dict)
     """Of SFTConfig, where they are not those of ``truth.py``."""
 
@@ -116,7 +117,7 @@ def _real(*, target: Generator, tasks: dict[str, Generator], shuffled: Generator
     )
 
 
-def _small() -> Family:
+def _small(**changes: Any) -> Family:
     def make_task(name: str, position: int) -> Dataset:
         if name == "shuffled":
             return shuffled_answers(small.examples("target", 128, 77), 0)
@@ -127,8 +128,7 @@ def _small() -> Family:
         make_task=make_task,
         make_target=lambda seed: small.examples("target", 128, 1000 + seed),
         model=small.small_model,
-        warm_up_steps=60,
-        steps=120,
+        **{"warm_up_steps": 60, "steps": 120} | changes,
     )
 
 
@@ -186,3 +186,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "small": _small(),
 }
+
+VARIANTS: dict[str, Family] = {
+    "small-rank2": _small(lora_rank=2),
+    "small-rank32": _small(lora_rank=32),
+    "small-warmup20": _small(warm_up_steps=20, steps=80),
+    # Made to fail: hardly any warm-up, and learning rates at which training goes astray.
+    "small-warmup3": _small(warm_up_steps=3, steps=63),
+    "small-rates": _small(arguments={"learning_rate": 3e-2}),
+}
+"""``small`` with one thing changed; the same number of steps follows the warm-up."""
+
+FAMILIES |= VARIANTS

@@ -31,7 +31,7 @@ from torch import Tensor
 from hf_auxselect import switch
 from hf_auxselect.files import to_json, write_atomically
 from hf_auxselect.per_example import SCALARS, GradientHooks, evaluation_mode, forward_label_logits
-from hf_auxselect.projection import BYTES_PER_PARAMETER, CountSketch
+from hf_auxselect.projection import CountSketch
 from hf_auxselect.seeds import random_words
 
 RESULTS = Path(__file__).resolve().parent / "results" / "projection.json"
@@ -55,7 +55,7 @@ class _CountSketch:
         return self._sketch.project(name, gradients.flatten(1))
 
     def table_bytes(self, num_parameters: int) -> float:
-        return num_parameters * BYTES_PER_PARAMETER
+        return sum(t.nbytes for tables in self._sketch._tables.values() for t in tables)
 
 
 class _Rademacher:

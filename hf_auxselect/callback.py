@@ -42,7 +42,7 @@ from hf_auxselect.plan import (
     require_same_plan,
     warn_of_leaked_target,
 )
-from hf_auxselect.projection import BYTES_PER_PARAMETER
+from hf_auxselect.projection import CountSketch
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
 from hf_auxselect.store import GradientStore
@@ -207,13 +207,16 @@ class TaskSelectionCallback(TrainerCallback):
                     scalars=self.estimator.scalars,
                     one_by_one=self.one_by_one,
                 )
-        num_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        sketch = CountSketch(self.projection_dim, plan.seed)
+        table_bytes = sum(
+            sketch.table_bytes(p.numel()) for p in trainer.model.parameters() if p.requires_grad
+        )
         bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
         return CostPreview(
             num_examples=plan.num_examples,
             seconds=seconds / trainer.args.world_size,
             disk_mib=plan.num_examples * bytes_per_example / 2**20,
-            memory_mib=num_trainable * BYTES_PER_PARAMETER / 2**20,
+            memory_mib=table_bytes / 2**20,
             switch_step=plan.switch_step,
             verification_steps=(self.verify + self.calibrate) * (max_steps - plan.switch_step),
         )

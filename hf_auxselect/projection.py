@@ -1,4 +1,4 @@
-"""Seeded random projection of per-example gradients to a few hundred numbers.
+"""Seeded random projection of per-example gradients to a few thousand numbers.
 
 Shapes: B examples of a batch, P entries of one parameter, D projection_dim.
 """
@@ -14,8 +14,8 @@ from hf_auxselect.seeds import random_words
 PROJECTION_VERSION = 1
 """Changes whenever the same seed would give other numbers; stored with every projected gradient."""
 
-BYTES_PER_PARAMETER = 12
-"""Memory of the tables: an int64 position and a float32 sign for each entry of a parameter."""
+_BYTES_PER_SLOT = 12
+"""Memory of the tables: an int64 position and a float32 sign."""
 
 
 class CountSketch:
@@ -37,7 +37,8 @@ class CountSketch:
     and modules that run twice need no special care.
 
     Permutation and signs depend on ``seed``, the parameter's name and its size alone, so that they
-    are the same on every device, platform and number of processes. They cost 12 bytes per entry.
+    are the same on every device, platform and number of processes. They cost 12 bytes per entry of
+    a parameter, the number of entries rounded up to a multiple of D.
 
     Args:
         dim: D, the length of a projected gradient.
@@ -55,6 +56,13 @@ class CountSketch:
         self.seed = seed
         self._tables: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
+    def table_bytes(self, num_entries: int) -> int:
+        """Memory that is kept for a parameter of so many entries."""
+        return self._num_slots(num_entries) * _BYTES_PER_SLOT
+
+    def _num_slots(self, num_entries: int) -> int:
+        return -(-num_entries // self.dim) * self.dim
+
     def project(self, name: str, gradients: Tensor) -> Tensor:
         """Project ``gradients`` [B, P] of the parameter called ``name``: [B, D]."""
         entry, sign = self._table(name, gradients)
@@ -66,7 +74,7 @@ class CountSketch:
         key = (name, gradients.device, gradients.dtype)
         if key not in self._tables:
             num_entries = gradients.shape[1]
-            num_slots = -(-num_entries // self.dim) * self.dim
+            num_slots = self._num_slots(num_entries)
             words = random_words(num_slots, "count sketch", PROJECTION_VERSION, self.seed, name)
             # The order of the words is ruled by their high bits, the sign by the lowest one.
             entry = np.argsort(words, kind="stable")

@@ -515,3 +515,24 @@ class TestDifferencesOfQuadraticModels:
         assert width == pytest.approx(expected, rel=0.25)
         of_loss = fitted.estimate(masks)
         assert width < 0.9 * (of_loss.high[0] - of_loss.low[0])  # what is shared cancels
+
+    def test_errors_of_the_model_are_shared_as_far_as_displacements_are_aligned(self):
+        store = random_store(6)  # every row was captured: the model's error is all there is
+        fitted = LinearizedTraining(model_error=0.3).fit(store)
+        masks = np.array([[True, True, False], [True, False, True], [False, False, False]])
+        one = fitted._effects(normalize_mixtures(masks, store.task_sizes))
+        other = fitted._effects(normalize_mixtures(masks[:1], store.task_sizes))
+        difference = fitted.difference(masks, masks[0])
+        omega = store.target.example_weights
+        for m in range(3):
+            delta, reference = one.delta_MR[m], other.delta_MR[0]
+            lengths = np.linalg.norm(delta) * np.linalg.norm(reference)
+            cosine = delta @ reference / lengths if lengths > 0 else 0.0
+            variance = 0.0
+            for x, y in (
+                (one.linear_MT[m] @ omega, other.linear_MT[0] @ omega),
+                (one.quadratic_M[m], other.quadratic_M[0]),
+            ):
+                variance += x**2 + y**2 - 2 * max(cosine, 0.0) * x * y
+            width = 2 * 1.6448536 * 0.3 * np.sqrt(max(variance, 0.0))
+            assert difference.high[m] - difference.low[m] == pytest.approx(width, abs=1e-7)

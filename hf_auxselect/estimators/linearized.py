@@ -73,11 +73,11 @@ class LinearizedTraining(AbstractEstimator):
         E[epsilon^T H_T epsilon] / 2 = sum_st u_st trace(H_T A_s C_w A_t^T) / (2 B),
 
     where A_t is the displacement after the last step per unit of gradient in step t alone, C_w the
-    covariance of one row's gradient (times c_w^2, the mean over its tasks), u_st = 1 for s = t, and less 1/P in addition for
-    all s, t of the same pass over the mixture's rows, P steps long: rows are drawn without
-    replacement, and after a whole pass their noise has cancelled out. In the same way the mean
-    gradient of n captured rows of a task's N bends the loss by its own error, of covariance
-    (1 - n/N) C_k / n, which the real run does not make: it is subtracted.
+    covariance of one row's gradient (times the square of the mean c_wk), u_st = 1 for s = t, and
+    less 1/P in addition for all s, t of the same pass over the mixture's rows, P steps long: rows
+    are drawn without replacement, and after a whole pass their noise has cancelled out. In the same
+    way the mean gradient of n captured rows of a task's N bends the loss by its own error, of
+    covariance (1 - n/N) C_k / n, which the real run does not make: it is subtracted.
 
     No constant is tuned: steps, rates, clipping and preconditioner are the run's own. A random
     projection to D dimensions adds trace(H)/D to every eigenvalue in expectation, which is
@@ -108,7 +108,7 @@ class LinearizedTraining(AbstractEstimator):
 
     rank: int = 64
     learning_rates: tuple[float, ...] | None = None
-    model_error: float = 0.5
+    model_error: float = 0.65
 
     def __post_init__(self) -> None:
         check_options(self.rank, self.model_error)

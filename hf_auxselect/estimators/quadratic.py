@@ -275,7 +275,8 @@ class QuadraticModel:
         """Losses of mixtures with 90% intervals; or differences from the loss of a reference.
 
         The interval joins which examples were captured, by the delta method, and an error of the
-        model: ``model_error`` times the root mean square of the linear and the quadratic term.
+        model: ``model_error`` times the linear term, and the same of the quadratic one. Errors of
+        two mixtures are correlated as their displacements are aligned (by the cosine, if positive).
 
         Args:
             rows_MK: share of each task in the rows of a mixture; zeros: no training.
@@ -287,18 +288,26 @@ class QuadraticModel:
         """
         reference = None if reference_K is None else effects(reference_K[None])
 
+        def terms(of: Effects) -> Array:  # linear and quadratic: [2, M]
+            return np.stack([of.linear_MT @ self._omega_T, of.quadratic_M])
+
         def work(rows: Array) -> tuple[Array, Array]:
             own = effects(rows)
-            linear_M, quadratic_M = own.linear_MT @ self._omega_T, own.quadratic_M
+            terms_2M = terms(own)
+            unlike_M: Array | float = 0.0
             if reference is not None:
-                linear_M = linear_M - reference.linear_MT @ self._omega_T
-                quadratic_M = quadratic_M - reference.quadratic_M
-            variance_M = model_error**2 * (linear_M**2 + quadratic_M**2)
+                others_21 = terms(reference)
+                # One less their cosine, and where they are the same, exactly 0.
+                apart_MR = unit(own.delta_MR) - unit(reference.delta_MR)
+                unlike_M = np.minimum((apart_MR**2).sum(1) / 2, 1.0)
+                unlike_M *= 2 * (terms_2M * others_21).sum(0)
+                terms_2M = terms_2M - others_21
+            variance_M = model_error**2 * ((terms_2M**2).sum(0) + unlike_M)
             variance_M += self._target_variance(own, reference)
             variance_M += self._task_variance(own, reference, curvature_share)
             if reference is None:
                 variance_M[~rows.any(1)] = 0.0  # the loss of today is known
-            return linear_M + quadratic_M, np.sqrt(variance_M)
+            return terms_2M.sum(0), np.sqrt(np.maximum(variance_M, 0.0))
 
         change_M, deviation_M = in_chunks(rows_MK, work, size=size)
         anchor, lowest = (self.anchor_loss, 0.0) if reference is None else (0.0, -np.inf)
@@ -451,6 +460,12 @@ class QuadraticModel:
         self._target_H_RR = (self._target_phi_TR * self._omega_T[:, None]).T @ self._target_phi_TR
         self._target_outer_curvature = self._curvature_left(self._target_H_RR, trace)
         self._target_H_RR -= trace / self._dim * np.eye(self.rank)
+
+
+def unit(vectors: Array) -> Array:
+    """Rows divided by their lengths; zeros stay."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
 
 
 def check_options(rank: int, model_error: float) -> None:
