@@ -24,7 +24,7 @@ from hf_auxselect import FixedSelection, TaskSelectionCallback
 from hf_auxselect.files import to_json, write_atomically
 
 WARM_UP_STEPS, STEPS, BATCH_SIZE = 16, 40, 8
-NUM_ROWS, NUM_CAPTURED, NUM_HELD_OUT, SEED = 256, 16, 64, 0
+NUM_ROWS, NUM_CAPTURED, NUM_HELD_OUT, SEED = 256, 32, 64, 0
 
 
 def held_out_loss(trainer: SFTTrainer) -> float:
@@ -70,7 +70,8 @@ def main() -> None:
 
     tasks = list(report.weights)
     chance = random.Random(SEED).sample(tasks, len(report.selected))
-    others = {"all tasks": tasks, f"{len(chance)} random tasks": chance}
+    random_tasks = f"{len(chance)} random task{'s' * (len(chance) > 1)}"
+    others = {"all tasks": tasks, random_tasks: chance}
     for number, (name, subset) in enumerate(others.items(), start=2):
         print(f"\n{number}. For comparison, from the same checkpoint: {name}\n")
         fixed = TaskSelectionCallback(
@@ -80,7 +81,7 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint))
         measured[name] = held_out_loss(trainer)
 
-    rows = ["before training", "all tasks", f"{len(chance)} random tasks", "chosen by hf-auxselect"]
+    rows = ["before training", "all tasks", random_tasks, "chosen by hf-auxselect"]
     seconds = time.perf_counter() - start
     lines = [
         f"Measured loss of {NUM_HELD_OUT} new three-term sums, nats per label token ({STEPS} steps",

@@ -143,8 +143,10 @@ def clipping_factors(store: GradientStore, pooled: np.ndarray) -> np.ndarray:
     )
 
 
-def krylov_axes(starts: Sequence[np.ndarray], matrix: np.ndarray, rank: int) -> np.ndarray:
+def krylov_axes(starts: Sequence[np.ndarray], matrix: np.ndarray, rank: int | None) -> np.ndarray:
     """Orthonormal basis [D, R] of the starts, H times them, H^2 times them, ..., cut at R."""
+    if rank is None:
+        rank = min(3 * sum(v.any() for v in starts), 96)
     axes = np.zeros((len(matrix), 0))
     block = list(starts)
     while axes.shape[1] < min(rank, len(matrix)):
@@ -179,7 +181,7 @@ def gradient_covariances(store: GradientStore, pooled: np.ndarray) -> tuple[np.n
 
 
 def linearized_training(
-    store: GradientStore, pooled: np.ndarray, *, rank: int, learning_rates: Sequence[float]
+    store: GradientStore, pooled: np.ndarray, *, rank: int | None, learning_rates: Sequence[float]
 ) -> float:
     """The estimate of ``LinearizedTraining`` for one mixture, step by step in all D dimensions.
 
@@ -279,7 +281,7 @@ def linearized_training(
 
 
 def gauss_newton(
-    store: GradientStore, pooled: np.ndarray, *, curvature: str, damping: float, rank: int
+    store: GradientStore, pooled: np.ndarray, *, curvature: str, damping: float, rank: int | None
 ) -> float:
     """The estimate of ``GaussNewton`` for one mixture, with whole matrices.
 

@@ -254,7 +254,7 @@ class TestLinearizedTraining:
     @given(
         seed=st.integers(0, 20),
         subsets=st.lists(masks, min_size=1, max_size=3),
-        rank=st.sampled_from([1, 3, 6]),
+        rank=st.sampled_from([1, 3, 6, None]),
         after=st.sampled_from(["continue", "restart"]),
         max_grad_norm=st.sampled_from([0.0, 0.5, 100.0]),
         steps_taken=st.sampled_from([None, 1, 30]),

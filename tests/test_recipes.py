@@ -108,7 +108,7 @@ def test_the_demo_runs(tiny_model, tmp_path, monkeypatch, capsys):
     demo.main()
     shown = capsys.readouterr().out
     assert "Measured loss" in shown
-    for line in ("before training", "all tasks", "random tasks", "chosen by hf-auxselect"):
+    for line in ("before training", "all tasks", "random task", "chosen by hf-auxselect"):
         assert line in shown
     assert (tmp_path / "measured.json").is_file()
 

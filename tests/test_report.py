@@ -16,6 +16,7 @@ from hf_auxselect import (
     SelectionReport,
 )
 from hf_auxselect.report import (
+    DOUBTS,
     escape_markdown,
     estimator_from,
     printable,
@@ -96,16 +97,21 @@ class TestTheComparison:
 
 
 class TestDoubts:
-    def test_estimates_that_follow_the_step_norm_are_warned_of(self, monkeypatch):
+    @pytest.mark.parametrize("doubt", DOUBTS, ids=lambda doubt: doubt.diagnostic)
+    def test_values_above_the_limit_are_warned_of(self, doubt, monkeypatch):
         store = random_store(3)
         fitted = GradExLogistic().fit(store)
         selection = ForwardSelection().select(fitted.estimate, store.task_names)
-        for correlation, warned in [(0.41, True), (0.39, False), (-0.9, False)]:
+        for value, warned in [(1.01, True), (0.99, False), (-3.0, False)]:
             report = SelectionReport(weights=selection.weights)
-            told = {"rank_correlation_with_step_norm": correlation}
+            told = {doubt.diagnostic: value * doubt.limit}
             monkeypatch.setattr(type(fitted), "diagnostics", lambda self, told=told: told)
             report.add_estimates(fitted, selection, store, seed=0)
-            assert [f"{correlation:.2f}" in text for text in report.warnings] == [True] * warned
+            assert report.warnings == [doubt.text.format(value * doubt.limit)] * warned
+
+    def test_the_default_estimator_gives_each(self):
+        diagnostics = LinearizedTraining().fit(random_store(3)).diagnostics()
+        assert all(np.isfinite(diagnostics[doubt.diagnostic]) for doubt in DOUBTS)
 
 
 class TestFiles:

@@ -71,7 +71,7 @@ class GaussNewton(AbstractEstimator):
             which makes the estimate independent of the scale of the losses and, but for noise, of
             D: directions of less than this share of the steepest one's curvature are not followed
             to their minimum. Below about trace(H)/D the projection's noise decides.
-        rank: R.
+        rank: R; None: see ``QuadraticModel``.
         model_error: standard error of the predicted change of the loss, as a share of its terms. 1
             says that the length of the training is a guess.
 
@@ -82,7 +82,7 @@ class GaussNewton(AbstractEstimator):
 
     curvature: Curvature = "sampled"
     damping: float = 0.03
-    rank: int = 64
+    rank: int | None = None
     model_error: float = 1.0
 
     def __post_init__(self) -> None:

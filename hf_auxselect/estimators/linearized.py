@@ -93,7 +93,7 @@ class LinearizedTraining(AbstractEstimator):
     float32 numbers per example.
 
     Args:
-        rank: R.
+        rank: R; None: see ``QuadraticModel``.
         learning_rates: eta_t of the steps to come; None: as the trainer told the store.
         model_error: standard error of the predicted change of the loss, as a share of its terms.
 
@@ -106,7 +106,7 @@ class LinearizedTraining(AbstractEstimator):
 
     scalars: ClassVar[tuple[str, ...]] = ("loss", "loss@optimizer", "sampled_loss@optimizer")
 
-    rank: int = 64
+    rank: int | None = None
     learning_rates: tuple[float, ...] | None = None
     model_error: float = 0.65
 
@@ -304,6 +304,9 @@ class FittedLinearizedTraining(FittedQuadratic):
             "duration": self._recursion.duration,
             "clipping_factor_all_tasks": float(clipped_MK.sum()),
             "largest_curvature_times_duration": float(spectrum.max() * self._recursion.duration),
+            "largest_curvature_over_stable": float(
+                spectrum.max() / self._recursion.stable_curvature
+            ),
             "effective_dimension": float(spectrum.sum() ** 2 / max((spectrum**2).sum(), 1e-300)),
         }
 

@@ -67,6 +67,7 @@ class Recursion:
     Attributes:
         duration: sum of the learning rates, less what momentum delays: 1 / duration is the
             curvature in whose direction training has just begun to converge.
+        stable_curvature: the largest along which the steps converge, however many they are.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class Recursion:
         # quadratic model; there the response is that of the largest curvature which converges.
         # Negative curvature is an error of the projection: it may cancel that of other directions,
         # but not grow beyond a factor of e.
-        largest = 0.9 * 2 * (1 + beta) / ((1 - beta) * max(rates.max(), 1e-300))
-        self._largest_x = np.log(largest * self.duration + 2)
+        self.stable_curvature = 2 * (1 + beta) / ((1 - beta) * max(float(rates.max()), 1e-300))
+        self._largest_x = np.log(0.9 * self.stable_curvature * self.duration + 2)
         self._tabulate_sources()
         self._tabulate_noise()
 
