@@ -108,7 +108,7 @@ class LinearizedTraining(AbstractEstimator):
 
     rank: int | None = None
     learning_rates: tuple[float, ...] | None = None
-    model_error: float = 0.65
+    model_error: float = 0.75
 
     def __post_init__(self) -> None:
         check_options(self.rank, self.model_error)
