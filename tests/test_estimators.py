@@ -277,6 +277,26 @@ class TestLinearizedTraining:
         fitted = LinearizedTraining(rank=rank, learning_rates=rates).fit(store)
         assert fitted.estimate(subsets).loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
+    def test_clipping_is_that_of_many_batches(self):
+        # Of as many dimensions as inner products of different rows need to be much alike.
+        store = random_store(2, counts=(40, 60, 50), dim=200, max_grad_norm=6.0)
+        shares = np.array([[0.5, 0.3, 0.2]])
+        fitted = LinearizedTraining().fit(store)
+        g, tokens = store.scalar("loss")[1].astype(np.float64), store.num_label_tokens
+        rng = np.random.default_rng(0)
+        factors, of_tasks = [], []
+        for _ in range(4000):
+            task = rng.choice(3, 4, p=shares[0])
+            rows = np.array([rng.choice(np.flatnonzero(store.task_ids == k)) for k in task])
+            norm = np.linalg.norm(tokens[rows] @ g[rows] / tokens[rows].sum())
+            factors.append(min(1.0, 6.0 / norm))
+            of_tasks.append(np.bincount(task, tokens[rows], minlength=3) / tokens[rows].sum())
+        expected = np.array(factors) @ np.array(of_tasks) / np.sum(of_tasks, axis=0)
+        assert fitted._clipping(shares)[0] == pytest.approx(expected, rel=0.05)
+
+    def test_no_mixtures(self):
+        assert len(LinearizedTraining().fit(random_store(2)).estimate(np.zeros((0, 3)))) == 0
+
     @pytest.mark.parametrize("num_steps", [6, 20])
     def test_the_noise_of_minibatches_is_that_of_many_runs(self, num_steps):
         """Steps of 4 of the rows, as the sampler draws them, in the quadratic model itself."""

@@ -81,16 +81,16 @@ class LinearizedTraining(AbstractEstimator):
 
     No constant is tuned: steps, rates, clipping and preconditioner are the run's own. A random
     projection to D dimensions adds trace(H)/D to every eigenvalue in expectation, which is
-    subtracted. Outside the R leading axes of the tasks' and the target's H, curvature is the same
-    in all directions, with the trace that is left.
+    subtracted. Curvature is modelled in R axes, which ``QuadraticModel`` describes.
 
     The interval joins two independent errors: which examples were captured (the delta method; none
     if all rows were), and that of the model itself, taken for a share ``model_error`` of the root
-    mean square of the linear and the quadratic term.
+    mean square of the linear and the quadratic term, and of two mixtures for as alike as their
+    displacements are.
 
     Cost: two products of R^2 numbers per task, an eigendecomposition and six products of R x R
-    matrices per mixture. The gradients are read twice, some rows at a time; in memory stay 2 R
-    float32 numbers per example.
+    matrices per mixture. The gradients are read some rows at a time; in memory stay 2 R float32
+    numbers per example.
 
     Args:
         rank: R; None: see ``QuadraticModel``.
@@ -252,27 +252,30 @@ class FittedLinearizedTraining(FittedQuadratic):
         smallest_M = np.where(rows_MK > 0, rows_MK, 1.0).min(1)
         return np.maximum(num_rows_M, np.ceil(1 / smallest_M))
 
+    def _batches(self, rows_MK: Array) -> tuple[Array, Array]:
+        """J batches of B rows of each mixture: which rows, and their tasks; int64 [M, J, B]."""
+        counts_K = self._model.counts_K
+        first_K = np.cumsum(counts_K) - counts_K
+        size = self._training["examples_per_step"]
+        shape_MJB = (len(rows_MK), len(self._which_task) // size, size)
+        place_MJB = np.zeros(shape_MJB, np.int64)
+        for m, ends_K in enumerate(np.cumsum(rows_MK[:, self._by_name_K], axis=1)):
+            places = np.searchsorted(ends_K, self._which_task, side="right")
+            place_MJB[m] = places.reshape(shape_MJB[1:])
+        task_MJB = self._by_name_K[np.minimum(place_MJB, len(counts_K) - 1)]
+        share_JB = self._which_row.reshape(shape_MJB[1:])
+        within_MJB = (share_JB * counts_K[task_MJB]).astype(np.int64)
+        return self._by_task_N[first_K[task_MJB] + within_MJB], task_MJB
+
     def _clipping(self, rows_MK: Array) -> Array:
         """Mean factor by which clipping shortens gradients of each task in each mixture [M, K]."""
         limit = self._training.get("max_grad_norm")
         if not limit:
             return np.ones(rows_MK.shape)
-        num_mixtures, num_tasks = rows_MK.shape
-        tokens_N = self._store.num_label_tokens.astype(np.float64)
-        counts_K = self._model.counts_K
-        first_K = np.cumsum(counts_K) - counts_K
-        # J batches of B rows for each mixture: the task of each row, and which of its rows.
-        ends_MK = np.cumsum(rows_MK[:, self._by_name_K], axis=1)
-        place_ML = np.array([np.searchsorted(e, self._which_task, side="right") for e in ends_MK])
-        place_ML = place_ML.reshape(num_mixtures, len(self._which_task))
-        task_ML = self._by_name_K[np.minimum(place_ML, num_tasks - 1)]
-        row_ML = self._by_task_N[
-            first_K[task_ML] + (self._which_row * counts_K[task_ML]).astype(np.int64)
-        ]
-        shape_MJB = (num_mixtures, -1, self._training["examples_per_step"])
-        row_MJB, task_MJB = row_ML.reshape(shape_MJB), task_ML.reshape(shape_MJB)
-        tokens_MJB = tokens_N[row_MJB]
-        num_batches = num_mixtures * row_MJB.shape[1]
+        num_tasks = rows_MK.shape[1]
+        row_MJB, task_MJB = self._batches(rows_MK)
+        tokens_MJB = self._store.num_label_tokens[row_MJB].astype(np.float64)
+        num_batches = row_MJB.shape[0] * row_MJB.shape[1]
         cell_MJB = np.arange(num_batches).reshape(*row_MJB.shape[:2], 1) * num_tasks + task_MJB
         tokens_MJK = np.bincount(
             cell_MJB.ravel(), tokens_MJB.ravel(), minlength=num_batches * num_tasks

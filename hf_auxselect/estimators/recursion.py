@@ -118,7 +118,7 @@ class Recursion:
 
         # Within a pass, noise adds up to 0: the sum over its steps of an unconstrained draw, spread
         # over them, is taken away. The last pass may be broken off.
-        num_passes = int(np.ceil(num_steps / steps_per_pass_M.min()))
+        num_passes = int(np.ceil(num_steps / steps_per_pass_M.min(initial=num_steps)))
         ends_MP = np.minimum(np.arange(num_passes + 1) * steps_per_pass_M[:, None], num_steps)
         last = len(self._sums_SG) - 1
         moment_MP, between_MP = _between(ends_MP / num_steps * last, last + 1)
