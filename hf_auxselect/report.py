@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from hf_auxselect.doubts import doubts_about
 from hf_auxselect.estimators import (
     ESTIMATORS,
     AbstractEstimator,
@@ -28,43 +29,6 @@ from hf_auxselect.store import GradientStore
 REPORT_NAME = "report.json"
 PICTURE_NAME = "left_out.png"
 NUM_RANDOM_SUBSETS = 200
-
-
-class Doubt(NamedTuple):
-    """A diagnostic of the estimator above whose limit the report warns."""
-
-    diagnostic: str
-    limit: float
-    text: str
-    """What it means and what to do; the value goes where the braces are."""
-
-
-DOUBTS = (
-    Doubt(
-        "terms_over_loss",
-        1 / 3,
-        "training is expected to change the target's loss by terms of {:.0%} of it, farther than "
-        "the model behind the estimates reaches: warm up longer, lower the learning rate, or check "
-        "the choice with verify=4.",
-    ),
-    Doubt(
-        "largest_curvature_over_stable",
-        1.0,
-        "steps overshoot: the steepest curvature is {:.1f} times what these learning rates "
-        "converge in, and where such training goes is not estimated. Lower the learning rate.",
-    ),
-    Doubt(
-        "rank_correlation_with_step_norm",
-        0.6,
-        "the estimates follow the length of the training step (rank correlation {:.2f}), and say "
-        "little more than that: raise examples_per_task, or check the choice with verify=4.",
-    ),
-)
-"""Measured in benchmarks/agreement.py: where estimates agree with real fine-tunes, the first is at
-most 0.29 and the second 0.09. The families made to fail have 0.37 and 1.6 (warm-ups of 20 and 3
-steps instead of 60) and 1.0 (learning rates 30 times as high), and the last of them 1.5 of the
-second.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,10 +191,7 @@ class SelectionReport(_Content):
         self.tasks = summarize_tasks(store)
         self.target = summarize_tasks(store.target)[0]
         self.diagnostics = fitted.diagnostics()
-        for doubt in DOUBTS:
-            value = self.diagnostics.get(doubt.diagnostic, 0.0)
-            if value > doubt.limit:
-                self.warnings.append(doubt.text.format(value))
+        self.warnings += doubts_about(self.diagnostics)
 
     def metrics(self) -> dict[str, float]:
         """What the trainer logs of the selection."""

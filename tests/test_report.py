@@ -15,8 +15,8 @@ from hf_auxselect import (
     RidgeSurrogate,
     SelectionReport,
 )
+from hf_auxselect.doubts import DOUBTS
 from hf_auxselect.report import (
-    DOUBTS,
     escape_markdown,
     estimator_from,
     printable,

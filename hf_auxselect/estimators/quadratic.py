@@ -165,17 +165,18 @@ class QuadraticModel:
         """Orthonormal axes [D, R]; fewer if they already hold all that H makes of the starts."""
         if rank is None:
             rank = min(_BLOCKS * int(starts_SD.any(1).sum()), _MOST_AXES)
+        rank = min(rank, self._dim)
         axes_DR, block_DS = np.zeros((self._dim, 0)), starts_SD.T
-        while axes_DR.shape[1] < min(rank, self._dim):
+        while True:
             lengths_S = np.linalg.norm(block_DS, axis=0)
             block_DS = block_DS[:, lengths_S > 0] / lengths_S[lengths_S > 0]
             for _ in range(2):  # once leaves what rounding leaves
                 block_DS = block_DS - axes_DR @ (axes_DR.T @ block_DS)
             directions, sizes, _ = np.linalg.svd(block_DS, full_matrices=False)
             new_DS = directions[:, sizes > _INDEPENDENT][:, : rank - axes_DR.shape[1]]
-            if not new_DS.size:
-                break
             axes_DR = np.hstack([axes_DR, new_DS])
+            if not new_DS.size or axes_DR.shape[1] == rank:
+                break
             block_DS = self._curve(self._store, self.share_N / len(self.b_KD), new_DS)
             block_DS += self._curve(self._store.target, self._omega_T, new_DS)
         return axes_DR if axes_DR.size else np.eye(self._dim, 1)
