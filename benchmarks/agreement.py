@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from ablations import SCALARS, before_restart, projected_again, thinned, with_scalar
 from baselines import (
     Constant,
     MeanCosine,
@@ -136,6 +137,8 @@ class _Stop(TrainerCallback):
 
 def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
     """The gradients at the warm-up's checkpoint, captured when they are first asked for."""
+    if mode == "restart":  # from the same anchor: the gradients are the same
+        return before_restart(gradients(family, "continue", dim), FAMILIES[family].steps)
     directory = CACHE / family / f"{mode}-{dim}"
     store = directory / "_task_selection" / "gradients"
     if (
@@ -301,61 +304,6 @@ def compare_projections(truth: Truth, store: GradientStore, dim: int) -> dict[st
     }
 
 
-def projected_again(store: GradientStore, dim: int, seed: int) -> GradientStore:
-    """The store with fewer numbers per gradient: cells of the sketch added up with random signs."""
-    rng = np.random.default_rng(seed)
-    size = store.gradients.shape[1]
-    order, signs = rng.permutation(size), rng.choice([-1.0, 1.0], size)
-
-    def project(vectors: np.ndarray) -> np.ndarray:
-        cells = (vectors * signs)[..., order].reshape(*vectors.shape[:-1], -1, dim)
-        return cells.sum(-2).astype(np.float32)
-
-    def part(of: GradientStore, target: GradientStore | None) -> GradientStore:
-        return replaced(
-            of,
-            scalars={
-                name: (of.scalar(name)[0], project(of.scalar(name)[1])) for name in of.scalars
-            },
-            vectors={name: project(vector) for name, vector in of.vectors.items()},
-            target=target,
-        )
-
-    return part(store, part(store.target, None))
-
-
-def replaced(store: GradientStore, **changes: Any) -> GradientStore:
-    """A copy of a store with some of its parts replaced."""
-    parts = {
-        "task_names": store.task_names,
-        "task_ids": store.task_ids,
-        "example_ids": store.example_ids,
-        "losses": store.losses,
-        "num_label_tokens": store.num_label_tokens,
-        "task_sizes": store.task_sizes,
-        "metadata": store.metadata,
-        "vectors": store.vectors,
-    }
-    return GradientStore(**parts | changes)
-
-
-def thinned(store: GradientStore, examples_per_task: int) -> GradientStore:
-    """The first examples of each task alone; the target as it is."""
-    first = np.searchsorted(store.task_ids, store.task_ids)
-    chosen = np.flatnonzero(np.arange(len(store)) - first < examples_per_task)
-    return replaced(
-        store,
-        task_ids=store.task_ids[chosen],
-        example_ids=store.example_ids[chosen],
-        losses=store.losses[chosen],
-        num_label_tokens=store.num_label_tokens[chosen],
-        scalars={
-            name: tuple(part[chosen] for part in store.scalar(name)) for name in store.scalars
-        },
-        target=store.target,
-    )
-
-
 def describe(truth: Truth) -> dict[str, Any]:
     """The truth in numbers."""
     losses = truth.losses
@@ -479,13 +427,17 @@ def main() -> None:
                 compare(truth, store, f"rank {rank}", LinearizedTraining(rank=rank))
                 for rank in RANKS
             ]
+            scalars = [
+                compare(truth, with_scalar(store, name), name, LinearizedTraining())
+                for name in SCALARS
+            ]
             dims = [compare_projections(truth, store, dim) for dim in DIMS]
             header = describe(truth)
-            print_table(header, lines + ranks + few)
+            print_table(header, lines + scalars + ranks + few)
             print_rest(few, dims, calibrated)
             record = header | {"command": "python benchmarks/agreement.py", "lines": lines}
             record |= {"calibrated": calibrated, "fewer_examples": few}
-            record |= {"ranks": ranks, "dims": dims}
+            record |= {"scalars": scalars, "ranks": ranks, "dims": dims}
             record["diagnostics"] = fitted.diagnostics()
             path = RESULTS.parent / "agreement" / f"{family}-{mode}.json"
             write_atomically(path, to_json(record))
