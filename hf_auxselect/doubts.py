@@ -42,8 +42,16 @@ steps instead of 60) and 1.0 (learning rates 30 times as high), and the last of 
 second.
 """
 
+OF_A_RESTART = (
+    "training starts again, far from where the gradients were taken: estimates are much less "
+    "certain than their intervals say, which held the loss of 79 of 160 real restarts instead of "
+    'nine in ten. Use after="continue", or check the choice with verify=4.'
+)
+"""Measured in benchmarks/agreement.py --modes restart."""
 
-def doubts_about(diagnostics: Mapping[str, float]) -> list[str]:
-    """A text for each of ``DOUBTS`` whose diagnostic is above its limit."""
+
+def doubts_about(diagnostics: Mapping[str, float], *, restarts: bool) -> list[str]:
+    """A text for each of ``DOUBTS`` whose diagnostic is above its limit, and of a restart."""
     values = [(doubt, diagnostics.get(doubt.diagnostic, 0.0)) for doubt in DOUBTS]
-    return [doubt.text.format(value) for doubt, value in values if value > doubt.limit]
+    texts = [doubt.text.format(value) for doubt, value in values if value > doubt.limit]
+    return [*texts, OF_A_RESTART] if restarts else texts

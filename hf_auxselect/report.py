@@ -191,7 +191,9 @@ class SelectionReport(_Content):
         self.tasks = summarize_tasks(store)
         self.target = summarize_tasks(store.target)[0]
         self.diagnostics = fitted.diagnostics()
-        self.warnings += doubts_about(self.diagnostics)
+        training = store.metadata.get("training") or {}
+        restarts = training.get("after") == "restart"
+        self.warnings += doubts_about(self.diagnostics, restarts=restarts)
 
     def metrics(self) -> dict[str, float]:
         """What the trainer logs of the selection."""

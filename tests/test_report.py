@@ -15,7 +15,7 @@ from hf_auxselect import (
     RidgeSurrogate,
     SelectionReport,
 )
-from hf_auxselect.doubts import DOUBTS
+from hf_auxselect.doubts import DOUBTS, OF_A_RESTART
 from hf_auxselect.report import (
     escape_markdown,
     estimator_from,
@@ -108,6 +108,15 @@ class TestDoubts:
             monkeypatch.setattr(type(fitted), "diagnostics", lambda self, told=told: told)
             report.add_estimates(fitted, selection, store, seed=0)
             assert report.warnings == [doubt.text.format(value * doubt.limit)] * warned
+
+    @pytest.mark.parametrize("after", ["continue", "restart"])
+    def test_a_restart_is_warned_of(self, after):
+        store = random_store(3, after=after)
+        fitted = GradExLogistic().fit(store)
+        selection = ForwardSelection().select(fitted.estimate, store.task_names)
+        report = SelectionReport(weights=selection.weights)
+        report.add_estimates(fitted, selection, store, seed=0)
+        assert (OF_A_RESTART in report.warnings) == (after == "restart")
 
     def test_the_default_estimator_gives_each(self):
         diagnostics = LinearizedTraining().fit(random_store(3)).diagnostics()
