@@ -5,65 +5,65 @@ Shapes: N examples, D projection_dim.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from hf_auxselect import GradientStore
 
-Array = np.ndarray
 
-SCALARS = (
-    "no curvature",
-    "empirical Fisher",
-    "not preconditioned",
-    "not precond., empirical Fisher",
-    "not precond., margin",
-    "no momentum",
-)
-"""What :func:`with_scalar` puts in place of the loss and the losses of drawn labels."""
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """What LinearizedTraining is shown in place of what it asks for."""
+
+    curvature: Literal["sampled_loss", "loss", "margin", "none"] = "sampled_loss"
+    """Whose gradients give it. ``margin``: those of the loss come from the margin too, as in a
+    logistic model of whole examples (``GradExLogistic``), whose loss is softplus(-margin)."""
+    preconditioned: bool = True
+    """If not, a step is as long as makes the loss on all tasks fall, to first order, as fast as the
+    optimizer's own does; and there is no momentum, which is kept with the preconditioner only."""
+    momentum: bool = True
+    """That of the optimizer at the switch."""
 
 
-def with_scalar(store: GradientStore, name: str) -> GradientStore:
-    """The store with other gradients where LinearizedTraining looks for those of its scalars.
+ABLATIONS = {
+    "no curvature": Ablation(curvature="none"),
+    "empirical Fisher": Ablation(curvature="loss"),
+    "not preconditioned": Ablation(preconditioned=False),
+    "not precond., empirical Fisher": Ablation(preconditioned=False, curvature="loss"),
+    "not precond., margin": Ablation(preconditioned=False, curvature="margin"),
+    "no momentum": Ablation(momentum=False),
+}
 
-    Without the preconditioner a step is as long as makes the loss on all tasks fall, to first
-    order, as fast as the optimizer's own step does; and there is no momentum at the switch, since
-    it is kept with the preconditioner only. The margin is that of a logistic model of a whole
-    example, as in ``GradExLogistic``: its loss is softplus(-margin).
-    """
-    if name == "no momentum":
-        vectors = store.vectors | {"momentum": np.zeros_like(store.vectors["momentum"])}
-        return replaced(
-            store,
-            scalars={name: store.scalar(name) for name in store.scalars},
-            vectors=vectors,
-            target=store.target,
-        )
-    plain = name.startswith("not precond")
-    factor = _step_length(store) if plain else 1.0
 
-    def part(of: GradientStore, target: GradientStore | None) -> GradientStore:
-        g_ND = of.scalar("loss" if plain else "loss@optimizer")[1].astype(np.float64)
-        phi_ND = of.scalar("sampled_loss" if plain else "sampled_loss@optimizer")[1]
-        if name.endswith("empirical Fisher"):
-            phi_ND = g_ND
-        elif name == "no curvature":
+def ablated(store: GradientStore, ablation: Ablation) -> GradientStore:
+    """The store with other gradients and momentum where LinearizedTraining looks for its own."""
+    factor = 1.0 if ablation.preconditioned else _step_length(store)
+    suffix = "@optimizer" if ablation.preconditioned else ""
+
+    def part(of: GradientStore, **target: GradientStore) -> GradientStore:
+        g_ND = of.scalar("loss" + suffix)[1]
+        if ablation.curvature == "none":
             phi_ND = np.zeros_like(g_ND)
-        elif name.endswith("margin"):
-            margin_N, gradient_ND = of.scalar("margin")
+        elif ablation.curvature == "margin":
+            margin_N, gradient_ND = of.scalar("margin" + suffix)
             missed_N1 = 1 / (1 + np.exp(margin_N.astype(np.float64)))[:, None]
             g_ND = -missed_N1 * gradient_ND
             phi_ND = np.sqrt(missed_N1 * (1 - missed_N1)) * gradient_ND
+        else:
+            phi_ND = of.scalar(ablation.curvature + suffix)[1]
         scalars = {
             "loss": of.scalar("loss"),
-            "loss@optimizer": (of.losses, _as_stored(factor * g_ND)),
-            "sampled_loss@optimizer": (of.losses, _as_stored(factor * phi_ND)),
+            "loss@optimizer": (of.losses, factor * g_ND),
+            "sampled_loss@optimizer": (of.losses, factor * phi_ND),
         }
-        vectors = {key: np.zeros_like(v) if plain else v for key, v in of.vectors.items()}
-        return replaced(of, scalars=scalars, vectors=vectors, target=target)
+        return replaced(of, scalars=scalars, **target)
 
-    return part(store, part(store.target, None))
+    vectors = dict(store.vectors)
+    if not (ablation.momentum and ablation.preconditioned):
+        vectors["momentum"] = np.zeros_like(vectors["momentum"])
+    return replaced(part(store, target=part(store.target)), vectors=vectors)
 
 
 def _step_length(store: GradientStore) -> float:
@@ -76,10 +76,6 @@ def _step_length(store: GradientStore) -> float:
     return float(lengths[0] / lengths[1])
 
 
-def _as_stored(gradients_ND: Array) -> Array:
-    return gradients_ND.astype(np.float32)
-
-
 def before_restart(store: GradientStore, steps: int) -> GradientStore:
     """The store of a run that goes on, as if it were to restart.
 
@@ -89,12 +85,7 @@ def before_restart(store: GradientStore, steps: int) -> GradientStore:
     training = dict(store.metadata["training"])
     rates = np.array(training["learning_rates"])
     training |= {"learning_rates": (rates * steps / len(rates)).tolist(), "after": "restart"}
-    return replaced(
-        store,
-        scalars={name: store.scalar(name) for name in store.scalars},
-        metadata=store.metadata | {"training": training},
-        target=store.target,
-    )
+    return replaced(store, metadata=store.metadata | {"training": training})
 
 
 def projected_again(store: GradientStore, dim: int, seed: int) -> GradientStore:
@@ -107,17 +98,17 @@ def projected_again(store: GradientStore, dim: int, seed: int) -> GradientStore:
         cells = (vectors * signs)[..., order].reshape(*vectors.shape[:-1], -1, dim)
         return cells.sum(-2).astype(np.float32)
 
-    def part(of: GradientStore, target: GradientStore | None) -> GradientStore:
+    def part(of: GradientStore, **target: GradientStore) -> GradientStore:
         return replaced(
             of,
             scalars={
                 name: (of.scalar(name)[0], project(of.scalar(name)[1])) for name in of.scalars
             },
             vectors={name: project(vector) for name, vector in of.vectors.items()},
-            target=target,
+            **target,
         )
 
-    return part(store, part(store.target, None))
+    return part(store, target=part(store.target))
 
 
 def replaced(store: GradientStore, **changes: Any) -> GradientStore:
@@ -128,6 +119,9 @@ def replaced(store: GradientStore, **changes: Any) -> GradientStore:
         "example_ids": store.example_ids,
         "losses": store.losses,
         "num_label_tokens": store.num_label_tokens,
+        "example_weights": store.example_weights,
+        "scalars": {name: store.scalar(name) for name in store.scalars},
+        "target": getattr(store, "target", None),  # a target has none of its own
         "task_sizes": store.task_sizes,
         "metadata": store.metadata,
         "vectors": store.vectors,
@@ -145,8 +139,8 @@ def thinned(store: GradientStore, examples_per_task: int) -> GradientStore:
         example_ids=store.example_ids[chosen],
         losses=store.losses[chosen],
         num_label_tokens=store.num_label_tokens[chosen],
+        example_weights=None,
         scalars={
             name: tuple(part[chosen] for part in store.scalar(name)) for name in store.scalars
         },
-        target=store.target,
     )

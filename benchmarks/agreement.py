@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from ablations import SCALARS, before_restart, projected_again, thinned, with_scalar
+from ablations import ABLATIONS, ablated, before_restart, projected_again, thinned
 from baselines import (
     Constant,
     MeanCosine,
@@ -427,17 +427,17 @@ def main() -> None:
                 compare(truth, store, f"rank {rank}", LinearizedTraining(rank=rank))
                 for rank in RANKS
             ]
-            scalars = [
-                compare(truth, with_scalar(store, name), name, LinearizedTraining())
-                for name in SCALARS
+            ablations = [
+                compare(truth, ablated(store, ablation), name, LinearizedTraining())
+                for name, ablation in ABLATIONS.items()
             ]
             dims = [compare_projections(truth, store, dim) for dim in DIMS]
             header = describe(truth)
-            print_table(header, lines + scalars + ranks + few)
+            print_table(header, lines + ablations + ranks + few)
             print_rest(few, dims, calibrated)
             record = header | {"command": "python benchmarks/agreement.py", "lines": lines}
             record |= {"calibrated": calibrated, "fewer_examples": few}
-            record |= {"scalars": scalars, "ranks": ranks, "dims": dims}
+            record |= {"ablations": ablations, "ranks": ranks, "dims": dims}
             record["diagnostics"] = fitted.diagnostics()
             path = RESULTS.parent / "agreement" / f"{family}-{mode}.json"
             write_atomically(path, to_json(record))

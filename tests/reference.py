@@ -449,6 +449,19 @@ def rebuilt(store: GradientStore, **changes: Any) -> GradientStore:
     )
 
 
+def of_rows(store: GradientStore, rows: np.ndarray) -> GradientStore:
+    """The same tasks, of which only these rows were captured; the target as it is."""
+    return rebuilt(
+        store,
+        task_ids=store.task_ids[rows],
+        example_ids=store.example_ids[rows],
+        losses=store.losses[rows],
+        num_label_tokens=store.num_label_tokens[rows],
+        example_weights=None,
+        scalars={name: (a[rows], g[rows]) for name, (a, g) in store._scalars.items()},
+    )
+
+
 def resampled(
     store: GradientStore, rng: np.random.Generator, *, is_target: bool = False
 ) -> GradientStore:
@@ -459,19 +472,8 @@ def resampled(
             for k in range(len(store.task_names))
         ]
     )
-    return rebuilt(
-        store,
-        task_ids=store.task_ids[chosen],
-        losses=store.losses[chosen],
-        num_label_tokens=store.num_label_tokens[chosen],
-        example_weights=store.num_label_tokens[chosen],
-        example_ids=store.example_ids[chosen],
-        scalars={
-            name: (outputs[chosen], gradients[chosen])
-            for name, (outputs, gradients) in store._scalars.items()
-        },
-        target=None if is_target else resampled(store.target, rng, is_target=True),
-    )
+    target = None if is_target else resampled(store.target, rng, is_target=True)
+    return rebuilt(of_rows(store, chosen), target=target)
 
 
 def store_of_few_rows() -> GradientStore:

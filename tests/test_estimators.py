@@ -11,6 +11,7 @@ from reference import (
     linearized_training,
     logistic_displacement,
     logistic_estimate,
+    of_rows,
     random_store,
     rebuilt,
     store_of_few_rows,
@@ -234,19 +235,6 @@ def without_curvature(seed, counts):
         },
         vectors={name: np.zeros(60, np.float32) for name in store.vectors},
         target=rebuilt(store.target, scalars=scalars(store.target, 1.0)),
-    )
-
-
-def of_rows(store, rows):
-    """The same tasks, of which only these rows were captured."""
-    return rebuilt(
-        store,
-        task_ids=store.task_ids[rows],
-        example_ids=store.example_ids[rows],
-        losses=store.losses[rows],
-        num_label_tokens=store.num_label_tokens[rows],
-        example_weights=None,
-        scalars={name: (a[rows], g[rows]) for name, (a, g) in store._scalars.items()},
     )
 
 
