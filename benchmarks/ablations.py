@@ -15,7 +15,7 @@ from hf_auxselect import GradientStore
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """What LinearizedTraining is shown in place of what it asks for."""
+    """What LinearizedTraining(look_ahead=False) is shown in place of what it asks for."""
 
     curvature: Literal["sampled_loss", "loss", "margin", "none"] = "sampled_loss"
     """Whose gradients give it. ``margin``: those of the loss come from the margin too, as in a
@@ -28,6 +28,7 @@ class Ablation:
 
 
 ABLATIONS = {
+    "no second point": Ablation(),
     "no curvature": Ablation(curvature="none"),
     "empirical Fisher": Ablation(curvature="loss"),
     "not preconditioned": Ablation(preconditioned=False),

@@ -18,6 +18,7 @@ import json
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -141,10 +142,7 @@ def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
         return before_restart(gradients(family, "continue", dim), FAMILIES[family].steps)
     directory = CACHE / family / f"{mode}-{dim}"
     store = directory / "_task_selection" / "gradients"
-    if (
-        not (store / "index.json").is_file()
-        or not json.loads((store / "index.json").read_text())["complete"]
-    ):
+    if not _is_captured(store):
         callback = TaskSelectionCallback(
             warmup=FAMILIES[family].warm_up_steps,
             after=mode,
@@ -155,6 +153,14 @@ def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
         trainer = make_trainer(family, directory, [callback, _Stop()])
         trainer.train(resume_from_checkpoint=str(warm_up(family)))
     return GradientStore.load(store)
+
+
+def _is_captured(store: Path) -> bool:
+    """Whether a store is whole, and with its second point."""
+    index = store / "index.json"
+    if not index.is_file() or not json.loads(index.read_text())["complete"]:
+        return False
+    return "second_point" in GradientStore.load(store).vectors
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:
@@ -414,13 +420,14 @@ def main() -> None:
                 compare(truth, store, name, estimator)
                 for name, estimator in estimators(family, truth.weights).items()
             ]
+            at_one_point = LinearizedTraining(look_ahead=False)
             fitted = LinearizedTraining().fit(store)
             calibrated = [
                 compare_calibrated(truth, fitted, "LinearizedTraining()", num_anchors)
                 for num_anchors in NUM_ANCHORS
             ]
             few = [
-                compare(truth, thinned(store, n), f"{n} examples a task", LinearizedTraining())
+                compare(truth, thinned(store, n), f"{n} examples a task", at_one_point)
                 for n in EXAMPLES_PER_TASK
             ]
             ranks = [
@@ -428,7 +435,7 @@ def main() -> None:
                 for rank in RANKS
             ]
             ablations = [
-                compare(truth, ablated(store, ablation), name, LinearizedTraining())
+                compare(truth, ablated(store, ablation), name, at_one_point)
                 for name, ablation in ABLATIONS.items()
             ]
             dims = [compare_projections(truth, store, dim) for dim in DIMS]

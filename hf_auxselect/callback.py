@@ -44,6 +44,7 @@ from hf_auxselect.plan import (
 )
 from hf_auxselect.projection import CountSketch
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
+from hf_auxselect.second_point import capture_second_point, predict_second_point_seconds
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
 from hf_auxselect.store import GradientStore
 from hf_auxselect.verification import RestOfRun, measure, mixtures_to_calibrate, mixtures_to_verify
@@ -207,16 +208,25 @@ class TaskSelectionCallback(TrainerCallback):
                     scalars=self.estimator.scalars,
                     one_by_one=self.one_by_one,
                 )
+                looks_ahead = self.estimator.look_ahead and self.after != "restart"
+                if looks_ahead:
+                    seconds += predict_second_point_seconds(
+                        trainer.model,
+                        plan.examples,
+                        switch.collate_function(trainer),
+                        batch_size=1 if self.one_by_one else self._pass_batch_size(trainer),
+                    )
         sketch = CountSketch(self.projection_dim, plan.seed)
-        table_bytes = sum(
-            sketch.table_bytes(p.numel()) for p in trainer.model.parameters() if p.requires_grad
-        )
+        sizes = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
+        pass_bytes = sum(sketch.table_bytes(size) for size in sizes)
+        if looks_ahead:  # the displacement, and where it started
+            pass_bytes += 8 * sum(sizes)
         bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
         return CostPreview(
             num_examples=plan.num_examples,
             seconds=seconds / trainer.args.world_size,
             disk_mib=plan.num_examples * bytes_per_example / 2**20,
-            memory_mib=table_bytes / 2**20,
+            memory_mib=pass_bytes / 2**20,
             switch_step=plan.switch_step,
             verification_steps=(self.verify + self.calibrate) * (max_steps - plan.switch_step),
         )
@@ -319,21 +329,39 @@ class TaskSelectionCallback(TrainerCallback):
 
     def _capture(self, trainer: Trainer) -> GradientStore:
         assert self._plan is not None
+        collate_fn = switch.collate_function(trainer)
+        directory = self._directory / "gradients"
+        batch_size = self._pass_batch_size(trainer)
+        progress = not trainer.args.disable_tqdm
         with trainer.compute_loss_context_manager():
-            return capture_examples(
+            store = capture_examples(
                 trainer.model,
                 self._plan.examples,
                 self._plan.target,
-                switch.collate_function(trainer),
-                directory=self._directory / "gradients",
+                collate_fn,
+                directory=directory,
                 projection_dim=self.projection_dim,
-                batch_size=self._pass_batch_size(trainer),
+                batch_size=batch_size,
                 seed=self._plan.seed,
                 scalars=self.estimator.scalars,
                 optimizer=trainer.optimizer if self._needs_optimizer else None,
                 training=switch.training_to_come(trainer, self._plan.switch_step, self.after),
                 one_by_one=self.one_by_one,
-                progress=not trainer.args.disable_tqdm,
+                progress=progress,
+            )
+            displacement = computed_once(lambda: self.estimator.second_point(store))
+            if displacement is None:
+                return store
+            return capture_second_point(
+                trainer.model,
+                self._plan.examples,
+                collate_fn,
+                store,
+                displacement,
+                directory=directory,
+                optimizer=trainer.optimizer,
+                batch_size=1 if self.one_by_one else batch_size,
+                progress=progress,
             )
 
     def _make_report(

@@ -30,6 +30,13 @@ DOUBTS = (
         "converge in, and where such training goes is not estimated. Lower the learning rate.",
     ),
     Doubt(
+        "linearization_residual",
+        1.0,
+        "where training is about to lead, gradients change by {:.1f} times as much as the model "
+        "behind the estimates explains: warm up longer, lower the learning rate, or check the "
+        "choice with verify=4.",
+    ),
+    Doubt(
         "rank_correlation_with_step_norm",
         0.6,
         "the estimates follow the length of the training step (rank correlation {:.2f}), and say "

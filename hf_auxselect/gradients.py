@@ -209,7 +209,7 @@ def capture_examples(
         return writer.pending
 
     pending = computed_once(open_store)  # only the first process has a writer
-    limits = _BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
+    limits = BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
     num_done = sum(len(shard.example_ids) for shard in shards if shard not in pending)
     bar = tqdm(
         total=num_done + sum(len(shard.example_ids) for shard in pending),
@@ -260,12 +260,12 @@ def predict_seconds(
 
     The pass takes that batch's time times the ratio of the tokens, padding included.
     """
-    limits = _BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
+    limits = BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
     by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
     batches: list[tuple[int, list[Any]]] = []  # tokens (or rows, if lengths are unknown), rows
     for shard in _plan_shards(tasks, target):
         rows = [by_key[shard.task, shard.is_target].rows[i] for i in shard.example_ids]
-        lengths = np.array([_length(row) for row in rows])
+        lengths = np.array([row_length(row) for row in rows])
         for chosen in limits.cut(np.argsort(lengths, kind="stable"), lengths):
             size = len(chosen) * max(int(lengths[chosen].max()), 1)
             batches.append((size, [rows[i] for i in chosen]))
@@ -283,7 +283,7 @@ def predict_seconds(
 
 
 @dataclass(frozen=True)
-class _BatchLimits:
+class BatchLimits:
     """How many examples fit into a batch: as many tokens as in one of the longest examples."""
 
     tokens: int
@@ -291,7 +291,7 @@ class _BatchLimits:
     examples: int
 
     @classmethod
-    def of(cls, batch_size: int, tasks: Sequence[TaskExamples]) -> _BatchLimits:
+    def of(cls, batch_size: int, tasks: Sequence[TaskExamples]) -> BatchLimits:
         """Batches of short examples hold more of them, up to four times ``batch_size``.
 
         A batch of any length then needs no more memory for activations than training on the longest
@@ -299,7 +299,7 @@ class _BatchLimits:
         """
         if batch_size == 1:
             return cls(0, 1)
-        longest = max(_length(task.rows[i]) for task in tasks for i in task.example_ids)
+        longest = max(row_length(task.rows[i]) for task in tasks for i in task.example_ids)
         return cls(batch_size * longest, 4 * batch_size if longest else batch_size)
 
     def cut(self, order: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
@@ -402,13 +402,13 @@ class _Capture:
         self,
         shard: ShardSpec,
         task: TaskExamples,
-        limits: _BatchLimits,
+        limits: BatchLimits,
         advance: Callable[[int], object],
     ) -> Arrays:
         """The arrays of one shard, in its order; batches hold examples of like length."""
         rows = [(i, task.rows[i]) for i in shard.example_ids]
         stream = f"{'target' if shard.is_target else 'task'}/{shard.task}"
-        lengths = np.array([_length(row) for _, row in rows])
+        lengths = np.array([row_length(row) for _, row in rows])
         by_length = np.argsort(lengths, kind="stable")
         parts: list[Arrays] = []
         for chosen in limits.cut(by_length, lengths):
@@ -511,7 +511,8 @@ def _plan_shards(tasks: Sequence[TaskExamples], target: TaskExamples) -> list[Sh
     return shards
 
 
-def _length(row: Any) -> int:
+def row_length(row: Any) -> int:
+    """Tokens of a tokenized example; 0 if they are not known."""
     return len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0
 
 

@@ -110,7 +110,9 @@ class GradientStore:
         task_sizes: int64 [K], rows that each task has for training (the store may hold fewer).
         metadata: what is known of the capture: projection, anchor, optimizer, the training to come.
         vectors: float32 [D] each, projected: the optimizer's ``momentum`` and the ``parameters``,
-            in the optimizer's coordinates; empty if the store was captured without it.
+            in the optimizer's coordinates; empty if the store was captured without it. And, where
+            an estimator asked for it, the ``second_point``, a displacement, and [K, D]
+            ``gradient_changes``, by which the tasks' mean gradients change along it.
     """
 
     def __init__(
@@ -306,12 +308,7 @@ class StoreWriter:
         }
         self._written = self._find_written()
         if vectors:
-            vectors = {name: _as_stored(vector, "F32") for name, vector in vectors.items()}
-            checksum = _digest(vectors)
-            # Named after what it holds: the index on disk may still list another.
-            file = f"vectors.{checksum[:16]}.safetensors"
-            write_atomically(self._directory / file, save(vectors))
-            self._index["vectors"] = {"file": file, "sha256": checksum}
+            self._index["vectors"] = _write_vectors(self._directory, vectors)
         self._settle()
 
     @property
@@ -397,6 +394,18 @@ class StoreWriter:
                     continue  # damaged: it is captured again
                 written[entry["fingerprint"]] = entry
         return written
+
+
+def add_vectors(directory: str | Path, vectors: Arrays) -> None:
+    """Add arrays that belong to the whole store to one that is complete."""
+    directory = Path(directory)
+    index = _read_index(directory)
+    before = index["vectors"]
+    known = _read_vectors(directory, before) if before else {}
+    index["vectors"] = _write_vectors(directory, {**known, **vectors})
+    write_atomically(directory / INDEX_NAME, to_json(index))
+    if before and before != index["vectors"]:
+        (directory / before["file"]).unlink(missing_ok=True)
 
 
 def _read_only(array: np.ndarray | Sequence[int], dtype: type | None = None) -> np.ndarray:
@@ -529,6 +538,15 @@ def _read_vectors(directory: Path, entry: VectorsEntry) -> Arrays:
     if _digest(vectors) != entry["sha256"]:
         raise StoreError(f"{path}: damaged (its checksum differs from the index).")
     return vectors
+
+
+def _write_vectors(directory: Path, vectors: Arrays) -> VectorsEntry:
+    vectors = {name: _as_stored(vector, "F32") for name, vector in vectors.items()}
+    checksum = _digest(vectors)
+    # Named after what it holds: the index on disk may still list another.
+    file = f"vectors.{checksum[:16]}.safetensors"
+    write_atomically(directory / file, save(vectors))
+    return {"file": file, "sha256": checksum}
 
 
 def _map_arrays(path: Path) -> Arrays:

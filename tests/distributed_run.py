@@ -15,6 +15,8 @@ import torch.distributed as dist
 from peft import get_peft_model
 
 from hf_auxselect import FixedSelection, TaskSelectionCallback, capture_gradients
+from hf_auxselect.gradients import TaskExamples
+from hf_auxselect.second_point import capture_second_point
 from hf_auxselect.switch import preserved_rng
 
 
@@ -64,19 +66,44 @@ def main(output: Path) -> None:
     tasks = {name: list(tiny.tokenize(tiny.sums(n, n))) for name, n in {"x": 70, "y": 33}.items()}
     target = list(tiny.tokenize(tiny.sums(5, 9)))
 
-    def capture(directory: Path) -> np.ndarray:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    examples = [
+        TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))
+        for name, rows in tasks.items()
+    ]
+
+    def capture(directory: Path) -> tuple[np.ndarray, np.ndarray]:
         with preserved_rng():
             store = capture_gradients(
-                model, tasks, target, tiny.collate, directory=directory, progress=False
+                model,
+                tasks,
+                target,
+                tiny.collate,
+                directory=directory,
+                optimizer=optimizer,
+                progress=False,
             )
-        return store.gradients
+            ahead = capture_second_point(
+                model,
+                examples,
+                tiny.collate,
+                store,
+                -store.scalar("loss@optimizer")[1].mean(0),
+                directory=directory,
+                optimizer=optimizer,
+                batch_size=4,
+                progress=False,
+            )
+        return store.gradients, ahead.vectors["gradient_changes"]
 
-    shared = capture(output / "shared")
+    shared, shared_changes = capture(output / "shared")
     dist.barrier()
     rank = dist.get_rank()
     dist.destroy_process_group()
-    alone = capture(output / f"alone{rank}")
+    alone, changes = capture(output / f"alone{rank}")
     result["largest_difference"] = float(np.abs(shared - alone).max())
+    result["largest_change"] = float(np.abs(changes).max())
+    result["largest_difference_of_changes"] = float(np.abs(shared_changes - changes).max())
     (output / f"rank{rank}.json").write_text(json.dumps(result))
 
 

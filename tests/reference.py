@@ -180,6 +180,38 @@ def gradient_covariances(store: GradientStore, pooled: np.ndarray) -> tuple[np.n
     return batch / store.metadata["training"]["examples_per_step"], capture
 
 
+def least_symmetric_change(vector: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """The symmetric matrix A of the smallest Frobenius norm with A vector = change."""
+    size = len(vector)
+    basis = []  # orthonormal
+    for i in range(size):
+        for j in range(i + 1):
+            matrix = np.zeros((size, size))
+            matrix[i, j] = matrix[j, i] = 1.0
+            basis.append(matrix / np.linalg.norm(matrix))
+    columns = np.array([matrix @ vector for matrix in basis]).T
+    return np.tensordot(np.linalg.lstsq(columns, change, rcond=None)[0], basis, 1)
+
+
+def secant_correction(
+    matrix: np.ndarray,
+    b: np.ndarray,
+    axes: np.ndarray,
+    displacement: np.ndarray,
+    change: np.ndarray,
+) -> np.ndarray:
+    """What makes a task's curvature agree, within the axes, with a change of its gradient b."""
+    if np.linalg.norm(axes.T @ change) <= 0.01 * np.linalg.norm(axes.T @ b):
+        return np.zeros_like(matrix)
+    noise = np.trace(matrix) / len(matrix) * np.eye(axes.shape[1])
+    before = axes.T @ matrix @ axes - noise
+    v, measured = axes.T @ displacement, axes.T @ change
+    after = before + least_symmetric_change(v, measured - before @ v)
+    values, vectors = np.linalg.eigh(after)
+    values = np.maximum(values, min(np.linalg.eigvalsh(before)[0], 0.0))
+    return axes @ ((vectors * values) @ vectors.T - before) @ axes.T
+
+
 def linearized_training(
     store: GradientStore, pooled: np.ndarray, *, rank: int | None, learning_rates: Sequence[float]
 ) -> float:
@@ -215,6 +247,9 @@ def linearized_training(
 
     starts = [share_in_task * (store.task_ids == k) @ gradients for k in range(len(pooled))]
     starts += [target_b, momentum, parameters if optimizer["weight_decay"] else np.zeros(dim)]
+    looks_ahead = "second_point" in store.vectors and not is_restart
+    if looks_ahead:
+        starts.append(store.vectors["second_point"].astype(np.float64))
     overall = curvature(store, share_in_task / len(pooled))
     overall += curvature(target, target.example_weights)
     axes = krylov_axes(starts, overall, rank)
@@ -228,10 +263,17 @@ def linearized_training(
     # Training has just begun to converge along this curvature.
     slowest = 1 / sum(rate * (1 - beta**t) for t, rate in enumerate(rates, start=1))
 
-    def denoised(matrix: np.ndarray, *, least: float) -> np.ndarray:
+    correction = np.zeros((dim, dim))
+    if looks_ahead:
+        for k, weight in enumerate(w):
+            own = curvature(store, share_in_task * (store.task_ids == k))
+            change = store.vectors["gradient_changes"][k].astype(np.float64)
+            correction += weight * secant_correction(own, starts[k], axes, starts[-1], change)
+
+    def denoised(matrix: np.ndarray, *, least: float, correction: Any = 0.0) -> np.ndarray:
         """Full within the axes, isotropic outside; less what the projection adds to each value."""
         noise = np.trace(matrix) / dim
-        values, vectors = np.linalg.eigh(axes.T @ matrix @ axes)
+        values, vectors = np.linalg.eigh(axes.T @ (matrix + correction) @ axes)
         result = axes @ (vectors * np.maximum(values - noise, least)) @ vectors.T @ axes.T
         if rank < dim:
             left = np.trace(outside @ matrix @ outside) / (dim - rank)
@@ -239,7 +281,8 @@ def linearized_training(
         return result
 
     b = (w[store.task_ids] * share_in_task) @ gradients
-    H = denoised(curvature(store, w[store.task_ids] * share_in_task), least=-slowest)
+    overall = curvature(store, w[store.task_ids] * share_in_task)
+    H = denoised(overall, least=-slowest, correction=correction)
     delta = np.zeros(dim)
     if is_restart:
         steps_taken = None
@@ -247,8 +290,8 @@ def linearized_training(
         momentum = momentum * (1 - beta**steps_taken)
     for t, rate in enumerate(rates, start=1):
         momentum = beta * momentum + (1 - beta) * (b + H @ delta)
-        correction = 1 if steps_taken is None else 1 - beta ** (steps_taken + t)
-        delta = delta - rate * (momentum / correction + decay * (parameters + delta))
+        divisor = 1 if steps_taken is None else 1 - beta ** (steps_taken + t)
+        delta = delta - rate * (momentum / divisor + decay * (parameters + delta))
     target_H = denoised(curvature(target, target.example_weights), least=-np.inf)
 
     # Displacement after the last step per unit of gradient in each step alone.
@@ -258,8 +301,8 @@ def linearized_training(
         for t, rate in enumerate(rates):
             gradient = np.eye(dim) * (t == first) + H @ moved
             momentum = beta * momentum + (1 - beta) * gradient
-            correction = 1 if steps_taken is None else 1 - beta ** (steps_taken + t + 1)
-            moved = moved - rate * (momentum / correction + decay * moved)
+            divisor = 1 if steps_taken is None else 1 - beta ** (steps_taken + t + 1)
+            moved = moved - rate * (momentum / divisor + decay * moved)
         responses.append(moved)
     noise, capture = gradient_covariances(store, pooled)
 
@@ -379,6 +422,7 @@ def random_store(
     after: str = "continue",
     max_grad_norm: float = 1.0,
     steps_taken: int | None = 7,
+    second_point: bool = False,
 ) -> GradientStore:
     """A store of random numbers with the structure of a real one."""
     rng = np.random.default_rng(seed)
@@ -397,6 +441,13 @@ def random_store(
             | {"sampled_loss": (outputs, other_rng.normal(size=(count, dim)).astype(np.float32))},
         }
 
+    ahead: dict[str, np.ndarray] = {}
+    if second_point:
+        ahead_rng = np.random.default_rng([seed, 2])
+        ahead = {
+            "second_point": ahead_rng.normal(size=dim),
+            "gradient_changes": ahead_rng.normal(size=(len(counts), dim)),
+        }
     target = GradientStore(
         task_names=["target"],
         task_ids=np.zeros(num_target),
@@ -424,7 +475,8 @@ def random_store(
         },
         vectors={
             name: rng.normal(size=dim).astype(np.float32) for name in ("momentum", "parameters")
-        },
+        }
+        | ahead,
         **arrays(sum(counts)),
     )
 

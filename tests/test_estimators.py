@@ -28,6 +28,7 @@ from hf_auxselect import (
 )
 from hf_auxselect.estimators import normalize_mixtures
 from hf_auxselect.estimators.base import rank_correlation
+from hf_auxselect.estimators.quadratic import random_subsets
 from hf_auxselect.estimators.recursion import Recursion
 from hf_auxselect.mixture import MixtureSampler, TaskRows
 
@@ -247,12 +248,17 @@ class TestLinearizedTraining:
         max_grad_norm=st.sampled_from([0.0, 0.5, 100.0]),
         steps_taken=st.sampled_from([None, 1, 30]),
         task_sizes=st.sampled_from([(7, 12, 5), (7, 20, 90)]),
+        second_point=st.booleans(),
     )
     def test_it_is_its_definition(
-        self, seed, subsets, rank, after, max_grad_norm, steps_taken, task_sizes
+        self, seed, subsets, rank, after, max_grad_norm, steps_taken, task_sizes, second_point
     ):
         store = random_store(
-            seed, after=after, max_grad_norm=max_grad_norm, steps_taken=steps_taken
+            seed,
+            after=after,
+            max_grad_norm=max_grad_norm,
+            steps_taken=steps_taken,
+            second_point=second_point,
         )
         store = rebuilt(store, task_sizes=task_sizes)
         rates = [0.3, 0.2, 0.1]
@@ -264,6 +270,67 @@ class TestLinearizedTraining:
         ]
         fitted = LinearizedTraining(rank=rank, learning_rates=rates).fit(store)
         assert fitted.estimate(subsets).loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+    def test_it_looks_ahead_along_the_mean_of_its_own_displacements(self):
+        store = random_store(3, dim=40)
+        fitted = LinearizedTraining().fit(store)
+        masks = random_subsets(3)
+        displacements = []
+        for rows in normalize_mixtures(masks, store.task_sizes):
+            effects = fitted._effects(rows[None])
+            displacements.append(fitted._model._axes_DR @ effects.delta_MR[0])
+        found = LinearizedTraining().second_point(store)
+        assert found == pytest.approx(2 / 3 * np.mean(displacements, axis=0), rel=1e-9)
+
+    def test_without_a_second_point_nothing_is_asked_for(self):
+        assert LinearizedTraining(look_ahead=False).second_point(random_store()) is None
+        assert LinearizedTraining().second_point(random_store(after="restart")) is None
+        assert GaussNewton().second_point(random_store()) is None
+        surrogate = RidgeSurrogate(base=LinearizedTraining())
+        expected = LinearizedTraining().second_point(random_store())
+        assert np.array_equal(surrogate.second_point(random_store()), expected)
+
+    def test_a_second_point_is_left_alone_unless_it_is_asked_for(self):
+        store = random_store(5, second_point=True)
+        plain = LinearizedTraining().fit(random_store(5)).estimate(np.eye(3, dtype=bool)).loss
+        left_alone = LinearizedTraining(look_ahead=False).fit(store)
+        assert left_alone.estimate(np.eye(3, dtype=bool)).loss.tolist() == plain.tolist()
+        used = LinearizedTraining().fit(store)
+        assert used.estimate(np.eye(3, dtype=bool)).loss.tolist() != plain.tolist()
+
+    def test_changes_that_rounding_could_make_are_no_secant(self):
+        plain = random_store(5)
+        at_rest = {
+            "second_point": np.zeros(6),
+            "gradient_changes": np.full((3, 6), 1e-7),
+        }
+        store = rebuilt(plain, vectors=plain.vectors | at_rest)
+        losses = [
+            LinearizedTraining(rank=6).fit(s).estimate(np.eye(3, dtype=bool)).loss
+            for s in (plain, store)
+        ]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+
+    def test_the_residual_is_what_curvature_had_not_foreseen(self):
+        store = random_store(6, dim=40, counts=(30, 30, 30))
+        fitted = LinearizedTraining(look_ahead=False).fit(store)
+        displacement = np.random.default_rng(0).normal(size=40)
+        phi = store.scalar("sampled_loss@optimizer")[1].astype(np.float64)
+        changes = []
+        for k in range(3):
+            own = store.task_ids == k
+            H = (phi[own] * fitted._model.share_N[own, None]).T @ phi[own]
+            changes.append((H - np.trace(H) / 40 * np.eye(40)) @ displacement)
+
+        def diagnostics(gradient_changes):
+            vectors = {"second_point": displacement, "gradient_changes": gradient_changes}
+            exact = rebuilt(store, vectors=store.vectors | vectors)
+            return LinearizedTraining(rank=40).fit(exact).diagnostics()
+
+        assert diagnostics(np.array(changes))["linearization_residual"] < 1e-5
+        assert diagnostics(2 * np.array(changes))["linearization_residual"] == pytest.approx(0.5)
+        assert 0 < diagnostics(np.array(changes))["gradient_drift"] < 2
+        assert "gradient_drift" not in fitted.diagnostics()
 
     def test_clipping_is_that_of_many_batches(self):
         # Of as many dimensions as inner products of different rows need to be much alike.

@@ -243,6 +243,7 @@ class TestTwoProcesses:
     def test_the_store_is_that_of_one_process(self, two_processes):
         for run in two_processes:
             assert run["largest_difference"] < 1e-6
+            assert run["largest_difference_of_changes"] < 1e-6 < 1e-3 < run["largest_change"]
 
     def test_verification_measures_what_the_run_ends_with(self, two_processes):
         for run in two_processes:

@@ -82,6 +82,19 @@ class AbstractEstimator(ABC):
         A class variable where they do not depend on the options.
         """
 
+    @property
+    def look_ahead(self) -> bool:
+        """Whether it may ask for a second point."""
+        return False
+
+    def second_point(self, store: GradientStore) -> Array | None:
+        """Where the tasks' mean gradients are to be captured once more; None: nowhere.
+
+        Returns:
+            float64 [D]: a displacement from the anchor, in the optimizer's coordinates.
+        """
+        return None
+
     @abstractmethod
     def fit(self, store: GradientStore) -> FittedEstimator:
         """Prepare for the examples of ``store``; raises KeyError if it lacks one of ``scalars``."""

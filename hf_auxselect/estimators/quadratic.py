@@ -35,6 +35,9 @@ _BLOCKS = 3
 _MOST_AXES = 96
 """Unless told otherwise, axes for so many blocks, and at most so many axes."""
 
+_LEAST_CHANGE = 0.01
+"""Share of a gradient by which it must have changed for a secant to say more than rounding does."""
+
 _INDEPENDENT = 1e-7
 """Length that is left of a unit vector which still counts as a direction of its own."""
 
@@ -55,6 +58,14 @@ class Covariance(NamedTuple):
 
     inner: Array
     outer: Array
+
+
+class Secant(NamedTuple):
+    """What was measured at a second point."""
+
+    displacement_D: Array
+    changes_KD: Array
+    """Of each task's mean gradient b along it."""
 
 
 class Effects(NamedTuple):
@@ -108,6 +119,10 @@ class QuadraticModel:
         rank: R; D if that is less. None: as many as three blocks take, at most 96: on four
             families of tasks, more of them fit what differs from sample to sample.
         vectors_VD: further vectors that displacements are made of.
+        secant: by how much the tasks' b were measured to change along a displacement. Each H_k is
+            changed by as little as makes it say the same (in the Frobenius norm; Powell's symmetric
+            Broyden update), and then by as little as keeps it from turning negative: a direction of
+            negative curvature would be followed without end.
 
     Attributes:
         rank: R.
@@ -120,7 +135,8 @@ class QuadraticModel:
         anchor_loss: of the target, nats per label token.
 
     Source: Saad, "Analysis of Some Krylov Subspace Approximations to the Matrix Exponential
-    Operator" (SIAM J. Numer. Anal. 1992), section 2, for blocks of vectors.
+    Operator" (SIAM J. Numer. Anal. 1992), section 2, for blocks of vectors; Dennis and Moré,
+    "Quasi-Newton Methods, Motivation and Theory" (SIAM Review 1977), section 7.3, for the secant.
     """
 
     def __init__(
@@ -130,13 +146,14 @@ class QuadraticModel:
         *,
         rank: int | None,
         vectors_VD: Array | None = None,
+        secant: Secant | None = None,
     ) -> None:
         self._store = store
         self._read = read_gradients
         with one_blas_thread():
-            self._build(rank, vectors_VD)
+            self._build(rank, vectors_VD, secant)
 
-    def _build(self, rank: int | None, vectors_VD: Array | None) -> None:
+    def _build(self, rank: int | None, vectors_VD: Array | None, secant: Secant | None) -> None:
         store = self._store
         self.counts_K = np.bincount(store.task_ids)
         tokens_N = store.num_label_tokens.astype(np.float64)
@@ -155,11 +172,16 @@ class QuadraticModel:
 
         if vectors_VD is None:
             vectors_VD = np.zeros((0, self._dim))
-        self._axes_DR = self._krylov_axes(np.vstack([self.b_KD, target_b_1D, vectors_VD]), rank)
+        starts = [self.b_KD, target_b_1D, vectors_VD]
+        if secant is not None:
+            starts.append(secant.displacement_D[None])
+        self._axes_DR = self._krylov_axes(np.vstack(starts), rank)
         self.rank = self._axes_DR.shape[1]
         self._target_b_R = self._inside(target_b_1D[0])
         self._reduce_tasks(target_b_1D[0])
         self._reduce_target(vectors_VD, target_trace)
+        if secant is not None:
+            self._H_KRR = self._with_secant(secant)
 
     def _krylov_axes(self, starts_SD: Array, rank: int | None) -> Array:
         """Orthonormal axes [D, R]; fewer if they already hold all that H makes of the starts."""
@@ -188,6 +210,10 @@ class QuadraticModel:
             phi = self._read(store, rows)[1]
             result_DS += phi.T @ (weights_N[rows, None] * (phi @ vectors_DS))
         return result_DS
+
+    def outwards(self, vector_R: Array) -> Array:
+        """A vector within the axes, in all D dimensions."""
+        return self._axes_DR @ vector_R
 
     def token_weights(self, rows_MK: Array) -> Array:
         """Share of each task in the label tokens of mixtures of rows; each sums to 1 or is 0."""
@@ -334,10 +360,7 @@ class QuadraticModel:
         largest share of one example in the lengths of the target's gradients: near 1, they are
         about that example.
         """
-        num_tasks = len(self.b_KD)
-        rng = np.random.default_rng(0)
-        sizes_M = rng.integers(1, num_tasks + 1, 200)
-        masks_MK = rng.random((200, num_tasks)).argsort(1) < sizes_M[:, None]
+        masks_MK = random_subsets(len(self.b_KD))
         with one_blas_thread():
             own = effects(normalize_mixtures(masks_MK, self._store.task_sizes))
         linear_M = own.linear_MT @ self._omega_T
@@ -350,12 +373,31 @@ class QuadraticModel:
             "rank_correlation_with_step_norm": rank_correlation(
                 loss_M, np.linalg.norm(own.delta_MR, axis=1)
             ),
-            "rank_correlation_with_number_of_tasks": rank_correlation(loss_M, sizes_M),
+            "rank_correlation_with_number_of_tasks": rank_correlation(loss_M, masks_MK.sum(1)),
             "outlier_gradient_share": outlier_share(
                 self.norm_N[:, None],  # the norm of a norm is itself
                 self._store.task_ids,
             ),
             "largest_target_example_share": float(lengths_T.max() / max(lengths_T.sum(), 1e-300)),
+        }
+
+    def secant_diagnostics(self, w_K: Array) -> dict[str, float]:
+        """How the gradient of a mixture changed where it was measured, within the axes.
+
+        The share of the change that the Gauss-Newton matrix had not foreseen, and one less the
+        cosine of the gradients at both points.
+        """
+        change_R, before_R = w_K @ self._measured_KR, w_K @ self.b_KR
+        missed_R = change_R - w_K @ self._expected_KR
+        after_R = before_R + change_R
+
+        def length(vector: Array) -> float:
+            return max(float(np.linalg.norm(vector)), 1e-300)
+
+        cosine = float(before_R @ after_R) / (length(before_R) * length(after_R))
+        return {
+            "linearization_residual": length(missed_R) / length(change_R),
+            "gradient_drift": 1 - cosine,
         }
 
     def _target_variance(self, own: Effects, reference: Effects | None) -> Array:
@@ -382,7 +424,7 @@ class QuadraticModel:
         def mean(e: Effects) -> Array:
             mean_MK = e.slope_MR @ self.b_KR.T + e.outer_slope_M[:, None] * self._outer_response_K
             mean_MK += curvature_share * np.einsum(
-                "mr,krs,ms->mk", e.slope_MR, self._H_KRR, e.delta_MR, optimize=True
+                "mr,krs,ms->mk", e.slope_MR, self._drawn_H_KRR, e.delta_MR, optimize=True
             )
             return mean_MK
 
@@ -453,6 +495,35 @@ class QuadraticModel:
             self._outer_moment_K[k] += weights_N @ ((g_ND**2).sum(1) - (g**2).sum(1))
         self._outer_response_K = self.b_KD @ outer_target_b_D
         self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
+        self._drawn_H_KRR = self._H_KRR
+
+    def _with_secant(self, secant: Secant) -> Array:
+        """Curvature of the tasks [K, R, R] that agrees with what was measured."""
+        displacement_R = self._inside(secant.displacement_D)
+        length = max(float(np.linalg.norm(displacement_R)), 1e-300)
+        u = displacement_R / length
+        self._measured_KR = self._inside(secant.changes_KD)
+        self._expected_KR = np.empty_like(self._measured_KR)
+        result_KRR = np.empty_like(self._H_KRR)
+        changes_K, lengths_K = (
+            np.linalg.norm(vectors, axis=1) for vectors in (self._measured_KR, self.b_KR)
+        )
+        is_measured_K = changes_K > _LEAST_CHANGE * lengths_K
+        for k, drawn_RR in enumerate(self._H_KRR):
+            added_RR = self._trace_K[k] / self._dim * np.eye(self.rank)
+            H_RR = drawn_RR - added_RR
+            least = min(float(np.linalg.eigvalsh(H_RR)[0]), 0.0)
+            self._expected_KR[k] = H_RR @ displacement_R
+            if not is_measured_K[k]:
+                result_KRR[k] = drawn_RR
+                continue
+            missing_R = (self._measured_KR[k] - self._expected_KR[k]) / length
+            H_RR += np.outer(missing_R, u) + np.outer(u, missing_R)
+            H_RR -= (u @ missing_R) * np.outer(u, u)
+            values_R, vectors_RR = np.linalg.eigh(H_RR)
+            H_RR = (vectors_RR * np.maximum(values_R, least)) @ vectors_RR.T
+            result_KRR[k] = H_RR + added_RR
+        return result_KRR
 
     def _reduce_target(self, vectors_VD: Array, trace: float) -> None:
         """Turn the target into the axes, and keep its inner products outside of them."""
@@ -473,6 +544,13 @@ class QuadraticModel:
         self._target_H_RR = (self._target_phi_TR * self._omega_T[:, None]).T @ self._target_phi_TR
         self._target_outer_curvature = self._curvature_left(self._target_H_RR, trace)
         self._target_H_RR -= trace / self._dim * np.eye(self.rank)
+
+
+def random_subsets(num_tasks: int) -> Array:
+    """200 subsets of tasks, as masks; all sizes are equally likely."""
+    rng = np.random.default_rng(0)
+    sizes_M = rng.integers(1, num_tasks + 1, 200)
+    return rng.random((200, num_tasks)).argsort(1) < sizes_M[:, None]
 
 
 def unit(vectors: Array) -> Array:

@@ -58,6 +58,13 @@ class AbstractSurrogate(AbstractEstimator):
     def scalars(self) -> tuple[str, ...]:
         return self.base.scalars
 
+    @property
+    def look_ahead(self) -> bool:
+        return self.base.look_ahead
+
+    def second_point(self, store: GradientStore) -> Array | None:
+        return self.base.second_point(store)
+
     @abstractmethod
     def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:
         """What leave-one-out chooses from: hyperparameters by name, and the kernel they make."""

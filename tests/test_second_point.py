@@ -1,0 +1,222 @@
+import numpy as np
+import pytest
+import tiny
+import torch
+from reference import loss_of_example
+
+from hf_auxselect import GradientStore, LinearizedTraining, capture_gradients
+from hf_auxselect.gradients import TaskExamples
+from hf_auxselect.optimizer_state import read_optimizer
+from hf_auxselect.projection import CountSketch
+from hf_auxselect.second_point import SECOND_POINT_EXAMPLES, capture_second_point
+
+COEFFICIENTS = np.array([-0.5, -0.3, 0.2])
+
+
+def stepped(optimizer_class=torch.optim.AdamW, **options):
+    """A model and its optimizer after a few steps."""
+    model = tiny.adapted(tiny.llama()).float()
+    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], **options)
+    for rows in (tiny.rows_of([(9, 5), (4, 0)]), tiny.rows_of([(7, 2), (5, 3)])):
+        model(**tiny.collate(rows)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), optimizer
+
+
+def tasks(*counts):
+    """Tasks of rows of unlike length, with the names of the letters."""
+    rng = np.random.default_rng(1)
+    return {
+        name: tiny.rows_of([tuple(rng.integers(4, 9, 2)) for _ in range(count)])
+        for name, count in zip("abc", counts, strict=False)
+    }
+
+
+def captured(model, optimizer, rows, directory, dim=64):
+    """The store of a pass at the anchor."""
+    return capture_gradients(
+        model,
+        rows,
+        tiny.rows_of([(6, 3)] * 3),
+        tiny.collate,
+        directory=directory,
+        projection_dim=dim,
+        optimizer=optimizer,
+        progress=False,
+    )
+
+
+def combined(store, coefficients=COEFFICIENTS):
+    """A combination of the momentum and the tasks' mean gradients, projected."""
+    gradients = store.scalar("loss@optimizer")[1].astype(np.float64)
+    tokens = store.num_label_tokens
+    means = [
+        np.average(gradients[store.task_ids == k], axis=0, weights=tokens[store.task_ids == k])
+        for k in range(len(store.task_names))
+    ]
+    return coefficients @ np.vstack([store.vectors["momentum"], means])
+
+
+def looked_ahead(model, optimizer, rows, directory, displacement=combined, collate=tiny.collate):
+    """The store of that pass and of the second point."""
+    store = captured(model, optimizer, rows, directory)
+    examples = [
+        TaskExamples(name=name, rows=own, example_ids=range(len(own)), num_rows=len(own))
+        for name, own in rows.items()
+    ]
+    return capture_second_point(
+        model,
+        examples,
+        collate,
+        store,
+        displacement(store),
+        directory=directory,
+        optimizer=optimizer,
+        batch_size=4,
+        progress=False,
+    )
+
+
+def weights_of(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def mean_gradient(model, rows):
+    """Of the loss over the label tokens of some rows, by parameter."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tokens = [sum(label != -100 for label in row["labels"][1:]) for row in rows]
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for row, count in zip(rows, tokens, strict=True):
+        loss = loss_of_example(model, tiny.collate([row]))
+        for name, value in zip(
+            parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True
+        ):
+            total[name] += count / sum(tokens) * value
+    return total
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [(torch.optim.AdamW, {"lr": 1e-2}), (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})],
+)
+def test_it_is_the_change_of_the_mean_gradients(tmp_path, optimizer_class, options):
+    model, optimizer = stepped(optimizer_class, **options)
+    rows = tasks(7, 12)
+    before = weights_of(model)
+    store = looked_ahead(model, optimizer, rows, tmp_path)
+    after = weights_of(model)
+    assert tiny.same(before, after)
+
+    state = read_optimizer(model, optimizer)
+    sketch = CountSketch(64, 0)
+
+    def project(vectors):
+        parts = [sketch.project(name, v.flatten()[None])[0] for name, v in vectors.items()]
+        return torch.stack(parts).sum(0).numpy()
+
+    def in_coordinates(gradient):
+        return {name: g.flatten() * state.scales[name] for name, g in gradient.items()}
+
+    first = [in_coordinates(mean_gradient(model, own)) for own in rows.values()]
+    displacement = {
+        name: COEFFICIENTS[0] * state.momentum[name] * state.scales[name]
+        + sum(c * g[name] for c, g in zip(COEFFICIENTS[1:], first, strict=True))
+        for name in state.scales
+    }
+    assert store.vectors["second_point"] == pytest.approx(project(displacement), abs=1e-4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p += (displacement[name] * state.scales[name]).view_as(p)
+    for k, own in enumerate(rows.values()):
+        second = in_coordinates(mean_gradient(model, own))
+        change = project({name: second[name] - first[k][name] for name in second})
+        assert np.abs(change).max() > 1e-3
+        assert store.vectors["gradient_changes"][k] == pytest.approx(change, abs=1e-4)
+
+
+def test_a_displacement_is_taken_as_nearly_as_momentum_and_gradients_lead(tmp_path):
+    def elsewhere(store):
+        return 0.01 * np.random.default_rng(0).normal(size=64) + combined(store)
+
+    model, optimizer = stepped(lr=1e-2)
+    store = looked_ahead(model, optimizer, tasks(9, 8), tmp_path, elsewhere)
+    left = elsewhere(store) - store.vectors["second_point"]
+    for coefficients in np.eye(3):
+        source = combined(store, coefficients)
+        assert abs(left @ source) < 1e-3 * np.linalg.norm(left) * np.linalg.norm(source)
+
+
+def test_it_is_found_again_beside_what_was_known(tmp_path):
+    model, optimizer = stepped(lr=1e-2)
+    rows = tasks(5, 6)
+    store = looked_ahead(model, optimizer, rows, tmp_path)
+    loaded = GradientStore.load(tmp_path)
+    assert sorted(loaded.vectors) == ["gradient_changes", "momentum", "parameters", "second_point"]
+    for name, vector in store.vectors.items():
+        assert np.array_equal(loaded.vectors[name], vector)
+    assert len(list(tmp_path.glob("vectors.*"))) == 1
+
+
+def test_at_most_so_many_examples_are_read_again_and_all_over_a_task(tmp_path):
+    model, optimizer = stepped(lr=1e-2)
+    count = 3 * SECOND_POINT_EXAMPLES
+    rows = tasks(count, 5)
+    for i, row in enumerate(rows["a"]):
+        row["number"] = i
+    read = []
+
+    def collate(examples):
+        read.extend(row["number"] for row in examples if "number" in row)
+        return tiny.collate(examples)
+
+    looked_ahead(model, optimizer, rows, tmp_path, collate=collate)
+    assert len(read) == 2 * SECOND_POINT_EXAMPLES
+    assert len(set(read)) == SECOND_POINT_EXAMPLES
+    assert (min(read), max(read)) == (0, count - 1)
+    assert np.diff(sorted(set(read))).max() <= 4
+
+
+def test_what_is_not_finite_is_left_out_with_a_warning(tmp_path, caplog):
+    def too_far(store):
+        return 1e36 * combined(store)
+
+    model, optimizer = stepped(lr=1e-2)
+    before = weights_of(model)
+    store = looked_ahead(model, optimizer, tasks(5, 6), tmp_path, too_far)
+    assert "second_point" not in store.vectors
+    assert "not finite" in caplog.text
+    assert tiny.same(before, weights_of(model))
+
+
+def test_an_error_leaves_the_model_as_it_was(tmp_path):
+    model, optimizer = stepped(lr=1e-2)
+    before = weights_of(model)
+    batches = []
+
+    def collate(examples):
+        batches.append(weights_of(model))
+        if len(batches) > 4:
+            raise RuntimeError("out of memory")
+        return tiny.collate(examples)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        looked_ahead(model, optimizer, tasks(5, 6), tmp_path, collate=collate)
+    assert not tiny.same(before, batches[-1])
+    assert tiny.same(before, weights_of(model))
+
+
+def test_a_run_looks_ahead_unless_it_is_told_not_to(tmp_path):
+    callbacks = [
+        tiny.callback(),
+        tiny.callback(estimator=LinearizedTraining(look_ahead=False)),
+        tiny.callback(after="restart"),
+    ]
+    for i, callback in enumerate(callbacks):
+        tiny.trained(tiny.sft_trainer, tmp_path / str(i), callback)
+    stores = [GradientStore.load(tmp_path / str(i) / "_task_selection/gradients") for i in range(3)]
+    assert ["second_point" in store.vectors for store in stores] == [True, False, False]
+    diagnostics = callbacks[0].report.diagnostics
+    assert diagnostics["linearization_residual"] > 0
+    assert "linearization_residual" not in callbacks[1].report.diagnostics
