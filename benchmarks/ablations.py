@@ -77,15 +77,9 @@ def _step_length(store: GradientStore) -> float:
     return float(lengths[0] / lengths[1])
 
 
-def before_restart(store: GradientStore, steps: int) -> GradientStore:
-    """The store of a run that goes on, as if it were to restart.
-
-    The schedules are linear, so that the rates of the rest of a run of ``steps`` and those of its
-    restart differ by a factor.
-    """
-    training = dict(store.metadata["training"])
-    rates = np.array(training["learning_rates"])
-    training |= {"learning_rates": (rates * steps / len(rates)).tolist(), "after": "restart"}
+def before_restart(store: GradientStore) -> GradientStore:
+    """The store of a run that goes on, as if it were to restart."""
+    training = store.metadata["training"] | {"after": "restart"}
     return replaced(store, metadata=store.metadata | {"training": training})
 
 

@@ -139,7 +139,7 @@ class _Stop(TrainerCallback):
 def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
     """The gradients at the warm-up's checkpoint, captured when they are first asked for."""
     if mode == "restart":  # from the same anchor: the gradients are the same
-        return before_restart(gradients(family, "continue", dim), FAMILIES[family].steps)
+        return before_restart(gradients(family, "continue", dim))
     directory = CACHE / family / f"{mode}-{dim}"
     store = directory / "_task_selection" / "gradients"
     if not _is_captured(store):

@@ -208,8 +208,7 @@ class TaskSelectionCallback(TrainerCallback):
                     scalars=self.estimator.scalars,
                     one_by_one=self.one_by_one,
                 )
-                looks_ahead = self.estimator.look_ahead and self.after != "restart"
-                if looks_ahead:
+                if self.estimator.look_ahead:
                     seconds += predict_second_point_seconds(
                         trainer.model,
                         plan.examples,
@@ -219,7 +218,7 @@ class TaskSelectionCallback(TrainerCallback):
         sketch = CountSketch(self.projection_dim, plan.seed)
         sizes = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
         pass_bytes = sum(sketch.table_bytes(size) for size in sizes)
-        if looks_ahead:  # the displacement, and where it started
+        if self.estimator.look_ahead:  # the displacement, and where it started
             pass_bytes += 8 * sum(sizes)
         bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
         return CostPreview(

@@ -32,9 +32,9 @@ DOUBTS = (
     Doubt(
         "linearization_residual",
         1.0,
-        "where training is about to lead, gradients change by {:.1f} times as much as the model "
-        "behind the estimates explains: warm up longer, lower the learning rate, or check the "
-        "choice with verify=4.",
+        "where training is about to lead, gradients are off by {:.1f} times what they change by "
+        "on the way, in the model behind the estimates: warm up longer, lower the learning rate, "
+        "or check the choice with verify=4.",
     ),
     Doubt(
         "rank_correlation_with_step_norm",
@@ -44,14 +44,14 @@ DOUBTS = (
     ),
 )
 """Measured in benchmarks/agreement.py: where estimates agree with real fine-tunes, the first is at
-most 0.29 and the second 0.09. The families made to fail have 0.37 and 1.6 (warm-ups of 20 and 3
-steps instead of 60) and 1.0 (learning rates 30 times as high), and the last of them 1.5 of the
-second.
+most 0.24, the second 0.09 and the third 0.61. Of the families made to fail, warm-ups of 20 and 3
+steps instead of 60 have 0.42 and 0.57 of the first, and the latter 1.2 of the third; learning rates
+30 times as high have 1.5 of the second and 20 of the third.
 """
 
 OF_A_RESTART = (
     "training starts again, far from where the gradients were taken: estimates are much less "
-    "certain than their intervals say, which held the loss of 79 of 160 real restarts instead of "
+    "certain than their intervals say, which held the loss of 66 of 160 real restarts instead of "
     'nine in ten. Use after="continue", or check the choice with verify=4.'
 )
 """Measured in benchmarks/agreement.py --modes restart."""

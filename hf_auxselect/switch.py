@@ -510,7 +510,11 @@ def schedule_restart(trainer: Trainer, switch_step: int) -> None:
     )
 
     def joined(first: Any, later: Any) -> Callable[[int], float]:
-        return lambda step: first(step) if step < switch_step else later(step - switch_step)
+        def factor(step: int) -> float:
+            return first(step) if step < switch_step else later(step - switch_step)
+
+        factor.without_restart = first  # type: ignore[attr-defined]
+        return factor
 
     scheduler.lr_lambdas = [
         joined(first, later)
@@ -529,12 +533,15 @@ def training_to_come(trainer: Trainer, switch_step: int, after: str) -> dict[str
     """What the optimizer will be told in the steps after the switch, for estimators that model it.
 
     Returns:
-        ``learning_rates`` of each remaining step, ``max_grad_norm`` (0: no clipping),
-        ``examples_per_step`` over all processes, and ``after``, as JSON values.
+        ``learning_rates`` of each remaining step (if it restarts, those without the restart),
+        ``max_grad_norm`` (0: no clipping), ``examples_per_step`` over all processes, and ``after``,
+        as JSON values.
     """
     scheduler, steps = trainer.lr_scheduler, range(switch_step, trainer.state.max_steps)
     if isinstance(scheduler, LambdaLR):
-        rates = [scheduler.base_lrs[0] * float(scheduler.lr_lambdas[0](step)) for step in steps]
+        factor = scheduler.lr_lambdas[0]
+        factor = getattr(factor, "without_restart", factor)
+        rates = [scheduler.base_lrs[0] * float(factor(step)) for step in steps]
     else:
         rates = [float(trainer.optimizer.param_groups[0]["lr"])] * len(steps)  # unknown: as it is
     return {

@@ -239,15 +239,15 @@ def linearized_training(
         store.num_label_tokens[store.task_ids == k].mean() for k in range(len(pooled))
     ]
     w = pooled * tokens_per_row / (pooled @ tokens_per_row)
-    is_restart, steps_taken = training["after"] == "restart", optimizer["steps_taken"]
+    steps_taken = optimizer["steps_taken"]
     gradients = store.scalar("loss@optimizer")[1].astype(np.float64)
     target_b = target.example_weights @ target.scalar("loss@optimizer")[1].astype(np.float64)
     parameters = store.vectors["parameters"].astype(np.float64)
-    momentum = np.zeros(dim) if is_restart else store.vectors["momentum"].astype(np.float64)
+    momentum = store.vectors["momentum"].astype(np.float64)
 
     starts = [share_in_task * (store.task_ids == k) @ gradients for k in range(len(pooled))]
     starts += [target_b, momentum, parameters if optimizer["weight_decay"] else np.zeros(dim)]
-    looks_ahead = "second_point" in store.vectors and not is_restart
+    looks_ahead = "second_point" in store.vectors
     if looks_ahead:
         starts.append(store.vectors["second_point"].astype(np.float64))
     overall = curvature(store, share_in_task / len(pooled))
@@ -284,8 +284,6 @@ def linearized_training(
     overall = curvature(store, w[store.task_ids] * share_in_task)
     H = denoised(overall, least=-slowest, correction=correction)
     delta = np.zeros(dim)
-    if is_restart:
-        steps_taken = None
     if steps_taken is not None:
         momentum = momentum * (1 - beta**steps_taken)
     for t, rate in enumerate(rates, start=1):

@@ -244,18 +244,16 @@ class TestLinearizedTraining:
         seed=st.integers(0, 20),
         subsets=st.lists(masks, min_size=1, max_size=3),
         rank=st.sampled_from([1, 3, 6, None]),
-        after=st.sampled_from(["continue", "restart"]),
         max_grad_norm=st.sampled_from([0.0, 0.5, 100.0]),
         steps_taken=st.sampled_from([None, 1, 30]),
         task_sizes=st.sampled_from([(7, 12, 5), (7, 20, 90)]),
         second_point=st.booleans(),
     )
     def test_it_is_its_definition(
-        self, seed, subsets, rank, after, max_grad_norm, steps_taken, task_sizes, second_point
+        self, seed, subsets, rank, max_grad_norm, steps_taken, task_sizes, second_point
     ):
         store = random_store(
             seed,
-            after=after,
             max_grad_norm=max_grad_norm,
             steps_taken=steps_taken,
             second_point=second_point,
@@ -284,7 +282,6 @@ class TestLinearizedTraining:
 
     def test_without_a_second_point_nothing_is_asked_for(self):
         assert LinearizedTraining(look_ahead=False).second_point(random_store()) is None
-        assert LinearizedTraining().second_point(random_store(after="restart")) is None
         assert GaussNewton().second_point(random_store()) is None
         surrogate = RidgeSurrogate(base=LinearizedTraining())
         expected = LinearizedTraining().second_point(random_store())

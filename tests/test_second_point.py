@@ -4,11 +4,15 @@ import tiny
 import torch
 from reference import loss_of_example
 
-from hf_auxselect import GradientStore, LinearizedTraining, capture_gradients
+from hf_auxselect import GradientStore, LinearizedTraining, RidgeSurrogate, capture_gradients
 from hf_auxselect.gradients import TaskExamples
 from hf_auxselect.optimizer_state import read_optimizer
 from hf_auxselect.projection import CountSketch
-from hf_auxselect.second_point import SECOND_POINT_EXAMPLES, capture_second_point
+from hf_auxselect.second_point import (
+    SECOND_POINT_EXAMPLES,
+    capture_second_point,
+    predict_second_point_seconds,
+)
 
 COEFFICIENTS = np.array([-0.5, -0.3, 0.2])
 
@@ -216,7 +220,32 @@ def test_a_run_looks_ahead_unless_it_is_told_not_to(tmp_path):
     for i, callback in enumerate(callbacks):
         tiny.trained(tiny.sft_trainer, tmp_path / str(i), callback)
     stores = [GradientStore.load(tmp_path / str(i) / "_task_selection/gradients") for i in range(3)]
-    assert ["second_point" in store.vectors for store in stores] == [True, False, False]
+    assert ["second_point" in store.vectors for store in stores] == [True, False, True]
+    # A restart is estimated as a run that goes on from the anchor.
+    training = [store.metadata["training"] for store in stores]
+    assert [t["after"] for t in training] == ["continue", "continue", "restart"]
+    assert training[0]["learning_rates"] == training[2]["learning_rates"]
+    assert len(set(training[0]["learning_rates"])) == 6
     diagnostics = callbacks[0].report.diagnostics
     assert diagnostics["linearization_residual"] > 0
     assert "linearization_residual" not in callbacks[1].report.diagnostics
+
+
+def test_the_preview_counts_it(tmp_path):
+    trainer = tiny.sft_trainer(tmp_path)
+    size = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    memory = [
+        tiny.callback(**options).preview(trainer).memory_mib * 2**20
+        for options in (
+            {},
+            {"estimator": LinearizedTraining(look_ahead=False)},
+            {"estimator": RidgeSurrogate(base=LinearizedTraining())},
+            {"after": "restart"},
+        )
+    ]
+    assert memory[0] == memory[1] + 8 * size == memory[2] == memory[3]
+    before = weights_of(trainer.model)
+    task = TaskExamples(name="a", rows=tiny.rows_of([(6, 3)] * 9), example_ids=range(9), num_rows=9)
+    seconds = predict_second_point_seconds(trainer.model, [task], tiny.collate, batch_size=4)
+    assert seconds > 0
+    assert tiny.same(before, weights_of(trainer.model))

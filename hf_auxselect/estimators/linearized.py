@@ -62,16 +62,9 @@ class LinearizedTraining(AbstractEstimator):
     to take it, with |g|^2 of a batch as it is for its rows' own lengths and for inner products
     between different rows that are those of their tasks' mean gradients. The steps begin from the
     optimizer's own m_0 after its t_0 steps; SGD has no division by 1 - beta^(t_0 + t).
-    When training restarts, the anchor stands for where it will have come, on all tasks, before
-    mixtures make a difference: the steps, with the rates of the restart, begin there too, with
-    m_0 = 0 and no such division, since the second moments of the first steps are as small as their
-    momentum. The initial parameters themselves are too far for a quadratic model.
-
-    The recursion is linear, and in the eigenvectors of H_w it falls apart into one of two numbers
-    per eigenvalue; what it makes of m_0, b_w and theta is tabulated once as a function of the
-    eigenvalue. After the last step,
-
-        L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2.
+    A restart is estimated as if the run went on from the anchor: the way from the initial
+    parameters is too long for a quadratic model, and what mixtures do to the target near the anchor
+    ranks them better than steps as long as those of the restart.
 
     H is Gauss-Newton's, which knows nothing of the model's own curvature and holds for small
     displacements. So the tasks' mean gradients are captured once more (``second_point``), at two
@@ -111,8 +104,7 @@ class LinearizedTraining(AbstractEstimator):
         rank: R; None: see ``QuadraticModel``.
         learning_rates: eta_t of the steps to come; None: as the trainer told the store.
         look_ahead: capture the tasks' gradients at a second point, which takes two passes over at
-            most 64 examples of each. Not for a restart, whose way begins elsewhere; and without a
-            trainer there is no second point.
+            most 64 examples of each. Without a trainer there is no second point.
         model_error: standard error of the predicted change of the loss, as a share of its terms.
 
     Source: gradient descent on the linearised network as in Lee et al., "Wide Neural Networks of
@@ -137,7 +129,7 @@ class LinearizedTraining(AbstractEstimator):
                 raise ValueError("learning_rates must be rates of one or more steps, not negative.")
 
     def second_point(self, store: GradientStore) -> Array | None:
-        if not self.look_ahead or _is_restart(store):
+        if not self.look_ahead:
             return None
         return _SHARE_OF_WAY * replace(self, look_ahead=False).fit(store).mean_displacement()
 
@@ -168,18 +160,17 @@ class FittedLinearizedTraining(FittedQuadratic):
                 "without a trainer. Pass learning_rates=..., the rate of each remaining step."
             )
         rates = np.asarray(rates, np.float64) * optimizer["learning_rate_factor"]
-        is_restart = _is_restart(store)
         self._recursion = Recursion(
             rates,
             momentum_coefficient=optimizer["momentum_coefficient"],
-            steps_taken=None if is_restart else optimizer.get("steps_taken"),
+            steps_taken=optimizer.get("steps_taken"),
             weight_decay=optimizer["weight_decay"],
         )
         self._decay = optimizer["weight_decay"]
-        momentum_D = (not is_restart) * store.vectors["momentum"].astype(np.float64)
+        momentum_D = store.vectors["momentum"].astype(np.float64)
         parameters_D = (self._decay > 0) * store.vectors["parameters"].astype(np.float64)
         self._secant: Secant | None = None
-        if options.look_ahead and not is_restart and "second_point" in store.vectors:
+        if options.look_ahead and "second_point" in store.vectors:
             self._secant = Secant(
                 store.vectors["second_point"].astype(np.float64),
                 store.vectors["gradient_changes"].astype(np.float64),
@@ -352,10 +343,6 @@ class FittedLinearizedTraining(FittedQuadratic):
             ),
             "effective_dimension": float(spectrum.sum() ** 2 / max((spectrum**2).sum(), 1e-300)),
         }
-
-
-def _is_restart(store: GradientStore) -> bool:
-    return (store.metadata.get("training") or {}).get("after") == "restart"
 
 
 def _read_gradients(store: GradientStore, rows: slice) -> tuple[Array, Array]:
