@@ -5,6 +5,7 @@ Shapes: N examples, D projection_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ class Ablation:
     optimizer's own does; and there is no momentum, which is kept with the preconditioner only."""
     momentum: bool = True
     """That of the optimizer at the switch."""
+    target_axes: int | None = None
+    """So many principal axes of the target's gradients, onto which all others are projected, as in
+    GIST; None: they are left as they are."""
 
 
 ABLATIONS = {
@@ -35,6 +39,7 @@ ABLATIONS = {
     "not precond., empirical Fisher": Ablation(preconditioned=False, curvature="loss"),
     "not precond., margin": Ablation(preconditioned=False, curvature="margin"),
     "no momentum": Ablation(momentum=False),
+    "in the target's 64 main axes": Ablation(target_axes=64),
 }
 
 
@@ -42,6 +47,7 @@ def ablated(store: GradientStore, ablation: Ablation) -> GradientStore:
     """The store with other gradients and momentum where LinearizedTraining looks for its own."""
     factor = 1.0 if ablation.preconditioned else _step_length(store)
     suffix = "@optimizer" if ablation.preconditioned else ""
+    project = _onto_target(store, ablation.target_axes)
 
     def part(of: GradientStore, **target: GradientStore) -> GradientStore:
         g_ND = of.scalar("loss" + suffix)[1]
@@ -56,15 +62,24 @@ def ablated(store: GradientStore, ablation: Ablation) -> GradientStore:
             phi_ND = of.scalar(ablation.curvature + suffix)[1]
         scalars = {
             "loss": of.scalar("loss"),
-            "loss@optimizer": (of.losses, factor * g_ND),
-            "sampled_loss@optimizer": (of.losses, factor * phi_ND),
+            "loss@optimizer": (of.losses, factor * project(g_ND)),
+            "sampled_loss@optimizer": (of.losses, factor * project(phi_ND)),
         }
         return replaced(of, scalars=scalars, **target)
 
-    vectors = dict(store.vectors)
+    vectors = {name: project(vector) for name, vector in store.vectors.items()}
     if not (ablation.momentum and ablation.preconditioned):
         vectors["momentum"] = np.zeros_like(vectors["momentum"])
     return replaced(part(store, target=part(store.target)), vectors=vectors)
+
+
+def _onto_target(store: GradientStore, num_axes: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    """The projection of vectors [., D] onto the target's axes."""
+    if num_axes is None:
+        return lambda vectors: vectors
+    gradients_TD = store.target.scalar("loss@optimizer")[1].astype(np.float64)
+    axes_AD = np.linalg.svd(gradients_TD, full_matrices=False)[2][:num_axes]
+    return lambda vectors: (vectors @ axes_AD.T) @ axes_AD
 
 
 def _step_length(store: GradientStore) -> float:

@@ -297,16 +297,20 @@ def compare_calibrated(
 
 
 def compare_projections(truth: Truth, store: GradientStore, dim: int) -> dict[str, Any]:
-    """As :func:`compare`, with gradients of ``dim`` numbers: mean and spread over projections."""
-    lines = []
+    """As :func:`compare`, with gradients of ``dim`` numbers: mean and spread over projections.
+
+    And what the mean of their estimates comes to.
+    """
+    losses, lines = [], []
     for seed in range(NUM_PROJECTIONS):
         fitted = LinearizedTraining().fit(projected_again(store, dim, seed))
-        loss = fitted.estimate(truth.weights).loss
-        lines.append(measures(loss, truth.mean) | measures_in_nats(loss, truth.mean))
+        losses.append(fitted.estimate(truth.weights).loss)
+        lines.append(measures(losses[-1], truth.mean) | measures_in_nats(losses[-1], truth.mean))
     return {
         "dim": dim,
         **{key: float(np.mean([line[key] for line in lines])) for key in lines[0]},
         "spearman_range": [f(line["spearman"] for line in lines) for f in (min, max)],
+        "spearman_of_the_mean": spearman(np.mean(losses, axis=0), truth.mean),
     }
 
 
@@ -393,8 +397,9 @@ def print_rest(
         low, high = line["spearman_range"]
         print(
             f"{line['dim']:4} numbers per gradient, {NUM_PROJECTIONS} projections: Spearman "
-            f"{line['spearman']:.3f} ({low:.3f} to {high:.3f}), R2 {line['r2']:.2f}, error "
-            f"{line['error']:.2%}, regret {line['regret']:.1%}"
+            f"{line['spearman']:.3f} ({low:.3f} to {high:.3f}), of their mean "
+            f"{line['spearman_of_the_mean']:.3f}, R2 {line['r2']:.2f}, error {line['error']:.2%}, "
+            f"regret {line['regret']:.1%}"
         )
     for line in lines:
         print(

@@ -94,8 +94,8 @@ def capture_second_point(
         tokens = store.num_label_tokens[own]
         share_N[own] = tokens / tokens.sum()
 
-    before_ND = store.scalar("loss@optimizer")[1]
-    before_KD = np.stack([share_N[own] @ before_ND[own].astype(np.float64) for own in chosen])
+    gradients_ND = store.scalar("loss@optimizer")[1]
+    before_KD = np.stack([share_N[own] @ gradients_ND[own].astype(np.float64) for own in chosen])
     sources_SD = np.vstack([store.vectors["momentum"].astype(np.float64), before_KD])
     coefficients_S = computed_once(
         lambda: np.linalg.lstsq(sources_SD.T, displacement_D, rcond=None)[0]
@@ -125,20 +125,16 @@ def capture_second_point(
         displacement = _sum_over_processes(displacement)
         for name, momentum in state.momentum.items():
             displacement[name] += float(coefficients_S[0]) * momentum * state.scales[name]
-        gradient_KD = np.zeros((len(tasks), sketch.dim))
+        after_KD = np.zeros((len(tasks), sketch.dim))
         with _displaced(parameters, displacement, state.scales) as moved:
             for k, places in batches:
                 for name, value in gradient(k, places):
-                    gradient_KD[k] += sketch.project(name, value[None])[0].double().cpu().numpy()
+                    after_KD[k] += sketch.project(name, value[None])[0].double().cpu().numpy()
                 bar.update(len(places))
         parts = [sketch.project(name, value[None])[0] for name, value in moved.items()]
-    gradient_KD = np.sum(gather(gradient_KD), axis=0)
-    for k, own in enumerate(chosen):
-        before_ND = store.scalar("loss@optimizer")[1][own].astype(np.float64)
-        gradient_KD[k] -= share_N[own] @ before_ND
     vectors = {
         "second_point": torch.stack(parts).sum(0).cpu().numpy(),
-        "gradient_changes": gradient_KD,
+        "gradient_changes": np.sum(gather(after_KD), axis=0) - before_KD,
     }
     if not all(np.isfinite(vector).all() for vector in vectors.values()):
         logger.warning(

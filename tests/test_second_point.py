@@ -152,6 +152,17 @@ def test_a_displacement_is_taken_as_nearly_as_momentum_and_gradients_lead(tmp_pa
         assert abs(left @ source) < 1e-3 * np.linalg.norm(left) * np.linalg.norm(source)
 
 
+def test_in_half_precision_it_says_how_far_it_really_went(tmp_path):
+    model, optimizer = stepped(lr=1e-2)
+    store = captured(model, optimizer, tasks(9, 8), tmp_path / "float32")
+    wanted = combined(store)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    ahead = looked_ahead(model, optimizer, tasks(9, 8), tmp_path / "bfloat16", lambda _: wanted)
+    error = np.linalg.norm(ahead.vectors["second_point"] - wanted) / np.linalg.norm(wanted)
+    assert 1e-3 < error < 0.2
+
+
 def test_it_is_found_again_beside_what_was_known(tmp_path):
     model, optimizer = stepped(lr=1e-2)
     rows = tasks(5, 6)
