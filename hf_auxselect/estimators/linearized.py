@@ -69,10 +69,10 @@ class LinearizedTraining(AbstractEstimator):
     H is Gauss-Newton's, which knows nothing of the model's own curvature and holds for small
     displacements. So the tasks' mean gradients are captured once more (``second_point``), at two
     thirds of the mean displacement by training on random subsets, or as near to it as mean
-    gradients and momentum lead, and H_k is changed
-    to map that displacement to the measured change of b_k; see ``QuadraticModel``. Two thirds,
-    because that makes the mean gradient on a straight way right to third order: for a gradient
-    h x + t x^2 / 2 its mean on [0, a] is (h + t a / 3) a / 2, and the secant to x is h + t x / 2.
+    gradients and momentum lead, and H_k is changed to map that displacement to the measured change
+    of b_k; see ``QuadraticModel``. Two thirds, because that makes the mean gradient on a straight
+    way right to third order: for a gradient h x + t x^2 / 2 its mean on [0, a] is
+    (h + t a / 3) a / 2, and the secant to x is h + t x / 2.
     The target's H_T stays Gauss-Newton's: on four families of tasks estimates rank better so.
 
     Real steps see the gradient of B rows, not of all. What it adds to the displacement, epsilon, is
