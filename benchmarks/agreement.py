@@ -141,8 +141,9 @@ def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
     if mode == "restart":  # from the same anchor: the gradients are the same
         return before_restart(gradients(family, "continue", dim))
     directory = CACHE / family / f"{mode}-{dim}"
-    store = directory / "_task_selection" / "gradients"
-    if not _is_captured(store):
+    path = directory / "_task_selection" / "gradients"
+    store = _captured(path)
+    if store is None:
         callback = TaskSelectionCallback(
             warmup=FAMILIES[family].warm_up_steps,
             after=mode,
@@ -152,15 +153,17 @@ def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
         )
         trainer = make_trainer(family, directory, [callback, _Stop()])
         trainer.train(resume_from_checkpoint=str(warm_up(family)))
-    return GradientStore.load(store)
+        store = GradientStore.load(path)
+    return store
 
 
-def _is_captured(store: Path) -> bool:
-    """Whether a store is whole, and with its second point."""
-    index = store / "index.json"
+def _captured(path: Path) -> GradientStore | None:
+    """The store, if it is whole and with its second point."""
+    index = path / "index.json"
     if not index.is_file() or not json.loads(index.read_text())["complete"]:
-        return False
-    return "second_point" in GradientStore.load(store).vectors
+        return None
+    store = GradientStore.load(path)
+    return store if "second_point" in store.vectors else None
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:

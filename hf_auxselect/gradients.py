@@ -262,24 +262,29 @@ def predict_seconds(
     """
     limits = BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
     by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
-    batches: list[tuple[int, list[Any]]] = []  # tokens (or rows, if lengths are unknown), rows
+    batches: list[list[Any]] = []
     for shard in _plan_shards(tasks, target):
         rows = [by_key[shard.task, shard.is_target].rows[i] for i in shard.example_ids]
         lengths = np.array([row_length(row) for row in rows])
-        for chosen in limits.cut(np.argsort(lengths, kind="stable"), lengths):
-            size = len(chosen) * max(int(lengths[chosen].max()), 1)
-            batches.append((size, [rows[i] for i in chosen]))
-    size, rows = sorted(batches, key=lambda batch: batch[0])[len(batches) // 2]
+        batches += [[rows[i] for i in chosen] for chosen in limits.cut(lengths)]
     # Coordinates cost one more product per entry; the optimizer may not exist yet.
     scalars = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in scalars))
     sketch = CountSketch(projection_dim, 0)
     capture = _Capture(model, collate_fn, sketch, scalars, 0, None, one_by_one=one_by_one)
     with capture:
-        for _ in range(2):  # the first builds tables and warms up
-            start = time.perf_counter()
-            capture.batch("", list(enumerate(rows)))
-            seconds = time.perf_counter() - start
-    return seconds * sum(tokens for tokens, _ in batches) / size
+        return seconds_of_batches(batches, lambda rows: capture.batch("", list(enumerate(rows))))
+
+
+def seconds_of_batches(batches: Sequence[list[Any]], run: Callable[[list[Any]], object]) -> float:
+    """Predicted seconds of ``run`` for all batches: the middle one is timed."""
+    # Tokens, padding included; or rows, if lengths are unknown.
+    sizes = [len(rows) * max(max(map(row_length, rows)), 1) for rows in batches]
+    middle = sorted(range(len(batches)), key=sizes.__getitem__)[len(batches) // 2]
+    for _ in range(2):  # the first builds tables and warms up
+        start = time.perf_counter()
+        run(batches[middle])
+        seconds = time.perf_counter() - start
+    return seconds * sum(sizes) / sizes[middle]
 
 
 @dataclass(frozen=True)
@@ -302,8 +307,9 @@ class BatchLimits:
         longest = max(row_length(task.rows[i]) for task in tasks for i in task.example_ids)
         return cls(batch_size * longest, 4 * batch_size if longest else batch_size)
 
-    def cut(self, order: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Cut ``order``, positions of examples by ascending length, into batches."""
+    def cut(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """Positions of the examples of each batch, by ascending length."""
+        order = np.argsort(lengths, kind="stable")
         start = 0
         for end in range(1, len(order) + 1):
             size = end + 1 - start
@@ -409,12 +415,12 @@ class _Capture:
         rows = [(i, task.rows[i]) for i in shard.example_ids]
         stream = f"{'target' if shard.is_target else 'task'}/{shard.task}"
         lengths = np.array([row_length(row) for _, row in rows])
-        by_length = np.argsort(lengths, kind="stable")
+        batches = list(limits.cut(lengths))
         parts: list[Arrays] = []
-        for chosen in limits.cut(by_length, lengths):
+        for chosen in batches:
             parts.append(self.batch(stream, [rows[i] for i in chosen]))
             advance(len(chosen))
-        back = np.argsort(by_length)
+        back = np.argsort(np.concatenate(batches))
         arrays = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
         arrays["example_ids"] = np.array(shard.example_ids, np.int64)
         arrays["example_weights"] = arrays["num_label_tokens"].astype(np.float64)

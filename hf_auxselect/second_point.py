@@ -9,7 +9,6 @@ Shapes: K tasks, D projection_dim.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_auxselect.distributed import computed_once, gather, process_rank
-from hf_auxselect.gradients import BatchLimits, TaskExamples, row_length
+from hf_auxselect.gradients import (
+    BatchLimits,
+    TaskExamples,
+    row_length,
+    seconds_of_batches,
+)
 from hf_auxselect.optimizer_state import read_optimizer
 from hf_auxselect.per_example import (
     SCALARS,
@@ -143,7 +147,7 @@ def capture_second_point(
         )
         return store
     computed_once(lambda: add_vectors(directory, vectors))
-    return GradientStore.load(directory)
+    return store.with_vectors(vectors)
 
 
 def predict_second_point_seconds(
@@ -152,17 +156,15 @@ def predict_second_point_seconds(
     """Seconds that one process needs for both passes: the middle one of their batches, timed."""
     read = [replace(task, example_ids=_spread(task.example_ids).tolist()) for task in tasks]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    batches = []  # tokens (or rows, if lengths are unknown), rows
-    for k, places in _batches(read, batch_size):
-        rows = [read[k].rows[read[k].example_ids[i]] for i in places]
-        batches.append((len(rows) * max(max(map(row_length, rows)), 1), rows))
-    size, rows = sorted(batches, key=lambda batch: batch[0])[len(batches) // 2]
+    batches = [
+        [read[k].rows[read[k].example_ids[i]] for i in places]
+        for k, places in _batches(read, batch_size)
+    ]
     with evaluation_mode(model):
-        for _ in range(2):  # the first warms up
-            start = time.perf_counter()
-            _gradients(model, parameters, collate_fn(rows), np.ones(len(rows)))
-            seconds = time.perf_counter() - start
-    return 2 * seconds * sum(tokens for tokens, _ in batches) / size
+        return 2 * seconds_of_batches(
+            batches,
+            lambda rows: _gradients(model, parameters, collate_fn(rows), np.ones(len(rows))),
+        )
 
 
 def _spread(examples: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -176,7 +178,7 @@ def _batches(tasks: Sequence[TaskExamples], batch_size: int) -> Iterator[tuple[i
     limits = BatchLimits.of(batch_size, tasks)
     for k, task in enumerate(tasks):
         lengths = np.array([row_length(task.rows[i]) for i in task.example_ids])
-        for places in limits.cut(np.argsort(lengths, kind="stable"), lengths):
+        for places in limits.cut(lengths):
             yield k, places
 
 

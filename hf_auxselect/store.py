@@ -12,6 +12,7 @@ Shapes: N examples, K tasks, D projection_dim.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -153,6 +154,12 @@ class GradientStore:
         self._target = target
         self.metadata: JsonDict = metadata or {}
         self.vectors = {name: _read_only(v, np.float32) for name, v in (vectors or {}).items()}
+
+    def with_vectors(self, vectors: Arrays) -> GradientStore:
+        """The same store with further vectors, for what :func:`add_vectors` writes."""
+        store = copy.copy(self)
+        store.vectors = self.vectors | {n: _read_only(v, np.float32) for n, v in vectors.items()}
+        return store
 
     def __len__(self) -> int:
         return len(self.task_ids)

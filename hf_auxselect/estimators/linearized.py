@@ -66,14 +66,19 @@ class LinearizedTraining(AbstractEstimator):
     parameters is too long for a quadratic model, and what mixtures do to the target near the anchor
     ranks them better than steps as long as those of the restart.
 
+    The recursion is linear, and in the eigenvectors of H_w it falls apart into one of two numbers
+    per eigenvalue; what it makes of m_0, b_w and theta is tabulated once as a function of the
+    eigenvalue. After the last step,
+
+        L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2.
+
     H is Gauss-Newton's, which knows nothing of the model's own curvature and holds for small
     displacements. So the tasks' mean gradients are captured once more (``second_point``), at two
     thirds of the mean displacement by training on random subsets, or as near to it as mean
     gradients and momentum lead, and H_k is changed to map that displacement to the measured change
     of b_k; see ``QuadraticModel``. Two thirds, because that makes the mean gradient on a straight
     way right to third order: for a gradient h x + t x^2 / 2 its mean on [0, a] is
-    (h + t a / 3) a / 2, and the secant to x is h + t x / 2.
-    The target's H_T stays Gauss-Newton's: on four families of tasks estimates rank better so.
+    (h + t a / 3) a / 2, and the secant to x is h + t x / 2. The target's H_T stays Gauss-Newton's.
 
     Real steps see the gradient of B rows, not of all. What it adds to the displacement, epsilon, is
     0 in the mean, but bends the loss: the estimate is that of the mean displacement and
@@ -169,9 +174,9 @@ class FittedLinearizedTraining(FittedQuadratic):
         self._decay = optimizer["weight_decay"]
         momentum_D = store.vectors["momentum"].astype(np.float64)
         parameters_D = (self._decay > 0) * store.vectors["parameters"].astype(np.float64)
-        self._secant: Secant | None = None
+        secant = None
         if options.look_ahead and "second_point" in store.vectors:
-            self._secant = Secant(
+            secant = Secant(
                 store.vectors["second_point"].astype(np.float64),
                 store.vectors["gradient_changes"].astype(np.float64),
             )
@@ -180,7 +185,7 @@ class FittedLinearizedTraining(FittedQuadratic):
             _read_gradients,
             rank=options.rank,
             vectors_VD=np.stack([momentum_D, parameters_D]),
-            secant=self._secant,
+            secant=secant,
         )
         self._momentum_R, self._parameters_R = self._model.vectors_VR
         if self._training.get("max_grad_norm"):
@@ -331,10 +336,9 @@ class FittedLinearizedTraining(FittedQuadratic):
         clipped_MK = self._clipping(rows_MK) * w_MK
         values_MR, _, _ = self._model.curvature(clipped_MK)
         spectrum = np.maximum(values_MR[0], 0.0)
-        measured = {} if self._secant is None else self._model.secant_diagnostics(w_MK[0])
         return {
             **self._model.diagnostics(self._effects),
-            **measured,
+            **self._model.secant_diagnostics(w_MK[0]),
             "duration": self._recursion.duration,
             "clipping_factor_all_tasks": float(clipped_MK.sum()),
             "largest_curvature_times_duration": float(spectrum.max() * self._recursion.duration),

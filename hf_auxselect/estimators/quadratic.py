@@ -150,10 +150,11 @@ class QuadraticModel:
     ) -> None:
         self._store = store
         self._read = read_gradients
+        self._secant = secant
         with one_blas_thread():
-            self._build(rank, vectors_VD, secant)
+            self._build(rank, vectors_VD)
 
-    def _build(self, rank: int | None, vectors_VD: Array | None, secant: Secant | None) -> None:
+    def _build(self, rank: int | None, vectors_VD: Array | None) -> None:
         store = self._store
         self.counts_K = np.bincount(store.task_ids)
         tokens_N = store.num_label_tokens.astype(np.float64)
@@ -173,15 +174,15 @@ class QuadraticModel:
         if vectors_VD is None:
             vectors_VD = np.zeros((0, self._dim))
         starts = [self.b_KD, target_b_1D, vectors_VD]
-        if secant is not None:
-            starts.append(secant.displacement_D[None])
+        if self._secant is not None:
+            starts.append(self._secant.displacement_D[None])
         self._axes_DR = self._krylov_axes(np.vstack(starts), rank)
         self.rank = self._axes_DR.shape[1]
         self._target_b_R = self._inside(target_b_1D[0])
         self._reduce_tasks(target_b_1D[0])
         self._reduce_target(vectors_VD, target_trace)
-        if secant is not None:
-            self._H_KRR = self._with_secant(secant)
+        if self._secant is not None:
+            self._H_KRR = self._with_secant(self._secant)
 
     def _krylov_axes(self, starts_SD: Array, rank: int | None) -> Array:
         """Orthonormal axes [D, R]; fewer if they already hold all that H makes of the starts."""
@@ -382,13 +383,17 @@ class QuadraticModel:
         }
 
     def secant_diagnostics(self, w_K: Array) -> dict[str, float]:
-        """How the gradient of a mixture changed where it was measured, within the axes.
+        """How the gradient of a mixture changed where it was measured, within the axes; if it was.
 
         The share of the change that the Gauss-Newton matrix had not foreseen, and one less the
         cosine of the gradients at both points.
         """
-        change_R, before_R = w_K @ self._measured_KR, w_K @ self.b_KR
-        missed_R = change_R - w_K @ self._expected_KR
+        if self._secant is None:
+            return {}
+        displacement_R = self._inside(self._secant.displacement_D)
+        change_R, before_R = w_K @ self._inside(self._secant.changes_KD), w_K @ self.b_KR
+        expected_R = np.tensordot(w_K, self._drawn_H_KRR, 1) @ displacement_R
+        expected_R -= self.added_curvature(w_K) * displacement_R
         after_R = before_R + change_R
 
         def length(vector: Array) -> float:
@@ -396,7 +401,7 @@ class QuadraticModel:
 
         cosine = float(before_R @ after_R) / (length(before_R) * length(after_R))
         return {
-            "linearization_residual": length(missed_R) / length(change_R),
+            "linearization_residual": length(change_R - expected_R) / length(change_R),
             "gradient_drift": 1 - cosine,
         }
 
@@ -502,22 +507,14 @@ class QuadraticModel:
         displacement_R = self._inside(secant.displacement_D)
         length = max(float(np.linalg.norm(displacement_R)), 1e-300)
         u = displacement_R / length
-        self._measured_KR = self._inside(secant.changes_KD)
-        self._expected_KR = np.empty_like(self._measured_KR)
-        result_KRR = np.empty_like(self._H_KRR)
-        changes_K, lengths_K = (
-            np.linalg.norm(vectors, axis=1) for vectors in (self._measured_KR, self.b_KR)
-        )
-        is_measured_K = changes_K > _LEAST_CHANGE * lengths_K
-        for k, drawn_RR in enumerate(self._H_KRR):
-            added_RR = self._trace_K[k] / self._dim * np.eye(self.rank)
-            H_RR = drawn_RR - added_RR
-            least = min(float(np.linalg.eigvalsh(H_RR)[0]), 0.0)
-            self._expected_KR[k] = H_RR @ displacement_R
-            if not is_measured_K[k]:
-                result_KRR[k] = drawn_RR
+        result_KRR = self._drawn_H_KRR.copy()
+        for k, change_R in enumerate(self._inside(secant.changes_KD)):
+            if np.linalg.norm(change_R) <= _LEAST_CHANGE * np.linalg.norm(self.b_KR[k]):
                 continue
-            missing_R = (self._measured_KR[k] - self._expected_KR[k]) / length
+            added_RR = self._trace_K[k] / self._dim * np.eye(self.rank)
+            H_RR = self._drawn_H_KRR[k] - added_RR
+            least = min(float(np.linalg.eigvalsh(H_RR)[0]), 0.0)
+            missing_R = (change_R - H_RR @ displacement_R) / length
             H_RR += np.outer(missing_R, u) + np.outer(u, missing_R)
             H_RR -= (u @ missing_R) * np.outer(u, u)
             values_R, vectors_RR = np.linalg.eigh(H_RR)
