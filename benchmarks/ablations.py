@@ -1,26 +1,30 @@
 """Gradient stores with something taken away or put in its place, to see what it is worth.
 
-Shapes: N examples, D projection_dim.
+Shapes: N examples, D projection_dim; B examples of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from hf_auxselect import GradientStore
+from hf_auxselect.per_example import LabelLogits, token_margins
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
     """What LinearizedTraining(look_ahead=False) is shown in place of what it asks for."""
 
-    curvature: Literal["sampled_loss", "loss", "margin", "none"] = "sampled_loss"
+    curvature: Literal["sampled_loss", "token_margins", "loss", "margin", "none"] = "sampled_loss"
     """Whose gradients give it. ``margin``: those of the loss come from the margin too, as in a
-    logistic model of whole examples (``GradExLogistic``), whose loss is softplus(-margin)."""
+    logistic model of whole examples (``GradExLogistic``), whose loss is softplus(-margin).
+    ``token_margins``: see :func:`signed_token_margins`."""
     preconditioned: bool = True
     """If not, a step is as long as makes the loss on all tasks fall, to first order, as fast as the
     optimizer's own does; and there is no momentum, which is kept with the preconditioner only."""
@@ -32,15 +36,32 @@ class Ablation:
 
 
 ABLATIONS = {
-    "no second point": Ablation(),
+    "not looking ahead": Ablation(),
     "no curvature": Ablation(curvature="none"),
     "empirical Fisher": Ablation(curvature="loss"),
+    "margins of tokens": Ablation(curvature="token_margins"),
     "not preconditioned": Ablation(preconditioned=False),
     "not precond., empirical Fisher": Ablation(preconditioned=False, curvature="loss"),
     "not precond., margin": Ablation(preconditioned=False, curvature="margin"),
     "no momentum": Ablation(momentum=False),
     "in the target's 64 main axes": Ablation(target_axes=64),
 }
+
+
+def signed_token_margins(output: LabelLogits) -> Tensor:
+    """Has the curvature of a logistic model of every label token, in place of drawn labels [B].
+
+    Such a model's loss is softplus(-margin), of curvature p (1 - p) g g^T in the gradient g of the
+    token's margin. With n label tokens of an example it is the sum of their margins times
+    sqrt(p (1 - p) / n) and a random sign, so that E[phi phi^T] is the mean over the tokens.
+    """
+    assert output.uniforms is not None
+    margins = token_margins(output)
+    p = margins.detach().sigmoid()
+    signs = torch.where(output.uniforms < 0.5, -1.0, 1.0)
+    return output.mean_over_tokens(signs * (p * (1 - p)).sqrt() * margins) * (
+        output.num_label_tokens.sqrt()
+    )
 
 
 def ablated(store: GradientStore, ablation: Ablation) -> GradientStore:
@@ -67,10 +88,29 @@ def ablated(store: GradientStore, ablation: Ablation) -> GradientStore:
         }
         return replaced(of, scalars=scalars, **target)
 
-    vectors = {name: project(vector) for name, vector in store.vectors.items()}
+    vectors = _projected(store.vectors, project)
     if not (ablation.momentum and ablation.preconditioned):
         vectors["momentum"] = np.zeros_like(vectors["momentum"])
     return replaced(part(store, target=part(store.target)), vectors=vectors)
+
+
+AHEAD = {
+    "gradients ahead, no losses": ("ends", "end_changes"),
+    "losses ahead, no gradients": ("second_point", "gradient_changes"),
+}
+"""What is left out of what was measured ahead; the rest is for LinearizedTraining()."""
+
+
+def partly_ahead(store: GradientStore, left_out: Sequence[str]) -> GradientStore:
+    """The store with some of what was measured ahead replaced by nothing that changes anywhere."""
+    return store.with_vectors({name: np.zeros_like(store.vectors[name]) for name in left_out})
+
+
+def _projected(
+    vectors: Mapping[str, np.ndarray], project: Callable[[np.ndarray], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """A store's vectors, projected anew; changes of losses are none of the gradients' space."""
+    return {n: v if n == "end_changes" else project(v) for n, v in vectors.items()}
 
 
 def _onto_target(store: GradientStore, num_axes: int | None) -> Callable[[np.ndarray], np.ndarray]:
@@ -114,7 +154,7 @@ def projected_again(store: GradientStore, dim: int, seed: int) -> GradientStore:
             scalars={
                 name: (of.scalar(name)[0], project(of.scalar(name)[1])) for name in of.scalars
             },
-            vectors={name: project(vector) for name, vector in of.vectors.items()},
+            vectors=_projected(of.vectors, project),
             **target,
         )
 

@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from ablations import ABLATIONS, ablated, before_restart, projected_again, thinned
+from ablations import (
+    ABLATIONS,
+    AHEAD,
+    ablated,
+    before_restart,
+    partly_ahead,
+    projected_again,
+    replaced,
+    signed_token_margins,
+    thinned,
+)
 from baselines import (
     Constant,
     MeanCosine,
@@ -52,6 +62,7 @@ from hf_auxselect import (
 from hf_auxselect.estimators import Estimate, FittedCalibrated, FittedEstimator
 from hf_auxselect.estimators.base import rank_correlation
 from hf_auxselect.files import to_json, write_atomically
+from hf_auxselect.per_example import SCALARS
 
 IN_NATS = (
     LinearizedTraining,
@@ -128,6 +139,14 @@ class _Everything(LinearizedTraining):
     scalars: ClassVar[tuple[str, ...]] = (*LinearizedTraining.scalars, "sampled_loss", "margin")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tokens(LinearizedTraining):
+    """Captures what one of the ablations needs beyond that, and nothing ahead."""
+
+    scalars: ClassVar[tuple[str, ...]] = (*LinearizedTraining.scalars, "token_margins@optimizer")
+    look_ahead: bool = False
+
+
 class _Stop(TrainerCallback):
     """Ends the run after one step: the gradients are captured before it."""
 
@@ -140,30 +159,54 @@ def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
     """The gradients at the warm-up's checkpoint, captured when they are first asked for."""
     if mode == "restart":  # from the same anchor: the gradients are the same
         return before_restart(gradients(family, "continue", dim))
-    directory = CACHE / family / f"{mode}-{dim}"
+    return _captured(family, f"{mode}-{dim}", _Everything(), dim, last="end_changes")
+
+
+def with_token_margins(family: str, store: GradientStore) -> GradientStore:
+    """The store with the gradients of the tokens' margins, captured when they are first asked for.
+
+    They are of the same examples in the same order.
+    """
+    dim = store.metadata["projection_dim"]
+    captured = _captured(family, f"tokens-{dim}", _Tokens(), dim, last="momentum")
+
+    def part(of: GradientStore, tokens: GradientStore, **target: GradientStore) -> GradientStore:
+        assert np.array_equal(of.example_ids, tokens.example_ids)
+        scalars = {name: of.scalar(name) for name in of.scalars}
+        name = "token_margins@optimizer"
+        return replaced(of, scalars=scalars | {name: tokens.scalar(name)}, **target)
+
+    return part(store, captured, target=part(store.target, captured.target))
+
+
+def _captured(
+    family: str, name: str, estimator: AbstractEstimator, dim: int, *, last: str
+) -> GradientStore:
+    """What an estimator asks for, from the cache if it is there with the vector added ``last``."""
+    directory = CACHE / family / name
     path = directory / "_task_selection" / "gradients"
-    store = _captured(path)
+    store = complete_store(path, last)
     if store is None:
         callback = TaskSelectionCallback(
             warmup=FAMILIES[family].warm_up_steps,
-            after=mode,
-            estimator=_Everything(),
+            estimator=estimator,
             projection_dim=dim,
             seed=0,
         )
         trainer = make_trainer(family, directory, [callback, _Stop()])
+        SCALARS["token_margins"] = signed_token_margins
         trainer.train(resume_from_checkpoint=str(warm_up(family)))
         store = GradientStore.load(path)
     return store
 
 
-def _captured(path: Path) -> GradientStore | None:
-    """The store, if it is whole and with its second point."""
+def complete_store(path: Path, vector: str) -> GradientStore | None:
+    """The store, if it is whole and has that vector, which is added last."""
     index = path / "index.json"
     if not index.is_file() or not json.loads(index.read_text())["complete"]:
         return None
     store = GradientStore.load(path)
-    return store if "second_point" in store.vectors else None
+    return store if vector in store.vectors else None
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:
@@ -424,6 +467,7 @@ def main() -> None:
     for family in options.families.split(","):
         for mode in options.modes.split(","):
             truth, store = read_truth(family, mode), gradients(family, mode)
+            with_tokens = with_token_margins(family, store)
             lines = [
                 compare(truth, store, name, estimator)
                 for name, estimator in estimators(family, truth.weights).items()
@@ -443,8 +487,12 @@ def main() -> None:
                 for rank in RANKS
             ]
             ablations = [
-                compare(truth, ablated(store, ablation), name, at_one_point)
+                compare(truth, ablated(with_tokens, ablation), name, at_one_point)
                 for name, ablation in ABLATIONS.items()
+            ]
+            ablations += [
+                compare(truth, partly_ahead(store, left_out), name, LinearizedTraining())
+                for name, left_out in AHEAD.items()
             ]
             dims = [compare_projections(truth, store, dim) for dim in DIMS]
             header = describe(truth)

@@ -30,10 +30,8 @@ from hf_auxselect import checkpoints, switch
 from hf_auxselect.distributed import computed_once, process_rank
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
 from hf_auxselect.files import read_json, to_json, write_atomically
-from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_seconds
+from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
 from hf_auxselect.mixture import MixtureSampler
-from hf_auxselect.optimizer_state import is_supported
-from hf_auxselect.per_example import check_per_example_gradients
 from hf_auxselect.plan import (
     CostPreview,
     Plan,
@@ -42,9 +40,7 @@ from hf_auxselect.plan import (
     require_same_plan,
     warn_of_leaked_target,
 )
-from hf_auxselect.projection import CountSketch
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
-from hf_auxselect.second_point import capture_second_point, predict_second_point_seconds
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
 from hf_auxselect.store import GradientStore
 from hf_auxselect.verification import RestOfRun, measure, mixtures_to_calibrate, mixtures_to_verify
@@ -197,38 +193,9 @@ class TaskSelectionCallback(TrainerCallback):
             loader = trainer.get_train_dataloader()
             max_steps = trainer.set_initial_training_values(trainer.args, loader)[-1]
             plan = self._make_plan(trainer, max_steps)
-            with trainer.compute_loss_context_manager():
-                seconds = predict_seconds(
-                    trainer.model,
-                    plan.examples,
-                    plan.target,
-                    switch.collate_function(trainer),
-                    projection_dim=self.projection_dim,
-                    batch_size=self._pass_batch_size(trainer),
-                    scalars=self.estimator.scalars,
-                    one_by_one=self.one_by_one,
-                )
-                if self.estimator.look_ahead:
-                    seconds += predict_second_point_seconds(
-                        trainer.model,
-                        plan.examples,
-                        switch.collate_function(trainer),
-                        batch_size=1 if self.one_by_one else self._pass_batch_size(trainer),
-                    )
-        sketch = CountSketch(self.projection_dim, plan.seed)
-        sizes = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
-        pass_bytes = sum(sketch.table_bytes(size) for size in sizes)
-        if self.estimator.look_ahead:  # the displacement, and where it started
-            pass_bytes += 8 * sum(sizes)
-        bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
-        return CostPreview(
-            num_examples=plan.num_examples,
-            seconds=seconds / trainer.args.world_size,
-            disk_mib=plan.num_examples * bytes_per_example / 2**20,
-            memory_mib=pass_bytes / 2**20,
-            switch_step=plan.switch_step,
-            verification_steps=(self.verify + self.calibrate) * (max_steps - plan.switch_step),
-        )
+            preview = self._gradient_pass(trainer, plan).preview()
+        steps = (self.verify + self.calibrate) * (max_steps - plan.switch_step)
+        return replace(preview, verification_steps=steps)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -248,7 +215,8 @@ class TaskSelectionCallback(TrainerCallback):
             plan = self._make_plan(trainer, state.max_steps)
             warn_of_leaked_target(plan)
             switch.warn_of_differences(trainer, is_rewritten=self.after != "observe")
-            self._check_capture(trainer, plan)
+            if self._needs_estimates:
+                self._gradient_pass(trainer, plan).check()
         resumed = state.global_step > 0
         self._plan = self._resume_plan(plan) if resumed else self._start_plan(plan)
         if self.after == "restart":
@@ -285,8 +253,11 @@ class TaskSelectionCallback(TrainerCallback):
         assert self._plan is not None
         start = time.perf_counter()
         fitted: FittedEstimator | None = None
+        store: GradientStore | None = None
         with switch.preserved_rng():
-            store = self._capture(trainer) if self._needs_estimates else None
+            if self._needs_estimates:
+                gradient_pass = self._gradient_pass(trainer, self._plan)
+                store = gradient_pass.run(self._directory / "gradients", self.after)
             pass_seconds = time.perf_counter() - start
 
             def fit() -> None:
@@ -325,43 +296,6 @@ class TaskSelectionCallback(TrainerCallback):
         if self.after == "restart":
             switch.restart(trainer, self._initial)
         self._switch(trainer, state)
-
-    def _capture(self, trainer: Trainer) -> GradientStore:
-        assert self._plan is not None
-        collate_fn = switch.collate_function(trainer)
-        directory = self._directory / "gradients"
-        batch_size = self._pass_batch_size(trainer)
-        progress = not trainer.args.disable_tqdm
-        with trainer.compute_loss_context_manager():
-            store = capture_examples(
-                trainer.model,
-                self._plan.examples,
-                self._plan.target,
-                collate_fn,
-                directory=directory,
-                projection_dim=self.projection_dim,
-                batch_size=batch_size,
-                seed=self._plan.seed,
-                scalars=self.estimator.scalars,
-                optimizer=trainer.optimizer if self._needs_optimizer else None,
-                training=switch.training_to_come(trainer, self._plan.switch_step, self.after),
-                one_by_one=self.one_by_one,
-                progress=progress,
-            )
-            displacement = computed_once(lambda: self.estimator.second_point(store))
-            if displacement is None:
-                return store
-            return capture_second_point(
-                trainer.model,
-                self._plan.examples,
-                collate_fn,
-                store,
-                displacement,
-                directory=directory,
-                optimizer=trainer.optimizer,
-                batch_size=1 if self.one_by_one else batch_size,
-                progress=progress,
-            )
 
     def _make_report(
         self,
@@ -503,31 +437,22 @@ class TaskSelectionCallback(TrainerCallback):
             task_column=self.task_column,
             warmup=self.warmup,
             max_steps=max_steps,
-            must_train_on=self.after != "observe" or self._needs_optimizer,
+            must_train_on=self.after != "observe" or needs_optimizer(self.estimator),
             selector=self.selector,
             keep=self.keep,
             examples_per_task=self.examples_per_task,
             seed=self.seed,
         )
 
-    def _check_capture(self, trainer: Trainer, plan: Plan) -> None:
-        """Capture two examples now, so that an unsupported model raises before it is trained."""
-        if self._needs_estimates:
-            if self._needs_optimizer and not is_supported(trainer.optimizer):
-                raise ValueError(
-                    f"{type(self.estimator).__name__} models the steps of torch's AdamW, Adam and "
-                    f"SGD, not of optim={str(trainer.args.optim)!r}. Use optim='adamw_torch', or "
-                    "pass estimator=GradExLogistic()."
-                )
-            if self.one_by_one:
-                return
-            tasks = (plan.examples[0], plan.target)
-            with trainer.compute_loss_context_manager():
-                check_per_example_gradients(
-                    trainer.model,
-                    [task.rows[task.example_ids[0]] for task in tasks],
-                    switch.collate_function(trainer),
-                )
+    def _gradient_pass(self, trainer: Trainer, plan: Plan) -> GradientPass:
+        return GradientPass(
+            trainer=trainer,
+            plan=plan,
+            estimator=self.estimator,
+            projection_dim=self.projection_dim,
+            batch_size=self.batch_size,
+            one_by_one=self.one_by_one,
+        )
 
     def _start_plan(self, plan: Plan) -> Plan:
         """A new run: its plan is written, and nothing of an earlier run is left to be believed."""
@@ -593,16 +518,9 @@ class TaskSelectionCallback(TrainerCallback):
         return not isinstance(self.selector, FixedSelection) or self.selector.estimate
 
     @property
-    def _needs_optimizer(self) -> bool:
-        return any(spec.endswith(AT_OPTIMIZER) for spec in self.estimator.scalars)
-
-    @property
     def _directory(self) -> Path:
         output_dir = self.output_dir or self._current_trainer().args.output_dir
         return Path(output_dir) / DIRECTORY_NAME
-
-    def _pass_batch_size(self, trainer: Trainer) -> int:
-        return self.batch_size or trainer.args.per_device_train_batch_size
 
     def _meet(self, trainer: Trainer) -> None:
         self._trainer = weakref.ref(trainer)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -25,6 +26,13 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in all of them; it is overwritten by it."""
+    if process_rank()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def computed_once(function: Callable[[], T]) -> T:

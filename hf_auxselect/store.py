@@ -112,8 +112,7 @@ class GradientStore:
         metadata: what is known of the capture: projection, anchor, optimizer, the training to come.
         vectors: float32 [D] each, projected: the optimizer's ``momentum`` and the ``parameters``,
             in the optimizer's coordinates; empty if the store was captured without it. And, where
-            an estimator asked for it, the ``second_point``, a displacement, and [K, D]
-            ``gradient_changes``, by which the tasks' mean gradients change along it.
+            an estimator asked for it, what :func:`hf_auxselect.look_ahead.look_ahead` adds.
     """
 
     def __init__(
@@ -413,6 +412,12 @@ def add_vectors(directory: str | Path, vectors: Arrays) -> None:
     write_atomically(directory / INDEX_NAME, to_json(index))
     if before and before != index["vectors"]:
         (directory / before["file"]).unlink(missing_ok=True)
+
+
+def evenly_spread(count: int, at_most: int) -> np.ndarray:
+    """Places of at most so many of ``count`` examples, spread evenly over all: int64 [.]."""
+    size = min(count, at_most)
+    return np.arange(size) * (count - 1) // max(size - 1, 1)
 
 
 def _read_only(array: np.ndarray | Sequence[int], dtype: type | None = None) -> np.ndarray:

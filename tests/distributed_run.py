@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -16,7 +17,7 @@ from peft import get_peft_model
 
 from hf_auxselect import FixedSelection, TaskSelectionCallback, capture_gradients
 from hf_auxselect.gradients import TaskExamples
-from hf_auxselect.second_point import capture_second_point
+from hf_auxselect.look_ahead import look_ahead
 from hf_auxselect.switch import preserved_rng
 
 
@@ -67,10 +68,9 @@ def main(output: Path) -> None:
     target = list(tiny.tokenize(tiny.sums(5, 9)))
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-    examples = [
-        TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))
-        for name, rows in tasks.items()
-    ]
+
+    def examples_of(name: str, rows: list[Any]) -> TaskExamples:
+        return TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))
 
     def capture(directory: Path) -> tuple[np.ndarray, np.ndarray]:
         with preserved_rng():
@@ -83,18 +83,22 @@ def main(output: Path) -> None:
                 optimizer=optimizer,
                 progress=False,
             )
-            ahead = capture_second_point(
+            mean = store.scalar("loss@optimizer")[1].mean(0)
+            ahead = look_ahead(
                 model,
-                examples,
+                [examples_of(name, rows) for name, rows in tasks.items()],
+                examples_of("target", target),
                 tiny.collate,
                 store,
-                -store.scalar("loss@optimizer")[1].mean(0),
+                -mean,
+                np.outer([-2.0, 1.0], mean),
                 directory=directory,
                 optimizer=optimizer,
                 batch_size=4,
                 progress=False,
             )
-        return store.gradients, ahead.vectors["gradient_changes"]
+        changes = [ahead.vectors[name].ravel() for name in ("gradient_changes", "end_changes")]
+        return store.gradients, np.concatenate(changes)
 
     shared, shared_changes = capture(output / "shared")
     dist.barrier()

@@ -180,15 +180,20 @@ def gradient_covariances(store: GradientStore, pooled: np.ndarray) -> tuple[np.n
     return batch / store.metadata["training"]["examples_per_step"], capture
 
 
-def least_symmetric_change(vector: np.ndarray, change: np.ndarray) -> np.ndarray:
-    """The symmetric matrix A of the smallest Frobenius norm with A vector = change."""
-    size = len(vector)
-    basis = []  # orthonormal
+def symmetric_basis(size: int) -> list[np.ndarray]:
+    """An orthonormal basis of the symmetric matrices."""
+    basis = []
     for i in range(size):
         for j in range(i + 1):
             matrix = np.zeros((size, size))
             matrix[i, j] = matrix[j, i] = 1.0
             basis.append(matrix / np.linalg.norm(matrix))
+    return basis
+
+
+def least_symmetric_change(vector: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """The symmetric matrix A of the smallest Frobenius norm with A vector = change."""
+    basis = symmetric_basis(len(vector))
     columns = np.array([matrix @ vector for matrix in basis]).T
     return np.tensordot(np.linalg.lstsq(columns, change, rcond=None)[0], basis, 1)
 
@@ -210,6 +215,30 @@ def secant_correction(
     values, vectors = np.linalg.eigh(after)
     values = np.maximum(values, min(np.linalg.eigvalsh(before)[0], 0.0))
     return axes @ ((vectors * values) @ vectors.T - before) @ axes.T
+
+
+def ends_correction(
+    matrix: np.ndarray,
+    axes: np.ndarray,
+    target: GradientStore,
+    vectors: dict[str, np.ndarray],
+) -> np.ndarray:
+    """What makes the target's curvature agree better, within the axes, with its measured losses."""
+    ends, changes = (vectors[name].astype(np.float64) for name in ("ends", "end_changes"))
+    count = changes.shape[1]
+    read = [i * (len(target) - 1) // (count - 1) for i in range(count)]
+    weights = target.example_weights[read] / target.example_weights[read].sum()
+    gradients = target.scalar("loss@optimizer")[1].astype(np.float64)[read]
+    size = axes.shape[1]
+    penalty = np.mean([np.linalg.norm(axes.T @ end) ** 4 for end in ends])
+    basis, rows, missed = symmetric_basis(size), [], []
+    for end, change in zip(ends, changes, strict=True):
+        inner = axes.T @ end
+        rows.append([inner @ part @ inner / 2 for part in basis])
+        missed.append(weights @ (change - gradients @ end) - end @ matrix @ end / 2)
+    rows += list(np.sqrt(penalty / 4) * np.eye(len(basis)))
+    values = np.linalg.lstsq(np.array(rows), np.array(missed + [0.0] * len(basis)), rcond=None)[0]
+    return axes @ np.tensordot(values, basis, 1) @ axes.T
 
 
 def linearized_training(
@@ -291,6 +320,8 @@ def linearized_training(
         divisor = 1 if steps_taken is None else 1 - beta ** (steps_taken + t)
         delta = delta - rate * (momentum / divisor + decay * (parameters + delta))
     target_H = denoised(curvature(target, target.example_weights), least=-np.inf)
+    if looks_ahead:
+        target_H = target_H + ends_correction(target_H, axes, target, store.vectors)
 
     # Displacement after the last step per unit of gradient in each step alone.
     responses = []
@@ -317,7 +348,9 @@ def linearized_training(
         )
         random_bend -= bend_by(within, noise) / steps_per_pass
     random_bend -= bend_by(sum(responses), capture)
-    bend = max(delta @ target_H @ delta / 2 + clip**2 * random_bend, 0.0)
+    bend = delta @ target_H @ delta / 2 + clip**2 * random_bend
+    if not looks_ahead:
+        bend = max(bend, 0.0)
     return max(float(target.example_weights @ target.losses + target_b @ delta + bend), 0.0)
 
 
@@ -420,7 +453,7 @@ def random_store(
     after: str = "continue",
     max_grad_norm: float = 1.0,
     steps_taken: int | None = 7,
-    second_point: bool = False,
+    look_ahead: bool = False,
 ) -> GradientStore:
     """A store of random numbers with the structure of a real one."""
     rng = np.random.default_rng(seed)
@@ -440,11 +473,13 @@ def random_store(
         }
 
     ahead: dict[str, np.ndarray] = {}
-    if second_point:
+    if look_ahead:
         ahead_rng = np.random.default_rng([seed, 2])
         ahead = {
             "second_point": ahead_rng.normal(size=dim),
             "gradient_changes": ahead_rng.normal(size=(len(counts), dim)),
+            "ends": ahead_rng.normal(size=(4, dim)),
+            "end_changes": ahead_rng.normal(size=(4, num_target - 2)),
         }
     target = GradientStore(
         task_names=["target"],

@@ -27,7 +27,7 @@ from hf_auxselect import (
     capture_gradients,
 )
 from hf_auxselect.estimators import normalize_mixtures
-from hf_auxselect.estimators.base import rank_correlation
+from hf_auxselect.estimators.base import NUM_ENDS, kernel_distance, rank_correlation
 from hf_auxselect.estimators.quadratic import random_subsets
 from hf_auxselect.estimators.recursion import Recursion
 from hf_auxselect.mixture import MixtureSampler, TaskRows
@@ -239,6 +239,12 @@ def without_curvature(seed, counts):
     )
 
 
+def at(model, displacements):
+    """Displacements within a model's axes, and what they are made of outside: nothing."""
+    inside = displacements @ model._axes_DR
+    return inside, np.zeros((len(inside), len(model.b_KD) + len(model.vectors_VR)))
+
+
 class TestLinearizedTraining:
     @given(
         seed=st.integers(0, 20),
@@ -247,16 +253,16 @@ class TestLinearizedTraining:
         max_grad_norm=st.sampled_from([0.0, 0.5, 100.0]),
         steps_taken=st.sampled_from([None, 1, 30]),
         task_sizes=st.sampled_from([(7, 12, 5), (7, 20, 90)]),
-        second_point=st.booleans(),
+        look_ahead=st.booleans(),
     )
     def test_it_is_its_definition(
-        self, seed, subsets, rank, max_grad_norm, steps_taken, task_sizes, second_point
+        self, seed, subsets, rank, max_grad_norm, steps_taken, task_sizes, look_ahead
     ):
         store = random_store(
             seed,
             max_grad_norm=max_grad_norm,
             steps_taken=steps_taken,
-            second_point=second_point,
+            look_ahead=look_ahead,
         )
         store = rebuilt(store, task_sizes=task_sizes)
         rates = [0.3, 0.2, 0.1]
@@ -269,47 +275,64 @@ class TestLinearizedTraining:
         fitted = LinearizedTraining(rank=rank, learning_rates=rates).fit(store)
         assert fitted.estimate(subsets).loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
-    def test_it_looks_ahead_along_the_mean_of_its_own_displacements(self):
+    def test_it_looks_ahead_along_its_own_displacements(self):
         store = random_store(3, dim=40)
         fitted = LinearizedTraining().fit(store)
-        masks = random_subsets(3)
         displacements = []
-        for rows in normalize_mixtures(masks, store.task_sizes):
+        for rows in normalize_mixtures(random_subsets(3), store.task_sizes):
             effects = fitted._effects(rows[None])
             displacements.append(fitted._model._axes_DR @ effects.delta_MR[0])
-        found = LinearizedTraining().second_point(store)
-        assert found == pytest.approx(2 / 3 * np.mean(displacements, axis=0), rel=1e-9)
+        second_point, ends = LinearizedTraining().way_ahead(store)
+        assert second_point == pytest.approx(2 / 3 * np.mean(displacements, axis=0), rel=1e-9)
+        assert ends == pytest.approx(np.array(displacements[:NUM_ENDS]), rel=1e-9)
 
-    def test_without_a_second_point_nothing_is_asked_for(self):
-        assert LinearizedTraining(look_ahead=False).second_point(random_store()) is None
-        assert GaussNewton().second_point(random_store()) is None
+    def test_nothing_is_measured_ahead_unless_it_is_asked_for(self):
+        assert LinearizedTraining(look_ahead=False).way_ahead(random_store()) is None
+        assert GaussNewton().way_ahead(random_store()) is None
         surrogate = RidgeSurrogate(base=LinearizedTraining())
-        expected = LinearizedTraining().second_point(random_store())
-        assert np.array_equal(surrogate.second_point(random_store()), expected)
+        expected = LinearizedTraining().way_ahead(random_store())
+        for found, of_base in zip(surrogate.way_ahead(random_store()), expected, strict=True):
+            assert np.array_equal(found, of_base)
 
-    def test_a_second_point_is_left_alone_unless_it_is_asked_for(self):
-        store = random_store(5, second_point=True)
+    def test_what_was_measured_is_left_alone_unless_it_is_asked_for(self):
+        store = random_store(5, look_ahead=True)
         plain = LinearizedTraining().fit(random_store(5)).estimate(np.eye(3, dtype=bool)).loss
         left_alone = LinearizedTraining(look_ahead=False).fit(store)
         assert left_alone.estimate(np.eye(3, dtype=bool)).loss.tolist() == plain.tolist()
         used = LinearizedTraining().fit(store)
         assert used.estimate(np.eye(3, dtype=bool)).loss.tolist() != plain.tolist()
 
-    def test_changes_that_rounding_could_make_are_no_secant(self):
+    def test_losses_at_the_ends_are_half_believed(self):
+        # With one end, and all of the target's examples read there: the model says what lies
+        # halfway between what it would have said and what was measured.
         plain = random_store(5)
-        at_rest = {
+        end = LinearizedTraining(rank=6).way_ahead(plain)[1][:1]
+        target = plain.target
+        b = target.example_weights @ target.scalar("loss@optimizer")[1].astype(np.float64)
+        model = LinearizedTraining(rank=6).fit(plain)._model
+        before = float(b @ end[0]) + float(model.target_change(*at(model, end))[1][0])
+        ahead = {
             "second_point": np.zeros(6),
-            "gradient_changes": np.full((3, 6), 1e-7),
+            "gradient_changes": np.zeros((3, 6)),
+            "ends": end,
+            "end_changes": np.full((1, len(target)), before + 0.3),
         }
-        store = rebuilt(plain, vectors=plain.vectors | at_rest)
-        losses = [
-            LinearizedTraining(rank=6).fit(s).estimate(np.eye(3, dtype=bool)).loss
-            for s in (plain, store)
-        ]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+        model = LinearizedTraining(rank=6).fit(plain.with_vectors(ahead))._model
+        after = float(b @ end[0]) + float(model.target_change(*at(model, end))[1][0])
+        assert after == pytest.approx(before + 0.15, rel=1e-5)
+        residual = model.diagnostics_ahead(np.ones(3) / 3)["target_residual"]
+        assert residual == pytest.approx(0.3 / abs(before + 0.3), rel=1e-5)
+
+    def test_changes_that_rounding_could_make_are_no_secant(self):
+        store, losses = random_store(5, look_ahead=True), []
+        for change in (0.0, 1e-7):
+            at_rest = {"second_point": np.zeros(6), "gradient_changes": np.full((3, 6), change)}
+            fitted = LinearizedTraining(rank=6).fit(store.with_vectors(at_rest))
+            losses.append(fitted.estimate(np.eye(3, dtype=bool)).loss)
+        assert losses[1].tolist() == losses[0].tolist()
 
     def test_the_residual_is_what_curvature_had_not_foreseen(self):
-        store = random_store(6, dim=40, counts=(30, 30, 30))
+        store = random_store(6, dim=40, counts=(30, 30, 30), look_ahead=True)
         fitted = LinearizedTraining(look_ahead=False).fit(store)
         displacement = np.random.default_rng(0).normal(size=40)
         phi = store.scalar("sampled_loss@optimizer")[1].astype(np.float64)
@@ -320,14 +343,31 @@ class TestLinearizedTraining:
             changes.append((H - np.trace(H) / 40 * np.eye(40)) @ displacement)
 
         def diagnostics(gradient_changes):
-            vectors = {"second_point": displacement, "gradient_changes": gradient_changes}
-            exact = rebuilt(store, vectors=store.vectors | vectors)
-            return LinearizedTraining(rank=40).fit(exact).diagnostics()
+            ahead = {"second_point": displacement, "gradient_changes": gradient_changes}
+            return LinearizedTraining(rank=40).fit(store.with_vectors(ahead)).diagnostics()
 
         assert diagnostics(np.array(changes))["linearization_residual"] < 1e-5
         assert diagnostics(2 * np.array(changes))["linearization_residual"] == pytest.approx(0.5)
-        assert 0 < diagnostics(np.array(changes))["gradient_drift"] < 2
-        assert "gradient_drift" not in fitted.diagnostics()
+        assert "linearization_residual" not in fitted.diagnostics()
+
+    def test_the_kernel_drifts_as_far_as_mean_gradients_turn(self):
+        # One of three orthogonal vectors becomes equal to another: five of nine inner products are
+        # 1 then instead of three.
+        rows = np.eye(3, 6)
+        assert kernel_distance(rows, rows[[0, 0, 2]]) == pytest.approx(1 - 3 / np.sqrt(3 * 5))
+        assert kernel_distance(rows, 2 * rows) == pytest.approx(0)  # longer, but as they were
+
+        store = random_store(6, look_ahead=True)
+        gradients = store.scalar("loss@optimizer")[1]
+        before = np.array(
+            [
+                np.average(gradients[own], 0, weights=store.num_label_tokens[own])
+                for own in (store.task_ids == k for k in range(len(store.task_names)))
+            ]
+        )
+        after = before + store.vectors["gradient_changes"]
+        drift = LinearizedTraining().fit(store).diagnostics()["kernel_drift"]
+        assert drift == pytest.approx(kernel_distance(before, after), rel=1e-6)
 
     def test_clipping_is_that_of_many_batches(self):
         # Of as many dimensions as inner products of different rows need to be much alike.

@@ -119,7 +119,7 @@ class TestDoubts:
         assert (OF_A_RESTART in report.warnings) == (after == "restart")
 
     def test_the_default_estimator_gives_each(self):
-        diagnostics = LinearizedTraining().fit(random_store(3, second_point=True)).diagnostics()
+        diagnostics = LinearizedTraining().fit(random_store(3, look_ahead=True)).diagnostics()
         assert all(np.isfinite(diagnostics[doubt.diagnostic]) for doubt in DOUBTS)
 
 

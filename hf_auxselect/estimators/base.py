@@ -25,6 +25,10 @@ NORMAL_95 = 1.6448536269514722
 """Half the width of a 90% interval in standard deviations of a normal distribution."""
 
 
+NUM_ENDS = 16
+"""Where training may lead: at how many such points the target's loss is measured."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Estimated loss of the target for M mixtures.
@@ -84,14 +88,16 @@ class AbstractEstimator(ABC):
 
     @property
     def look_ahead(self) -> bool:
-        """Whether it may ask for a second point."""
+        """Whether it may ask for what :meth:`way_ahead` returns."""
         return False
 
-    def second_point(self, store: GradientStore) -> Array | None:
-        """Where the tasks' mean gradients are to be captured once more; None: nowhere.
+    def way_ahead(self, store: GradientStore) -> tuple[Array, Array] | None:
+        """Displacements from the anchor at which more is to be measured; None: nothing.
 
         Returns:
-            float64 [D]: a displacement from the anchor, in the optimizer's coordinates.
+            Where the tasks' mean gradients are to be captured once more, float64 [D]; and
+            ``NUM_ENDS`` ends of training, at which the target's loss is to be measured [E, D]; in
+            the optimizer's coordinates.
         """
         return None
 
@@ -149,6 +155,20 @@ def outlier_share(gradients: Array, task_ids: Array) -> float:
     norms = np.linalg.norm(gradients, axis=1)
     medians = np.array([np.median(norms[task_ids == k]) for k in range(task_ids.max() + 1)])
     return float(np.mean(norms > 10 * medians[task_ids]))
+
+
+def kernel_distance(one: Array, other: Array) -> float:
+    """How unlike the inner products of the same N gradients are at two points [N, D] each.
+
+    One less the cosine of the matrices of all N x N inner products: 0 if they are the same up to a
+    factor, 1 if they have nothing in common.
+
+    Source: Fort et al., "Deep Learning versus Kernel Learning" (NeurIPS 2020), section 3, there for
+    gradients of the network's outputs.
+    """
+    kernels = [vectors @ vectors.T for vectors in (one, other)]
+    norms = [max(float(np.linalg.norm(kernel)), 1e-300) for kernel in kernels]
+    return 1 - float(np.vdot(*kernels)) / norms[0] / norms[1]
 
 
 def rank_correlation(one: Array, other: Array) -> float:

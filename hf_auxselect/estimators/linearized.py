@@ -12,16 +12,17 @@ from typing import ClassVar
 import numpy as np
 
 from hf_auxselect.estimators.base import (
+    NUM_ENDS,
     AbstractEstimator,
     Array,
     normalize_mixtures,
     one_blas_thread,
 )
 from hf_auxselect.estimators.quadratic import (
+    Ahead,
     Effects,
     FittedQuadratic,
     QuadraticModel,
-    Secant,
     check_options,
     chunks_of_tasks,
     random_subsets,
@@ -73,12 +74,14 @@ class LinearizedTraining(AbstractEstimator):
         L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2.
 
     H is Gauss-Newton's, which knows nothing of the model's own curvature and holds for small
-    displacements. So the tasks' mean gradients are captured once more (``second_point``), at two
-    thirds of the mean displacement by training on random subsets, or as near to it as mean
-    gradients and momentum lead, and H_k is changed to map that displacement to the measured change
-    of b_k; see ``QuadraticModel``. Two thirds, because that makes the mean gradient on a straight
-    way right to third order: for a gradient h x + t x^2 / 2 its mean on [0, a] is
-    (h + t a / 3) a / 2, and the secant to x is h + t x / 2. The target's H_T stays Gauss-Newton's.
+    displacements. So more is measured where training is about to lead (``way_ahead``), or as near
+    to it as mean gradients and momentum lead; ``QuadraticModel`` says what it makes of it. The
+    tasks' mean gradients are captured once more at two thirds of the mean displacement by training
+    on random subsets, and H_k is changed to map that displacement to the measured change of b_k.
+    Two thirds, because that makes the mean gradient on a straight way right to third order: for a
+    gradient h x + t x^2 / 2 its mean on [0, a] is (h + t a / 3) a / 2, and the secant to x is
+    h + t x / 2. And the target's loss is measured at the ends of 16 of these displacements, and H_T
+    changed to agree better with it.
 
     Real steps see the gradient of B rows, not of all. What it adds to the displacement, epsilon, is
     0 in the mean, but bends the loss: the estimate is that of the mean displacement and
@@ -108,8 +111,9 @@ class LinearizedTraining(AbstractEstimator):
     Args:
         rank: R; None: see ``QuadraticModel``.
         learning_rates: eta_t of the steps to come; None: as the trainer told the store.
-        look_ahead: capture the tasks' gradients at a second point, which takes two passes over at
-            most 64 examples of each. Without a trainer there is no second point.
+        look_ahead: measure gradients and losses where training is about to lead. It takes two
+            passes of forward and backward over at most 64 examples of each task, and 17 of forward
+            over as many of the target. Without a trainer nothing is measured.
         model_error: standard error of the predicted change of the loss, as a share of its terms.
 
     Source: gradient descent on the linearised network as in Lee et al., "Wide Neural Networks of
@@ -133,10 +137,11 @@ class LinearizedTraining(AbstractEstimator):
             if not self.learning_rates or min(self.learning_rates) < 0:
                 raise ValueError("learning_rates must be rates of one or more steps, not negative.")
 
-    def second_point(self, store: GradientStore) -> Array | None:
+    def way_ahead(self, store: GradientStore) -> tuple[Array, Array] | None:
         if not self.look_ahead:
             return None
-        return _SHARE_OF_WAY * replace(self, look_ahead=False).fit(store).mean_displacement()
+        ends_MD = replace(self, look_ahead=False).fit(store).displacements()
+        return _SHARE_OF_WAY * ends_MD.mean(0), ends_MD[:NUM_ENDS]
 
     def fit(self, store: GradientStore) -> FittedLinearizedTraining:
         return FittedLinearizedTraining(self, store)
@@ -174,29 +179,26 @@ class FittedLinearizedTraining(FittedQuadratic):
         self._decay = optimizer["weight_decay"]
         momentum_D = store.vectors["momentum"].astype(np.float64)
         parameters_D = (self._decay > 0) * store.vectors["parameters"].astype(np.float64)
-        secant = None
-        if options.look_ahead and "second_point" in store.vectors:
-            secant = Secant(
-                store.vectors["second_point"].astype(np.float64),
-                store.vectors["gradient_changes"].astype(np.float64),
-            )
+        ahead = Ahead.of(store) if options.look_ahead else None
+        # A Gauss-Newton matrix bends upwards; what it is said to bend downwards is noise.
+        self._least_bend = 0.0 if ahead is None else -np.inf
         self._model = QuadraticModel(
             store,
             _read_gradients,
             rank=options.rank,
             vectors_VD=np.stack([momentum_D, parameters_D]),
-            secant=secant,
+            ahead=ahead,
         )
         self._momentum_R, self._parameters_R = self._model.vectors_VR
         if self._training.get("max_grad_norm"):
             self._read_plain_gradients()
 
-    def mean_displacement(self) -> Array:
-        """By training on random subsets, within the axes [D]."""
+    def displacements(self) -> Array:
+        """By training on random subsets, within the axes [M, D]."""
         masks_MK = random_subsets(len(self._store.task_names))
         with one_blas_thread():
             effects = self._effects(normalize_mixtures(masks_MK, self._store.task_sizes))
-        return self._model.outwards(effects.delta_MR.mean(0))
+        return self._model.outwards(effects.delta_MR)
 
     def _read_plain_gradients(self) -> None:
         """What clipping depends on: squared lengths of gradients, and inner products of b."""
@@ -254,7 +256,7 @@ class FittedLinearizedTraining(FittedQuadratic):
             ),
             outer_slope_M=outer.gradient,
             linear_MT=linear_MT,
-            quadratic_M=np.where(idle_M, 0.0, np.maximum(quadratic_M, 0.0)),
+            quadratic_M=np.where(idle_M, 0.0, np.maximum(quadratic_M, self._least_bend)),
         )
 
     def _noise(self, rows_MK: Array, w_MK: Array, values_MR: Array, vectors_MRR: Array) -> Array:
@@ -338,7 +340,7 @@ class FittedLinearizedTraining(FittedQuadratic):
         spectrum = np.maximum(values_MR[0], 0.0)
         return {
             **self._model.diagnostics(self._effects),
-            **self._model.secant_diagnostics(w_MK[0]),
+            **self._model.diagnostics_ahead(w_MK[0]),
             "duration": self._recursion.duration,
             "clipping_factor_all_tasks": float(clipped_MK.sum()),
             "largest_curvature_times_duration": float(spectrum.max() * self._recursion.duration),

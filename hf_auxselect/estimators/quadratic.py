@@ -1,6 +1,6 @@
 """Quadratic models of the losses around the anchor, from projected gradients.
 
-Shapes: N examples of the auxiliary tasks, T examples of the target, K tasks, M mixtures,
+Shapes: N examples of the auxiliary tasks, T examples of the target, K tasks, M mixtures, E ends,
 D projection_dim, R dimensions in which curvature is modelled, S sources of a displacement.
 """
 
@@ -19,12 +19,13 @@ from hf_auxselect.estimators.base import (
     Estimate,
     FittedEstimator,
     in_chunks,
+    kernel_distance,
     normalize_mixtures,
     one_blas_thread,
     outlier_share,
     rank_correlation,
 )
-from hf_auxselect.store import GradientStore
+from hf_auxselect.store import GradientStore, evenly_spread
 
 _MIXTURES_AT_ONCE = 32
 
@@ -60,12 +61,23 @@ class Covariance(NamedTuple):
     outer: Array
 
 
-class Secant(NamedTuple):
-    """What was measured at a second point."""
+class Ahead(NamedTuple):
+    """What was measured where training is about to lead; see ``look_ahead``."""
 
-    displacement_D: Array
-    changes_KD: Array
+    second_point_D: Array
+    gradient_changes_KD: Array
     """Of each task's mean gradient b along it."""
+    ends_ED: Array
+    end_changes_ET: Array
+    """Of the losses of examples of the target, spread evenly over all of them."""
+
+    @classmethod
+    def of(cls, store: GradientStore) -> Ahead | None:
+        """What a store holds of it."""
+        names = ("second_point", "gradient_changes", "ends", "end_changes")
+        if not all(name in store.vectors for name in names):
+            return None
+        return cls(*(store.vectors[name].astype(np.float64) for name in names))
 
 
 class Effects(NamedTuple):
@@ -119,10 +131,17 @@ class QuadraticModel:
         rank: R; D if that is less. None: as many as three blocks take, at most 96: on four
             families of tasks, more of them fit what differs from sample to sample.
         vectors_VD: further vectors that displacements are made of.
-        secant: by how much the tasks' b were measured to change along a displacement. Each H_k is
-            changed by as little as makes it say the same (in the Frobenius norm; Powell's symmetric
-            Broyden update), and then by as little as keeps it from turning negative: a direction of
-            negative curvature would be followed without end.
+        ahead: by how much the tasks' b, and the target's losses, were measured to change. Each H_k
+            is changed by as little as makes it say the same of b (in the Frobenius norm; Powell's
+            symmetric Broyden update), and then by as little as keeps it from turning negative: a
+            direction of negative curvature would be followed without end. The target's H, which is
+            not followed, is changed by the symmetric matrix C that makes least of
+
+                sum_e (delta_e^T C delta_e / 2 - missed_e)^2 + ridge |C|^2 / 4,
+
+            where missed_e is what the model misses of the change of the loss at delta_e, |.| the
+            Frobenius norm, and ridge a share of the mean of |delta_e|^4: displacements are taken as
+            nearly as momentum and mean gradients lead, and what is measured is not all of the way.
 
     Attributes:
         rank: R.
@@ -146,11 +165,11 @@ class QuadraticModel:
         *,
         rank: int | None,
         vectors_VD: Array | None = None,
-        secant: Secant | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         self._store = store
         self._read = read_gradients
-        self._secant = secant
+        self._ahead = ahead
         with one_blas_thread():
             self._build(rank, vectors_VD)
 
@@ -174,15 +193,16 @@ class QuadraticModel:
         if vectors_VD is None:
             vectors_VD = np.zeros((0, self._dim))
         starts = [self.b_KD, target_b_1D, vectors_VD]
-        if self._secant is not None:
-            starts.append(self._secant.displacement_D[None])
+        if self._ahead is not None:
+            starts.append(self._ahead.second_point_D[None])
         self._axes_DR = self._krylov_axes(np.vstack(starts), rank)
         self.rank = self._axes_DR.shape[1]
         self._target_b_R = self._inside(target_b_1D[0])
         self._reduce_tasks(target_b_1D[0])
         self._reduce_target(vectors_VD, target_trace)
-        if self._secant is not None:
-            self._H_KRR = self._with_secant(self._secant)
+        if self._ahead is not None:
+            self._H_KRR = self._with_secants(self._ahead)
+            self._target_H_RR = self._with_ends(self._ahead)
 
     def _krylov_axes(self, starts_SD: Array, rank: int | None) -> Array:
         """Orthonormal axes [D, R]; fewer if they already hold all that H makes of the starts."""
@@ -212,9 +232,9 @@ class QuadraticModel:
             result_DS += phi.T @ (weights_N[rows, None] * (phi @ vectors_DS))
         return result_DS
 
-    def outwards(self, vector_R: Array) -> Array:
-        """A vector within the axes, in all D dimensions."""
-        return self._axes_DR @ vector_R
+    def outwards(self, vectors: Array) -> Array:
+        """Vectors within the axes [., R], in all D dimensions."""
+        return vectors @ self._axes_DR.T
 
     def token_weights(self, rows_MK: Array) -> Array:
         """Share of each task in the label tokens of mixtures of rows; each sums to 1 or is 0."""
@@ -382,27 +402,24 @@ class QuadraticModel:
             "largest_target_example_share": float(lengths_T.max() / max(lengths_T.sum(), 1e-300)),
         }
 
-    def secant_diagnostics(self, w_K: Array) -> dict[str, float]:
-        """How the gradient of a mixture changed where it was measured, within the axes; if it was.
+    def diagnostics_ahead(self, w_K: Array) -> dict[str, float]:
+        """How gradients changed where they were measured a second time; nothing if they were not.
 
-        The share of the change that the Gauss-Newton matrix had not foreseen, and one less the
-        cosine of the gradients at both points.
+        The share of the change of a mixture's gradient, within the axes, that the Gauss-Newton
+        matrix had not foreseen; the same of the changes of the target's loss at the ends (root mean
+        squares); and the ``kernel_distance`` of the tasks' mean gradients.
         """
-        if self._secant is None:
+        if self._ahead is None:
             return {}
-        displacement_R = self._inside(self._secant.displacement_D)
-        change_R, before_R = w_K @ self._inside(self._secant.changes_KD), w_K @ self.b_KR
+        displacement_R = self._inside(self._ahead.second_point_D)
+        change_R = w_K @ self._inside(self._ahead.gradient_changes_KD)
         expected_R = np.tensordot(w_K, self._drawn_H_KRR, 1) @ displacement_R
         expected_R -= self.added_curvature(w_K) * displacement_R
-        after_R = before_R + change_R
-
-        def length(vector: Array) -> float:
-            return max(float(np.linalg.norm(vector)), 1e-300)
-
-        cosine = float(before_R @ after_R) / (length(before_R) * length(after_R))
+        missed, length = np.linalg.norm(change_R - expected_R), np.linalg.norm(change_R)
         return {
-            "linearization_residual": length(change_R - expected_R) / length(change_R),
-            "gradient_drift": 1 - cosine,
+            "linearization_residual": float(missed) / max(float(length), 1e-300),
+            "target_residual": self._target_residual,
+            "kernel_drift": kernel_distance(self.b_KD, self.b_KD + self._ahead.gradient_changes_KD),
         }
 
     def _target_variance(self, own: Effects, reference: Effects | None) -> Array:
@@ -502,13 +519,13 @@ class QuadraticModel:
         self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
         self._drawn_H_KRR = self._H_KRR
 
-    def _with_secant(self, secant: Secant) -> Array:
+    def _with_secants(self, ahead: Ahead) -> Array:
         """Curvature of the tasks [K, R, R] that agrees with what was measured."""
-        displacement_R = self._inside(secant.displacement_D)
+        displacement_R = self._inside(ahead.second_point_D)
         length = max(float(np.linalg.norm(displacement_R)), 1e-300)
         u = displacement_R / length
         result_KRR = self._drawn_H_KRR.copy()
-        for k, change_R in enumerate(self._inside(secant.changes_KD)):
+        for k, change_R in enumerate(self._inside(ahead.gradient_changes_KD)):
             if np.linalg.norm(change_R) <= _LEAST_CHANGE * np.linalg.norm(self.b_KR[k]):
                 continue
             added_RR = self._trace_K[k] / self._dim * np.eye(self.rank)
@@ -521,6 +538,27 @@ class QuadraticModel:
             H_RR = (vectors_RR * np.maximum(values_R, least)) @ vectors_RR.T
             result_KRR[k] = H_RR + added_RR
         return result_KRR
+
+    def _with_ends(self, ahead: Ahead) -> Array:
+        """Curvature of the target [R, R] that agrees better with what was measured."""
+        linear_TE = np.empty((len(self._omega_T), len(ahead.ends_ED)))
+        for _, rows in chunks_of_tasks(self._store.target):
+            linear_TE[rows] = self._read(self._store.target, rows)[0] @ ahead.ends_ED.T
+        ends_ER = self._inside(ahead.ends_ED)
+        outer_E = np.maximum((ahead.ends_ED**2).sum(1) - (ends_ER**2).sum(1), 0.0)
+        bend_E = ((ends_ER @ self._target_H_RR) * ends_ER).sum(1)
+        bend_E += self._target_outer_curvature * outer_E
+        read = evenly_spread(len(linear_TE), ahead.end_changes_ET.shape[1])
+        omega_T = self._omega_T[read] / max(self._omega_T[read].sum(), 1e-300)
+        measured_E = ahead.end_changes_ET @ omega_T
+        missed_E = measured_E - omega_T @ linear_TE[read] - bend_E / 2
+        length, missed = (max(float(np.linalg.norm(x)), 1e-300) for x in (measured_E, missed_E))
+        self._target_residual = missed / length
+        # Kernel ridge regression: the functions delta^T C delta have the kernel (delta . delta')^2.
+        kernel_EE = (ends_ER @ ends_ER.T) ** 2
+        penalty = max(float(np.trace(kernel_EE)) / len(kernel_EE), 1e-300)
+        factor_E = np.linalg.solve(kernel_EE + penalty * np.eye(len(kernel_EE)), missed_E)
+        return self._target_H_RR + 2 * (ends_ER.T * factor_E) @ ends_ER
 
     def _reduce_target(self, vectors_VD: Array, trace: float) -> None:
         """Turn the target into the axes, and keep its inner products outside of them."""

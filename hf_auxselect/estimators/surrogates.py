@@ -62,8 +62,8 @@ class AbstractSurrogate(AbstractEstimator):
     def look_ahead(self) -> bool:
         return self.base.look_ahead
 
-    def second_point(self, store: GradientStore) -> Array | None:
-        return self.base.second_point(store)
+    def way_ahead(self, store: GradientStore) -> tuple[Array, Array] | None:
+        return self.base.way_ahead(store)
 
     @abstractmethod
     def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:

@@ -5,16 +5,15 @@ import torch
 from reference import loss_of_example
 
 from hf_auxselect import GradientStore, LinearizedTraining, RidgeSurrogate, capture_gradients
+from hf_auxselect.estimators.base import NUM_ENDS
 from hf_auxselect.gradients import TaskExamples
+from hf_auxselect.look_ahead import EXAMPLES_AHEAD, look_ahead, predict_look_ahead_seconds
 from hf_auxselect.optimizer_state import read_optimizer
 from hf_auxselect.projection import CountSketch
-from hf_auxselect.second_point import (
-    SECOND_POINT_EXAMPLES,
-    capture_second_point,
-    predict_second_point_seconds,
-)
 
 COEFFICIENTS = np.array([-0.5, -0.3, 0.2])
+ENDS = np.array([[-0.8, -0.5, 0.3], [-0.2, 0.0, -0.7]])
+TARGET = [(6, 3), (4, 8), (9, 1)]
 
 
 def stepped(optimizer_class=torch.optim.AdamW, **options):
@@ -42,7 +41,7 @@ def captured(model, optimizer, rows, directory, dim=64):
     return capture_gradients(
         model,
         rows,
-        tiny.rows_of([(6, 3)] * 3),
+        tiny.rows_of(TARGET),
         tiny.collate,
         directory=directory,
         projection_dim=dim,
@@ -62,19 +61,21 @@ def combined(store, coefficients=COEFFICIENTS):
     return coefficients @ np.vstack([store.vectors["momentum"], means])
 
 
+def examples_of(name, rows):
+    return TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))
+
+
 def looked_ahead(model, optimizer, rows, directory, displacement=combined, collate=tiny.collate):
-    """The store of that pass and of the second point."""
+    """The store of that pass and of what was measured ahead."""
     store = captured(model, optimizer, rows, directory)
-    examples = [
-        TaskExamples(name=name, rows=own, example_ids=range(len(own)), num_rows=len(own))
-        for name, own in rows.items()
-    ]
-    return capture_second_point(
+    return look_ahead(
         model,
-        examples,
+        [examples_of(name, own) for name, own in rows.items()],
+        examples_of("target", tiny.rows_of(TARGET)),
         collate,
         store,
         displacement(store),
+        combined(store, ENDS),
         directory=directory,
         optimizer=optimizer,
         batch_size=4,
@@ -104,13 +105,12 @@ def mean_gradient(model, rows):
     ("optimizer_class", "options"),
     [(torch.optim.AdamW, {"lr": 1e-2}), (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})],
 )
-def test_it_is_the_change_of_the_mean_gradients(tmp_path, optimizer_class, options):
+def test_it_is_the_change_of_gradients_and_losses(tmp_path, optimizer_class, options):
     model, optimizer = stepped(optimizer_class, **options)
     rows = tasks(7, 12)
     before = weights_of(model)
     store = looked_ahead(model, optimizer, rows, tmp_path)
-    after = weights_of(model)
-    assert tiny.same(before, after)
+    assert tiny.same(before, weights_of(model))
 
     state = read_optimizer(model, optimizer)
     sketch = CountSketch(64, 0)
@@ -122,22 +122,39 @@ def test_it_is_the_change_of_the_mean_gradients(tmp_path, optimizer_class, optio
     def in_coordinates(gradient):
         return {name: g.flatten() * state.scales[name] for name, g in gradient.items()}
 
+    def losses():
+        with torch.no_grad():
+            rows = tiny.rows_of(TARGET)
+            return np.array([float(loss_of_example(model, tiny.collate([row]))) for row in rows])
+
     first = [in_coordinates(mean_gradient(model, own)) for own in rows.values()]
-    displacement = {
-        name: COEFFICIENTS[0] * state.momentum[name] * state.scales[name]
-        + sum(c * g[name] for c, g in zip(COEFFICIENTS[1:], first, strict=True))
-        for name in state.scales
-    }
-    assert store.vectors["second_point"] == pytest.approx(project(displacement), abs=1e-4)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p += (displacement[name] * state.scales[name]).view_as(p)
+    losses_before = losses()
+
+    def move(coefficients):
+        """Displace the parameters; by how much."""
+        displacement = {
+            name: coefficients[0] * state.momentum[name] * state.scales[name]
+            + sum(c * g[name] for c, g in zip(coefficients[1:], first, strict=True))
+            for name in state.scales
+        }
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    step = displacement[name] * state.scales[name]
+                    p.copy_(before[name] + step.view_as(p))
+        return displacement
+
+    assert store.vectors["second_point"] == pytest.approx(project(move(COEFFICIENTS)), abs=1e-4)
     for k, own in enumerate(rows.values()):
         second = in_coordinates(mean_gradient(model, own))
         change = project({name: second[name] - first[k][name] for name in second})
         assert np.abs(change).max() > 1e-3
         assert store.vectors["gradient_changes"][k] == pytest.approx(change, abs=1e-4)
+    for end, coefficients in enumerate(ENDS):
+        assert store.vectors["ends"][end] == pytest.approx(project(move(coefficients)), abs=1e-4)
+        change = losses() - losses_before
+        assert np.abs(change).min() > 1e-4
+        assert store.vectors["end_changes"][end] == pytest.approx(change, abs=2e-5)
 
 
 def test_a_displacement_is_taken_as_nearly_as_momentum_and_gradients_lead(tmp_path):
@@ -168,7 +185,8 @@ def test_it_is_found_again_beside_what_was_known(tmp_path):
     rows = tasks(5, 6)
     store = looked_ahead(model, optimizer, rows, tmp_path)
     loaded = GradientStore.load(tmp_path)
-    assert sorted(loaded.vectors) == ["gradient_changes", "momentum", "parameters", "second_point"]
+    ahead = {"second_point", "gradient_changes", "ends", "end_changes"}
+    assert set(loaded.vectors) == {"momentum", "parameters"} | ahead
     for name, vector in store.vectors.items():
         assert np.array_equal(loaded.vectors[name], vector)
     assert len(list(tmp_path.glob("vectors.*"))) == 1
@@ -176,7 +194,7 @@ def test_it_is_found_again_beside_what_was_known(tmp_path):
 
 def test_at_most_so_many_examples_are_read_again_and_all_over_a_task(tmp_path):
     model, optimizer = stepped(lr=1e-2)
-    count = 3 * SECOND_POINT_EXAMPLES
+    count = 3 * EXAMPLES_AHEAD
     rows = tasks(count, 5)
     for i, row in enumerate(rows["a"]):
         row["number"] = i
@@ -187,8 +205,8 @@ def test_at_most_so_many_examples_are_read_again_and_all_over_a_task(tmp_path):
         return tiny.collate(examples)
 
     looked_ahead(model, optimizer, rows, tmp_path, collate=collate)
-    assert len(read) == 2 * SECOND_POINT_EXAMPLES
-    assert len(set(read)) == SECOND_POINT_EXAMPLES
+    assert len(read) == 2 * EXAMPLES_AHEAD
+    assert len(set(read)) == EXAMPLES_AHEAD
     assert (min(read), max(read)) == (0, count - 1)
     assert np.diff(sorted(set(read))).max() <= 4
 
@@ -205,21 +223,33 @@ def test_what_is_not_finite_is_left_out_with_a_warning(tmp_path, caplog):
     assert tiny.same(before, weights_of(model))
 
 
-def test_an_error_leaves_the_model_as_it_was(tmp_path):
+@pytest.mark.parametrize("batches_elsewhere", [0, 5])  # at the second point, and at an end
+def test_an_error_leaves_the_model_as_it_was(tmp_path, batches_elsewhere):
     model, optimizer = stepped(lr=1e-2)
     before = weights_of(model)
-    batches = []
+    elsewhere = []
 
     def collate(examples):
-        batches.append(weights_of(model))
-        if len(batches) > 4:
+        if not tiny.same(before, weights_of(model)):
+            elsewhere.append(len(examples))
+        if len(elsewhere) > batches_elsewhere:
             raise RuntimeError("out of memory")
         return tiny.collate(examples)
 
     with pytest.raises(RuntimeError, match="out of memory"):
         looked_ahead(model, optimizer, tasks(5, 6), tmp_path, collate=collate)
-    assert not tiny.same(before, batches[-1])
+    assert elsewhere == [4, 1, 4, 2, 3, 3][: batches_elsewhere + 1]
     assert tiny.same(before, weights_of(model))
+
+
+def test_no_more_examples_of_the_target_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_auxselect.look_ahead.EXAMPLES_AHEAD", 2)
+    model, optimizer = stepped(lr=1e-2)
+    store = looked_ahead(model, optimizer, tasks(5, 6), tmp_path)
+    monkeypatch.undo()
+    every = looked_ahead(model, optimizer, tasks(2, 2), tmp_path / "all")
+    assert every.vectors["end_changes"].shape == (2, 3)
+    assert store.vectors["end_changes"].shape == (2, 2)
 
 
 def test_a_run_looks_ahead_unless_it_is_told_not_to(tmp_path):
@@ -254,9 +284,9 @@ def test_the_preview_counts_it(tmp_path):
             {"after": "restart"},
         )
     ]
-    assert memory[0] == memory[1] + 8 * size == memory[2] == memory[3]
+    assert memory[0] == memory[1] + 4 * (NUM_ENDS + 3) * size == memory[2] == memory[3]
     before = weights_of(trainer.model)
-    task = TaskExamples(name="a", rows=tiny.rows_of([(6, 3)] * 9), example_ids=range(9), num_rows=9)
-    seconds = predict_second_point_seconds(trainer.model, [task], tiny.collate, batch_size=4)
-    assert seconds > 0
+    task = examples_of("a", tiny.rows_of([(6, 3)] * 9))
+    options = {"num_ends": NUM_ENDS, "batch_size": 4}
+    assert predict_look_ahead_seconds(trainer.model, [task], task, tiny.collate, **options) > 0
     assert tiny.same(before, weights_of(trainer.model))

@@ -1,0 +1,198 @@
+"""Which diagnostics tell that estimates are bad: what changes on a way, here and on the way ahead.
+
+The estimator measures by how much gradients change on the way ahead (its second point). The way
+that the run has come is known without looking ahead: here the warm-up is trained again, each
+example's gradient is captured a half and three quarters of the way, and compared with the one at
+the anchor, in the same coordinates. For every family, next to how estimates agree with the truth:
+
+- the linearization residual: what the quadratic model misses of the change of the mean gradient;
+- the kernel drift: how the inner products of the tasks' mean gradients change, and for the points
+  that were passed also those of single examples;
+- the rank correlation of estimates whose secant is the one to that point.
+
+    python benchmarks/drift.py [--families small,text]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from agreement import (
+    Truth,
+    complete_store,
+    gradients,
+    measures,
+    measures_in_nats,
+    read_truth,
+)
+from baselines import trainer_at_anchor
+from families import FAMILIES, with_fixed_hashes
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+from trl import SFTTrainer
+from truth import CACHE, RESULTS, StopAt, digest, make_trainer, warm_up
+
+from hf_auxselect import GradientStore, LinearizedTraining
+from hf_auxselect.estimators.base import kernel_distance
+from hf_auxselect.files import to_json, write_atomically
+from hf_auxselect.gradients import TaskExamples, capture_examples
+from hf_auxselect.optimizer_state import read_optimizer
+from hf_auxselect.projection import CountSketch
+from hf_auxselect.store import add_vectors
+from hf_auxselect.switch import ModelRows, collate_function, trainable_state
+
+POINTS = (0.5, 0.75)
+"""Of the warm-up."""
+EXAMPLES_PER_TASK = 64
+
+
+class KeepAt(TrainerCallback):
+    """Keeps the trainable parameters after some steps."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+        self.kept: dict[int, dict[str, Tensor]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Copy them."""
+        if state.global_step in self.steps:
+            self.kept[state.global_step] = trainable_state(kwargs["model"])
+
+
+def passed(family: str, steps: list[int]) -> dict[int, dict[str, Tensor]]:
+    """The trainable parameters after those steps of a warm-up that ends at the anchor, bitwise."""
+    keep = KeepAt(steps)
+    torch.set_num_threads(1)  # as in the warm-up itself
+    with tempfile.TemporaryDirectory() as directory:
+        stop = StopAt(FAMILIES[family].warm_up_steps)
+        make_trainer(family, Path(directory), [keep, stop]).train()
+        (again,) = Path(directory).glob("checkpoint-*")
+        if digest(again) != digest(warm_up(family)):
+            raise SystemExit(f"{family}: the warm-up came out otherwise than {warm_up(family)}.")
+    return keep.kept
+
+
+def captured(family: str) -> dict[int, GradientStore]:
+    """The gradients after some steps of the warm-up, captured when they are first asked for."""
+    steps = [max(1, int(share * FAMILIES[family].warm_up_steps)) for share in POINTS]
+    directories = {step: CACHE / family / f"step-{step}" for step in steps}
+    if not all(complete_store(path, "displacement") for path in directories.values()):
+        with trainer_at_anchor(family) as trainer:
+            trainer.create_optimizer()
+            state = torch.load(warm_up(family) / "optimizer.pt", weights_only=True)
+            trainer.optimizer.load_state_dict(state)
+            for step, values in passed(family, steps).items():
+                capture(trainer, gradients(family, "continue"), values, directories[step])
+    return {step: GradientStore.load(path) for step, path in directories.items()}
+
+
+def capture(
+    trainer: SFTTrainer, at_anchor: GradientStore, values: dict[str, Tensor], directory: Path
+) -> None:
+    """Gradients of some examples of each task elsewhere, in the anchor's coordinates."""
+    model, metadata = trainer.model, at_anchor.metadata
+    sketch = CountSketch(metadata["projection_dim"], metadata["seed"])
+    scales = read_optimizer(model, trainer.optimizer).scales
+    anchor, parameters = trainable_state(model), dict(model.named_parameters())
+    displacement = sum(
+        sketch.project(name, ((values[name] - anchor[name]).flatten() / scales[name])[None])[0]
+        for name in anchor
+    )
+
+    def examples(store: GradientStore, k: int, dataset: Any) -> TaskExamples:
+        own = store.example_ids[store.task_ids == k]
+        spread = np.linspace(0, len(own) - 1, min(len(own), EXAMPLES_PER_TASK)).astype(int)
+        return TaskExamples(
+            name=store.task_names[k],
+            rows=ModelRows(trainer, dataset),
+            example_ids=own[spread].tolist(),
+            num_rows=int(store.task_sizes[k]),
+        )
+
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+    capture_examples(
+        model,
+        [examples(at_anchor, k, trainer.train_dataset) for k in range(len(at_anchor.task_names))],
+        examples(at_anchor.target, 0, trainer.eval_dataset),
+        collate_function(trainer),
+        directory=directory,
+        projection_dim=sketch.dim,
+        batch_size=16,
+        seed=metadata["seed"],
+        scalars=("loss@optimizer",),
+        optimizer=trainer.optimizer,
+    )
+    add_vectors(directory, {"displacement": displacement.numpy()})
+    with torch.no_grad():
+        for name, value in anchor.items():
+            parameters[name].copy_(value)
+
+
+def compare(family: str) -> dict[str, Any]:
+    """How well estimates agree with the truth, and what changes on each way."""
+    truth, store = read_truth(family, "continue"), gradients(family, "continue")
+    line: dict[str, Any] = {"family": family, "ahead": on_the_way(truth, store)}
+    for step, elsewhere in captured(family).items():
+        kept = rows_of(store, elsewhere)
+        change_ND = elsewhere.gradients.astype(np.float64) - kept
+        changes_KD = np.zeros((len(store.task_names), change_ND.shape[1]))
+        np.add.at(changes_KD, elsewhere.task_ids, elsewhere.example_weights[:, None] * change_ND)
+        secant = {"second_point": elsewhere.vectors["displacement"], "gradient_changes": changes_KD}
+        line[f"step {step}"] = on_the_way(truth, store.with_vectors(secant)) | {
+            "kernel_drift_of_examples": kernel_distance(kept, kept + change_ND)
+        }
+    return line
+
+
+def rows_of(store: GradientStore, some: GradientStore) -> np.ndarray:
+    """The store's gradients of the examples that another one holds [N, D]."""
+    place = {key: i for i, key in enumerate(zip(store.task_ids, store.example_ids, strict=True))}
+    rows = [place[key] for key in zip(some.task_ids, some.example_ids, strict=True)]
+    return store.scalar("loss@optimizer")[1][rows].astype(np.float64)
+
+
+def on_the_way(truth: Truth, store: GradientStore) -> dict[str, float]:
+    """Agreement and diagnostics with the store's second point."""
+    fitted = LinearizedTraining().fit(store)
+    loss, diagnostics = fitted.estimate(truth.weights).loss, fitted.diagnostics()
+    return {
+        **measures(loss, truth.mean),
+        **measures_in_nats(loss, truth.mean),
+        **{name: diagnostics[name] for name in ("linearization_residual", "kernel_drift")},
+    }
+
+
+def main() -> None:
+    """Print the table and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--families", default=",".join(FAMILIES), metavar="a,b")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    lines = [compare(family) for family in options.families.split(",")]
+    print("family           way          Spearman   error  residual  kernel drift  of examples")
+    for line in lines:
+        for way, values in list(line.items())[1:]:
+            of_examples = values.get("kernel_drift_of_examples")
+            print(
+                f"{line['family']:16} {way:11} {values['spearman']:9.3f}  {values['error']:6.1%} "
+                f"{values['linearization_residual']:9.2f}  {values['kernel_drift']:12.2f}  "
+                f"{'' if of_examples is None else f'{of_examples:11.2f}'}"
+            )
+    record = {"command": "python benchmarks/drift.py", "lines": lines}
+    write_atomically(RESULTS.parent / "drift.json", to_json(record))
+
+
+if __name__ == "__main__":
+    with_fixed_hashes()
+    main()

@@ -1,0 +1,141 @@
+"""The gradient pass of a run: whether it can work, what it will cost, and what it captures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from hf_auxselect import switch
+from hf_auxselect.distributed import computed_once
+from hf_auxselect.estimators import AbstractEstimator
+from hf_auxselect.estimators.base import NUM_ENDS
+from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_seconds
+from hf_auxselect.look_ahead import look_ahead, predict_look_ahead_seconds
+from hf_auxselect.optimizer_state import is_supported
+from hf_auxselect.per_example import Batch, check_per_example_gradients
+from hf_auxselect.plan import CostPreview, Plan
+from hf_auxselect.projection import CountSketch
+from hf_auxselect.store import GradientStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientPass:
+    """Captures, in a run, what its estimator needs; options as in ``TaskSelectionCallback``."""
+
+    trainer: Trainer
+    plan: Plan
+    estimator: AbstractEstimator
+    projection_dim: int
+    batch_size: int | None
+    one_by_one: bool
+
+    def check(self) -> None:
+        """Capture two examples now, so that an unsupported model raises before it is trained."""
+        if needs_optimizer(self.estimator) and not is_supported(self.trainer.optimizer):
+            raise ValueError(
+                f"{type(self.estimator).__name__} models the steps of torch's AdamW, Adam and "
+                f"SGD, not of optim={str(self.trainer.args.optim)!r}. Use optim='adamw_torch', or "
+                "pass estimator=GradExLogistic()."
+            )
+        if self.one_by_one:
+            return
+        tasks = (self.plan.examples[0], self.plan.target)
+        with self.trainer.compute_loss_context_manager():
+            check_per_example_gradients(
+                self.trainer.model,
+                [task.rows[task.example_ids[0]] for task in tasks],
+                self._collate_fn,
+            )
+
+    def preview(self) -> CostPreview:
+        """Time batches and predict the cost."""
+        plan = self.plan
+        with self.trainer.compute_loss_context_manager():
+            seconds = predict_seconds(
+                self.trainer.model,
+                plan.examples,
+                plan.target,
+                self._collate_fn,
+                projection_dim=self.projection_dim,
+                batch_size=self._batch_size,
+                scalars=self.estimator.scalars,
+                one_by_one=self.one_by_one,
+            )
+            if self.estimator.look_ahead:
+                seconds += predict_look_ahead_seconds(
+                    self.trainer.model,
+                    plan.examples,
+                    plan.target,
+                    self._collate_fn,
+                    num_ends=NUM_ENDS,
+                    batch_size=self._batch_size,
+                )
+        sketch = CountSketch(self.projection_dim, plan.seed)
+        sizes = [p.numel() for p in self.trainer.model.parameters() if p.requires_grad]
+        memory = sum(sketch.table_bytes(size) for size in sizes)
+        if self.estimator.look_ahead:  # displacements, where they start, and a task's gradient
+            memory += 4 * (NUM_ENDS + 3) * sum(sizes)
+        bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
+        return CostPreview(
+            num_examples=plan.num_examples,
+            seconds=seconds / self.trainer.args.world_size,
+            disk_mib=plan.num_examples * bytes_per_example / 2**20,
+            memory_mib=memory / 2**20,
+            switch_step=plan.switch_step,
+        )
+
+    def run(self, directory: Path, after: str) -> GradientStore:
+        """Capture at the anchor and, if the estimator asks for it, where training is to lead."""
+        trainer, plan = self.trainer, self.plan
+        progress = not trainer.args.disable_tqdm
+        with trainer.compute_loss_context_manager():
+            store = capture_examples(
+                trainer.model,
+                plan.examples,
+                plan.target,
+                self._collate_fn,
+                directory=directory,
+                projection_dim=self.projection_dim,
+                batch_size=self._batch_size,
+                seed=plan.seed,
+                scalars=self.estimator.scalars,
+                optimizer=trainer.optimizer if needs_optimizer(self.estimator) else None,
+                training=switch.training_to_come(trainer, plan.switch_step, after),
+                one_by_one=self.one_by_one,
+                progress=progress,
+            )
+            way = computed_once(lambda: self.estimator.way_ahead(store))
+            if way is None:
+                return store
+            return look_ahead(
+                trainer.model,
+                plan.examples,
+                plan.target,
+                self._collate_fn,
+                store,
+                *way,
+                directory=directory,
+                optimizer=trainer.optimizer,
+                batch_size=self._batch_size,
+                progress=progress,
+            )
+
+    @cached_property
+    def _collate_fn(self) -> Callable[[list[Any]], Batch]:
+        return switch.collate_function(self.trainer)
+
+    @property
+    def _batch_size(self) -> int:
+        if self.one_by_one:
+            return 1
+        return self.batch_size or self.trainer.args.per_device_train_batch_size
+
+
+def needs_optimizer(estimator: AbstractEstimator) -> bool:
+    """Whether it models steps of the run's optimizer."""
+    return any(spec.endswith(AT_OPTIMIZER) for spec in estimator.scalars)

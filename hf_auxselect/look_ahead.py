@@ -1,0 +1,317 @@
+"""What is measured where training is about to lead: gradients at a second point, losses at ends.
+
+What gradients and losses change by along a way of realistic length holds all that a Gauss-Newton
+matrix leaves out there: the model's own curvature, and what is no longer quadratic.
+
+Shapes: K tasks, T examples of the target, E ends, D projection_dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_auxselect.distributed import computed_once, gather, process_rank, sum_over_processes
+from hf_auxselect.gradients import (
+    BatchLimits,
+    TaskExamples,
+    row_length,
+    seconds_of_batches,
+)
+from hf_auxselect.optimizer_state import read_optimizer
+from hf_auxselect.per_example import (
+    SCALARS,
+    Batch,
+    CollateFn,
+    evaluation_mode,
+    forward_label_logits,
+)
+from hf_auxselect.projection import CountSketch
+from hf_auxselect.store import GradientStore, add_vectors, evenly_spread
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES_AHEAD = 64
+"""Examples of a task, and of the target, that are read again at most: mean gradients take fewer
+than curvature."""
+
+Values = Mapping[str, Tensor]
+"""A flat tensor by name of the parameter."""
+
+
+def look_ahead(
+    model: nn.Module,
+    tasks: Sequence[TaskExamples],
+    target: TaskExamples,
+    collate_fn: CollateFn,
+    store: GradientStore,
+    second_point_D: np.ndarray,
+    ends_ED: np.ndarray,
+    *,
+    directory: str | Path,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    progress: bool = True,
+) -> GradientStore:
+    """Measure by how much the tasks' mean gradients and the target's losses change on the way.
+
+    A projected displacement cannot be taken as it is: the one that is taken is the combination of
+    the optimizer's momentum and the tasks' mean gradients that is nearest to it. At most 64
+    examples of each task, spread evenly over those of the store, run forward and backward twice: at
+    the anchor, which sums the displacements up, and at the second point. As many of the target run
+    forward, at the anchor and at each end. The model is left as it was. With ``torch.distributed``
+    set up, the batches are shared out.
+
+    Args:
+        model: the model at the anchor.
+        tasks: the examples of the store, in its order.
+        target: those of its target.
+        collate_fn: as for ``capture_gradients``.
+        store: what was captured at the anchor, with the scalar ``"loss@optimizer"``.
+        second_point_D: where gradients are captured once more; from
+            ``AbstractEstimator.way_ahead``.
+        ends_ED: where losses are measured; likewise.
+        directory: where the store is; the result is added to it.
+        optimizer: that of the store.
+        batch_size: as for ``capture_gradients``.
+        progress: show a progress bar.
+
+    Returns:
+        The store with four more vectors: ``second_point`` and ``ends``, as they were taken,
+        rounding included; the ``gradient_changes`` [K, D] of the tasks from the anchor to the
+        second point, in the optimizer's coordinates like these; and the ``end_changes`` [E, T] of
+        the losses of those examples of the target that were read. If one of them is not finite, a
+        warning is logged and the store is returned as it was.
+
+    Source: secants of gradients as in quasi-Newton methods; Nocedal and Wright, "Numerical
+    Optimization" (2006), section 6.1.
+    """
+    state = read_optimizer(model, optimizer)
+    sketch = CountSketch(store.metadata["projection_dim"], store.metadata["seed"])
+    reader = _Reader(model, collate_fn, tasks, target, store, batch_size)
+    gradients_ND = store.scalar("loss@optimizer")[1]
+    before_KD = np.stack([reader.mean_of_task(k, gradients_ND) for k in range(len(tasks))])
+    sources = np.vstack([store.vectors["momentum"].astype(np.float64), before_KD])
+    wanted = np.vstack([second_point_D, ends_ED])
+    coefficients = computed_once(lambda: np.linalg.lstsq(sources.T, wanted.T, rcond=None)[0].T)
+
+    def project(values: Values) -> np.ndarray:
+        parts = [sketch.project(name, value[None])[0] for name, value in values.items()]
+        return torch.stack(parts).sum(0).double().cpu().numpy() if parts else np.zeros(sketch.dim)
+
+    rank, _ = process_rank()
+    bar = tqdm(
+        total=2 * reader.num_task_examples + len(wanted) * reader.num_target_examples,
+        desc="looking ahead",
+        unit="example",
+        disable=not progress or rank != 0,
+    )
+    with bar, evaluation_mode(model):
+        reader.advance = bar.update
+        momentum = {name: m * state.scales[name] for name, m in state.momentum.items()}
+        way = _Displacements(reader.parameters, state.scales, len(wanted))
+        if rank == 0:
+            way.add(coefficients[:, 0], momentum)
+        for k in range(len(tasks)):
+            way.add(coefficients[:, 1 + k], reader.gradient(k, state.scales))
+        way.sum_over_processes()
+        losses_T = reader.target_losses()
+        with way.taken(0) as moved:
+            second_point = project(moved)
+            after = [project(reader.gradient(k, state.scales)) for k in range(len(tasks))]
+        ends, changes = [], []
+        for end in range(1, len(wanted)):
+            with way.taken(end) as moved:
+                ends.append(project(moved))
+                changes.append(reader.target_losses() - losses_T)
+    vectors = {
+        "second_point": second_point,
+        "gradient_changes": np.sum(gather(np.stack(after)), axis=0) - before_KD,
+        "ends": np.stack(ends),
+        "end_changes": np.sum(gather(np.stack(changes)), axis=0),
+    }
+    if not all(np.isfinite(vector).all() for vector in vectors.values()):
+        logger.warning(
+            "gradients or losses where training is about to lead are not finite, and left out; "
+            "look at the learning rate: training may diverge."
+        )
+        return store
+    computed_once(lambda: add_vectors(directory, vectors))
+    return store.with_vectors(vectors)
+
+
+def predict_look_ahead_seconds(
+    model: nn.Module,
+    tasks: Sequence[TaskExamples],
+    target: TaskExamples,
+    collate_fn: CollateFn,
+    *,
+    num_ends: int,
+    batch_size: int,
+) -> float:
+    """Seconds that one process needs: the middle batch of tasks and target, timed."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def batches(of: Sequence[TaskExamples]) -> list[list[object]]:
+        read = [_read_again(task) for task in of]
+        return [[read[k].rows[i] for i in ids] for k, ids, _ in _batches(read, batch_size)]
+
+    def forward_and_backward(rows: list[object]) -> None:
+        _gradients(model, parameters, collate_fn(rows), np.ones(len(rows)))
+
+    def forward(rows: list[object]) -> None:
+        _losses(model, collate_fn(rows))
+
+    with evaluation_mode(model):
+        seconds = 2 * seconds_of_batches(batches(tasks), forward_and_backward)
+        return seconds + (1 + num_ends) * seconds_of_batches(batches([target]), forward)
+
+
+def _read_again(task: TaskExamples) -> TaskExamples:
+    """Those of its examples that are read again."""
+    ids = np.asarray(task.example_ids)
+    return replace(task, example_ids=ids[evenly_spread(len(ids), EXAMPLES_AHEAD)].tolist())
+
+
+def _batches(
+    tasks: Sequence[TaskExamples], batch_size: int
+) -> Iterator[tuple[int, list[int], np.ndarray]]:
+    """Of each batch: its task, its examples, and their places among those of the task."""
+    limits = BatchLimits.of(batch_size, tasks)
+    for k, task in enumerate(tasks):
+        for places in limits.cut(np.array([row_length(task.rows[i]) for i in task.example_ids])):
+            yield k, [task.example_ids[i] for i in places], places
+
+
+class _Reader:
+    """Reads some of a store's examples again: this process's share of their batches.
+
+    Attributes:
+        parameters: those that are trained, by name.
+        num_task_examples, num_target_examples: that this process reads.
+        advance: is told how many examples have been read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collate_fn: CollateFn,
+        tasks: Sequence[TaskExamples],
+        target: TaskExamples,
+        store: GradientStore,
+        batch_size: int,
+    ) -> None:
+        self._model, self._collate_fn = model, collate_fn
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.advance: Callable[[int], object] = lambda count: None
+        self._rows_of_store: list[np.ndarray] = []
+        self._shares: list[np.ndarray] = []  # of each example in the mean loss of its task
+        for k in range(len(tasks)):
+            # Rows without a label token have no loss and no gradient.
+            own = np.flatnonzero((store.task_ids == k) & (store.num_label_tokens > 0))
+            own = own[evenly_spread(len(own), EXAMPLES_AHEAD)]
+            tokens = store.num_label_tokens[own]
+            self._rows_of_store.append(own)
+            self._shares.append(tokens / tokens.sum())
+        self._tasks = [
+            replace(task, example_ids=store.example_ids[own].tolist())
+            for task, own in zip(tasks, self._rows_of_store, strict=True)
+        ]
+        self._target = _read_again(target)
+        rank, world_size = process_rank()
+        self._batches = list(_batches(self._tasks, batch_size))[rank::world_size]
+        self._target_batches = list(_batches([self._target], batch_size))[rank::world_size]
+        self.num_task_examples = sum(len(ids) for _, ids, _ in self._batches)
+        self.num_target_examples = sum(len(ids) for _, ids, _ in self._target_batches)
+
+    def mean_of_task(self, k: int, vectors_ND: np.ndarray) -> np.ndarray:
+        """Mean [D] of the store's vectors over the examples of a task that are read again."""
+        return self._shares[k] @ vectors_ND[self._rows_of_store[k]].astype(np.float64)
+
+    def gradient(self, k: int, scales: Values) -> dict[str, Tensor]:
+        """This process's part of the gradient of a task's mean loss, in the coordinates."""
+        total: dict[str, Tensor] = {}
+        for task, ids, places in self._batches:
+            if task == k:
+                batch = self._collate_fn([self._tasks[k].rows[i] for i in ids])
+                shares = self._shares[k][places]
+                for name, value in _gradients(self._model, self.parameters, batch, shares).items():
+                    scaled = value.flatten().float() * scales[name]
+                    total[name] = total[name] + scaled if name in total else scaled
+                self.advance(len(ids))
+        return total
+
+    def target_losses(self) -> np.ndarray:
+        """Of the target's examples [T]; 0 for those that other processes read."""
+        losses_T = np.zeros(len(self._target.example_ids))
+        for _, ids, places in self._target_batches:
+            batch = self._collate_fn([self._target.rows[i] for i in ids])
+            losses_T[places] = _losses(self._model, batch).double().cpu().numpy()
+            self.advance(len(ids))
+        return losses_T
+
+
+def _gradients(
+    model: nn.Module, parameters: Values, batch: Batch, shares: np.ndarray
+) -> dict[str, Tensor]:
+    """Of a weighted sum of the losses of a batch's examples, by parameter."""
+    losses = SCALARS["loss"](forward_label_logits(model, batch))
+    weights = torch.as_tensor(shares, dtype=losses.dtype, device=losses.device)
+    values = torch.autograd.grad(losses @ weights, list(parameters.values()), allow_unused=True)
+    return {
+        name: value for name, value in zip(parameters, values, strict=True) if value is not None
+    }
+
+
+def _losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Of a batch's examples, nats per label token."""
+    with torch.no_grad():
+        return SCALARS["loss"](forward_label_logits(model, batch))
+
+
+class _Displacements:
+    """Displacements of the parameters, in the optimizer's coordinates; they are kept on the CPU."""
+
+    def __init__(self, parameters: Values, scales: Values, count: int) -> None:
+        self._parameters, self._scales = parameters, scales
+        self._values = {name: torch.zeros(count, p.numel()) for name, p in parameters.items()}
+
+    def add(self, coefficients: np.ndarray, values: Values) -> None:
+        """Add a multiple of the same to each."""
+        factors = torch.from_numpy(coefficients).float()[:, None]
+        for name, value in values.items():
+            self._values[name].addcmul_(factors, value.cpu()[None])
+
+    def sum_over_processes(self) -> None:
+        """Add up what the processes have."""
+        for name, value in self._values.items():
+            self._values[name] = sum_over_processes(value.to(self._parameters[name].device)).cpu()
+
+    @contextmanager
+    def taken(self, index: int) -> Iterator[dict[str, Tensor]]:
+        """Parameters elsewhere for the length of a context; how far they have really moved.
+
+        In half precision a small displacement is rounded.
+        """
+        before = {name: p.detach().clone() for name, p in self._parameters.items()}
+        moved = {}
+        try:
+            with torch.no_grad():
+                for name, p in self._parameters.items():
+                    step = self._values[name][index].to(p.device) * self._scales[name]
+                    p += step.view_as(p)
+                    step = p.float() - before[name].float()
+                    moved[name] = step.flatten() / self._scales[name]
+            yield moved
+        finally:
+            with torch.no_grad():
+                for name, p in self._parameters.items():
+                    p.copy_(before[name])
