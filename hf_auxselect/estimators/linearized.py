@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from hf_auxselect.estimators.ahead import Ahead
 from hf_auxselect.estimators.base import (
     NUM_ENDS,
     AbstractEstimator,
@@ -19,7 +20,6 @@ from hf_auxselect.estimators.base import (
     one_blas_thread,
 )
 from hf_auxselect.estimators.quadratic import (
-    Ahead,
     Effects,
     FittedQuadratic,
     QuadraticModel,

@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_auxselect.estimators.ahead import Ahead, with_losses, with_secant
 from hf_auxselect.estimators.base import (
     NORMAL_95,
     Array,
@@ -36,9 +37,6 @@ _BLOCKS = 3
 _MOST_AXES = 96
 """Unless told otherwise, axes for so many blocks, and at most so many axes."""
 
-_LEAST_CHANGE = 0.01
-"""Share of a gradient by which it must have changed for a secant to say more than rounding does."""
-
 _INDEPENDENT = 1e-7
 """Length that is left of a unit vector which still counts as a direction of its own."""
 
@@ -59,25 +57,6 @@ class Covariance(NamedTuple):
 
     inner: Array
     outer: Array
-
-
-class Ahead(NamedTuple):
-    """What was measured where training is about to lead; see ``look_ahead``."""
-
-    second_point_D: Array
-    gradient_changes_KD: Array
-    """Of each task's mean gradient b along it."""
-    ends_ED: Array
-    end_changes_ET: Array
-    """Of the losses of examples of the target, spread evenly over all of them."""
-
-    @classmethod
-    def of(cls, store: GradientStore) -> Ahead | None:
-        """What a store holds of it."""
-        names = ("second_point", "gradient_changes", "ends", "end_changes")
-        if not all(name in store.vectors for name in names):
-            return None
-        return cls(*(store.vectors[name].astype(np.float64) for name in names))
 
 
 class Effects(NamedTuple):
@@ -131,17 +110,9 @@ class QuadraticModel:
         rank: R; D if that is less. None: as many as three blocks take, at most 96: on four
             families of tasks, more of them fit what differs from sample to sample.
         vectors_VD: further vectors that displacements are made of.
-        ahead: by how much the tasks' b, and the target's losses, were measured to change. Each H_k
-            is changed by as little as makes it say the same of b (in the Frobenius norm; Powell's
-            symmetric Broyden update), and then by as little as keeps it from turning negative: a
-            direction of negative curvature would be followed without end. The target's H, which is
-            not followed, is changed by the symmetric matrix C that makes least of
-
-                sum_e (delta_e^T C delta_e / 2 - missed_e)^2 + ridge |C|^2 / 4,
-
-            where missed_e is what the model misses of the change of the loss at delta_e, |.| the
-            Frobenius norm, and ridge a share of the mean of |delta_e|^4: displacements are taken as
-            nearly as momentum and mean gradients lead, and what is measured is not all of the way.
+        ahead: by how much the tasks' b, and the target's losses, were measured to change. Each H_k,
+            within the axes, is made to agree with it (``with_secant``), and the target's H, which
+            is not followed, to agree better (``with_losses``).
 
     Attributes:
         rank: R.
@@ -154,8 +125,7 @@ class QuadraticModel:
         anchor_loss: of the target, nats per label token.
 
     Source: Saad, "Analysis of Some Krylov Subspace Approximations to the Matrix Exponential
-    Operator" (SIAM J. Numer. Anal. 1992), section 2, for blocks of vectors; Dennis and Moré,
-    "Quasi-Newton Methods, Motivation and Theory" (SIAM Review 1977), section 7.3, for the secant.
+    Operator" (SIAM J. Numer. Anal. 1992), section 2, for blocks of vectors.
     """
 
     def __init__(
@@ -201,8 +171,8 @@ class QuadraticModel:
         self._reduce_tasks(target_b_1D[0])
         self._reduce_target(vectors_VD, target_trace)
         if self._ahead is not None:
-            self._H_KRR = self._with_secants(self._ahead)
-            self._target_H_RR = self._with_ends(self._ahead)
+            self._H_KRR = self._agreeing_with_gradients(self._ahead)
+            self._target_H_RR = self._agreeing_with_losses(self._ahead)
 
     def _krylov_axes(self, starts_SD: Array, rank: int | None) -> Array:
         """Orthonormal axes [D, R]; fewer if they already hold all that H makes of the starts."""
@@ -519,28 +489,18 @@ class QuadraticModel:
         self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
         self._drawn_H_KRR = self._H_KRR
 
-    def _with_secants(self, ahead: Ahead) -> Array:
-        """Curvature of the tasks [K, R, R] that agrees with what was measured."""
-        displacement_R = self._inside(ahead.second_point_D)
-        length = max(float(np.linalg.norm(displacement_R)), 1e-300)
-        u = displacement_R / length
+    def _agreeing_with_gradients(self, ahead: Ahead) -> Array:
+        """Curvature of the tasks [K, R, R] that agrees with how their gradients change."""
+        delta_R = self._inside(ahead.second_point_D)
         result_KRR = self._drawn_H_KRR.copy()
         for k, change_R in enumerate(self._inside(ahead.gradient_changes_KD)):
-            if np.linalg.norm(change_R) <= _LEAST_CHANGE * np.linalg.norm(self.b_KR[k]):
-                continue
             added_RR = self._trace_K[k] / self._dim * np.eye(self.rank)
-            H_RR = self._drawn_H_KRR[k] - added_RR
-            least = min(float(np.linalg.eigvalsh(H_RR)[0]), 0.0)
-            missing_R = (change_R - H_RR @ displacement_R) / length
-            H_RR += np.outer(missing_R, u) + np.outer(u, missing_R)
-            H_RR -= (u @ missing_R) * np.outer(u, u)
-            values_R, vectors_RR = np.linalg.eigh(H_RR)
-            H_RR = (vectors_RR * np.maximum(values_R, least)) @ vectors_RR.T
+            H_RR = with_secant(result_KRR[k] - added_RR, delta_R, change_R, self.b_KR[k])
             result_KRR[k] = H_RR + added_RR
         return result_KRR
 
-    def _with_ends(self, ahead: Ahead) -> Array:
-        """Curvature of the target [R, R] that agrees better with what was measured."""
+    def _agreeing_with_losses(self, ahead: Ahead) -> Array:
+        """Curvature of the target [R, R] that agrees better with how its losses change."""
         linear_TE = np.empty((len(self._omega_T), len(ahead.ends_ED)))
         for _, rows in chunks_of_tasks(self._store.target):
             linear_TE[rows] = self._read(self._store.target, rows)[0] @ ahead.ends_ED.T
@@ -552,13 +512,9 @@ class QuadraticModel:
         omega_T = self._omega_T[read] / max(self._omega_T[read].sum(), 1e-300)
         measured_E = ahead.end_changes_ET @ omega_T
         missed_E = measured_E - omega_T @ linear_TE[read] - bend_E / 2
-        length, missed = (max(float(np.linalg.norm(x)), 1e-300) for x in (measured_E, missed_E))
-        self._target_residual = missed / length
-        # Kernel ridge regression: the functions delta^T C delta have the kernel (delta . delta')^2.
-        kernel_EE = (ends_ER @ ends_ER.T) ** 2
-        penalty = max(float(np.trace(kernel_EE)) / len(kernel_EE), 1e-300)
-        factor_E = np.linalg.solve(kernel_EE + penalty * np.eye(len(kernel_EE)), missed_E)
-        return self._target_H_RR + 2 * (ends_ER.T * factor_E) @ ends_ER
+        length = max(float(np.linalg.norm(measured_E)), 1e-300)
+        self._target_residual = float(np.linalg.norm(missed_E)) / length
+        return with_losses(self._target_H_RR, ends_ER, missed_E)
 
     def _reduce_target(self, vectors_VD: Array, trace: float) -> None:
         """Turn the target into the axes, and keep its inner products outside of them."""
