@@ -51,6 +51,14 @@ from hf_auxselect.switch import ModelRows, collate_function, trainable_state
 POINTS = (0.5, 0.75)
 """Of the warm-up."""
 EXAMPLES_PER_TASK = 64
+DIAGNOSTICS = (
+    "terms_over_loss",
+    "largest_curvature_over_stable",
+    "linearization_residual",
+    "target_residual",
+    "kernel_drift",
+    "rank_correlation_with_step_norm",
+)
 
 
 class KeepAt(TrainerCallback):
@@ -167,7 +175,7 @@ def on_the_way(truth: Truth, store: GradientStore) -> dict[str, float]:
     return {
         **measures(loss, truth.mean),
         **measures_in_nats(loss, truth.mean),
-        **{name: diagnostics[name] for name in ("linearization_residual", "kernel_drift")},
+        **{name: diagnostics[name] for name in DIAGNOSTICS},
     }
 
 
@@ -180,14 +188,21 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     lines = [compare(family) for family in options.families.split(",")]
-    print("family           way          Spearman   error  residual  kernel drift  of examples")
+    print(
+        "                                              terms  curvature        residual     kernel "
+        "drift   step\nfamily           way        Spearman   error  /loss    /stable  "
+        "gradient  loss  of tasks  of rows   norm"
+    )
     for line in lines:
         for way, values in list(line.items())[1:]:
             of_examples = values.get("kernel_drift_of_examples")
             print(
-                f"{line['family']:16} {way:11} {values['spearman']:9.3f}  {values['error']:6.1%} "
-                f"{values['linearization_residual']:9.2f}  {values['kernel_drift']:12.2f}  "
-                f"{'' if of_examples is None else f'{of_examples:11.2f}'}"
+                f"{line['family']:16} {way:9} {values['spearman']:9.3f}  {values['error']:6.1%} "
+                f"{values['terms_over_loss']:6.0%} {values['largest_curvature_over_stable']:10.2f} "
+                f"{values['linearization_residual']:9.2f} {values['target_residual']:5.2f} "
+                f"{values['kernel_drift']:9.2f} "
+                f"{'' if of_examples is None else f'{of_examples:8.2f}':8} "
+                f"{values['rank_correlation_with_step_norm']:6.2f}"
             )
     record = {"command": "python benchmarks/drift.py", "lines": lines}
     write_atomically(RESULTS.parent / "drift.json", to_json(record))
