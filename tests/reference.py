@@ -221,24 +221,26 @@ def ends_correction(
     matrix: np.ndarray,
     axes: np.ndarray,
     target: GradientStore,
-    vectors: dict[str, np.ndarray],
+    ahead: dict[str, np.ndarray],
 ) -> np.ndarray:
     """What makes the target's curvature agree better, within the axes, with its measured losses."""
-    ends, changes = (vectors[name].astype(np.float64) for name in ("ends", "end_changes"))
+    ends, changes = (ahead[name].astype(np.float64) for name in ("ends", "end_changes"))
     count = changes.shape[1]
     read = [i * (len(target) - 1) // (count - 1) for i in range(count)]
     weights = target.example_weights[read] / target.example_weights[read].sum()
     gradients = target.scalar("loss@optimizer")[1].astype(np.float64)[read]
-    size = axes.shape[1]
-    penalty = np.mean([np.linalg.norm(axes.T @ end) ** 4 for end in ends])
-    basis, rows, missed = symmetric_basis(size), [], []
+    # In coordinates in which changes of the curvature are equally cheap in all directions.
+    values, vectors = np.linalg.eigh(axes.T @ matrix @ axes)
+    to_them = (vectors * np.abs(values) ** 0.25) @ vectors.T @ axes.T
+    penalty = np.mean([np.linalg.norm(to_them @ end) ** 4 for end in ends])
+    basis, rows, missed = symmetric_basis(axes.shape[1]), [], []
     for end, change in zip(ends, changes, strict=True):
-        inner = axes.T @ end
+        inner = to_them @ end
         rows.append([inner @ part @ inner / 2 for part in basis])
         missed.append(weights @ (change - gradients @ end) - end @ matrix @ end / 2)
     rows += list(np.sqrt(penalty / 4) * np.eye(len(basis)))
     values = np.linalg.lstsq(np.array(rows), np.array(missed + [0.0] * len(basis)), rcond=None)[0]
-    return axes @ np.tensordot(values, basis, 1) @ axes.T
+    return to_them.T @ np.tensordot(values, basis, 1) @ to_them
 
 
 def linearized_training(

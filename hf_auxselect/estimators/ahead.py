@@ -64,14 +64,19 @@ def with_losses(H_RR: Array, delta_ER: Array, missed_E: Array) -> Array:
 
     It may turn negative: H + C, with the symmetric matrix C that makes least of
 
-        sum_e (delta_e^T C delta_e / 2 - missed_e)^2 + mean_e(|delta_e|^4) |C|^2 / 4,
+        sum_e (delta_e^T C delta_e / 2 - missed_e)^2
+            + mean_e((delta_e^T M delta_e)^2) |M^-1/2 C M^-1/2|^2 / 4,        M = (H^2)^(1/4),
 
-    where missed_e is what the model misses of the change at delta_e, and |C| the Frobenius norm. A
-    penalty of that size halves what a single displacement would make of C; with less, estimates of
-    four families of tasks rank mixtures less well.
+    where missed_e is what the model misses of the change at delta_e, and |.| the Frobenius norm. A
+    penalty of that size halves what a single displacement would make of C. M makes changes cheap
+    where the loss is curved already, halfway between a factor of H and a matrix that knows nothing
+    of it: with the latter, what steep curvature misses on long ways is made up for by negative
+    curvature in other directions, and selectors find them.
     """
-    # Kernel ridge regression: the functions delta^T C delta have the kernel (delta . delta')^2.
-    kernel_EE = (delta_ER @ delta_ER.T) ** 2
+    values_R, vectors_RR = np.linalg.eigh(H_RR)
+    weighted_ER = delta_ER @ (vectors_RR * np.sqrt(np.abs(values_R))) @ vectors_RR.T
+    # Kernel ridge regression: the functions delta^T C delta have the kernel (delta^T M delta')^2.
+    kernel_EE = (weighted_ER @ delta_ER.T) ** 2
     penalty = max(float(np.trace(kernel_EE)) / len(kernel_EE), 1e-300)
     factor_E = np.linalg.solve(kernel_EE + penalty * np.eye(len(kernel_EE)), missed_E)
-    return H_RR + 2 * (delta_ER.T * factor_E) @ delta_ER
+    return H_RR + 2 * (weighted_ER.T * factor_E) @ weighted_ER
