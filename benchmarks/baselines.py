@@ -56,7 +56,7 @@ class _Score(FittedEstimator):
         return {}
 
 
-def _task_means(store: GradientStore, vectors_ND: Array) -> Array:
+def task_means(store: GradientStore, vectors_ND: Array) -> Array:
     """Mean over each task's examples, weighted as in its loss: [K, D]."""
     means_KD = np.zeros((len(store.task_names), vectors_ND.shape[1]))
     np.add.at(means_KD, store.task_ids, store.example_weights[:, None] * vectors_ND)
@@ -99,7 +99,7 @@ class MeanDotProduct(AbstractEstimator):
     preconditioned: bool = False
 
     def fit(self, store: GradientStore) -> FittedEstimator:
-        means = _task_means(store, _gradients(store, preconditioned=self.preconditioned))
+        means = task_means(store, _gradients(store, preconditioned=self.preconditioned))
         of_target = _gradients(store.target, preconditioned=self.preconditioned)
         score = -means @ (store.target.example_weights @ of_target)
         return _Score(store, lambda shares: shares @ score)
@@ -119,7 +119,7 @@ class MeanCosine(AbstractEstimator):
         gradients = _gradients(store, preconditioned=self.preconditioned)
         gradients /= np.maximum(np.linalg.norm(gradients, axis=1, keepdims=True), 1e-300)
         of_target = _gradients(store.target, preconditioned=self.preconditioned)
-        score = -_task_means(store, gradients) @ (store.target.example_weights @ of_target)
+        score = -task_means(store, gradients) @ (store.target.example_weights @ of_target)
         return _Score(store, lambda shares: shares @ score)
 
 
@@ -145,7 +145,7 @@ class MeanGradientStep(AbstractEstimator):
     preconditioned: bool = False
 
     def fit(self, store: GradientStore) -> FittedEstimator:
-        means = _task_means(store, _gradients(store, preconditioned=self.preconditioned))
+        means = task_means(store, _gradients(store, preconditioned=self.preconditioned))
         of_target = _gradients(store.target, preconditioned=self.preconditioned)
         mean_of_target = store.target.example_weights @ of_target
         num_rows = np.bincount(store.task_ids)
@@ -167,7 +167,7 @@ class StepNorm(AbstractEstimator):
     scalars: ClassVar[tuple[str, ...]] = ("loss@optimizer",)
 
     def fit(self, store: GradientStore) -> FittedEstimator:
-        means = _task_means(store, _gradients(store, preconditioned=True))
+        means = task_means(store, _gradients(store, preconditioned=True))
         return _Score(store, lambda shares: -np.linalg.norm(shares @ means, axis=1))
 
 

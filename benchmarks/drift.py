@@ -31,7 +31,7 @@ from agreement import (
     measures_in_nats,
     read_truth,
 )
-from baselines import trainer_at_anchor
+from baselines import task_means, trainer_at_anchor
 from families import FAMILIES, with_fixed_hashes
 from torch import Tensor
 from transformers import TrainerCallback
@@ -43,14 +43,14 @@ from hf_auxselect import GradientStore, LinearizedTraining
 from hf_auxselect.estimators.base import kernel_distance
 from hf_auxselect.files import to_json, write_atomically
 from hf_auxselect.gradients import TaskExamples, capture_examples
+from hf_auxselect.look_ahead import EXAMPLES_AHEAD
 from hf_auxselect.optimizer_state import read_optimizer
 from hf_auxselect.projection import CountSketch
-from hf_auxselect.store import add_vectors
+from hf_auxselect.store import add_vectors, evenly_spread
 from hf_auxselect.switch import ModelRows, collate_function, trainable_state
 
 POINTS = (0.5, 0.75)
 """Of the warm-up."""
-EXAMPLES_PER_TASK = 64
 DIAGNOSTICS = (
     "terms_over_loss",
     "largest_curvature_over_stable",
@@ -116,7 +116,7 @@ def capture(
 
     def examples(store: GradientStore, k: int, dataset: Any) -> TaskExamples:
         own = store.example_ids[store.task_ids == k]
-        spread = np.linspace(0, len(own) - 1, min(len(own), EXAMPLES_PER_TASK)).astype(int)
+        spread = evenly_spread(len(own), EXAMPLES_AHEAD)
         return TaskExamples(
             name=store.task_names[k],
             rows=ModelRows(trainer, dataset),
@@ -152,8 +152,7 @@ def compare(family: str) -> dict[str, Any]:
     for step, elsewhere in captured(family).items():
         kept = rows_of(store, elsewhere)
         change_ND = elsewhere.gradients.astype(np.float64) - kept
-        changes_KD = np.zeros((len(store.task_names), change_ND.shape[1]))
-        np.add.at(changes_KD, elsewhere.task_ids, elsewhere.example_weights[:, None] * change_ND)
+        changes_KD = task_means(elsewhere, change_ND)
         secant = {"second_point": elsewhere.vectors["displacement"], "gradient_changes": changes_KD}
         line[f"step {step}"] = on_the_way(truth, store.with_vectors(secant)) | {
             "kernel_drift_of_examples": kernel_distance(kept, kept + change_ND)
