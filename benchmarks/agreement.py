@@ -136,7 +136,12 @@ class Truth:
 class _Everything(LinearizedTraining):
     """Captures what any of the estimators needs."""
 
-    scalars: ClassVar[tuple[str, ...]] = (*LinearizedTraining.scalars, "sampled_loss", "margin")
+    scalars: ClassVar[tuple[str, ...]] = (
+        *LinearizedTraining.scalars,
+        "sampled_loss",
+        "sampled_loss@optimizer",
+        "margin",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +167,16 @@ def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
     return _captured(family, f"{mode}-{dim}", _Everything(), dim, last="end_changes")
 
 
-def with_token_margins(family: str, store: GradientStore) -> GradientStore:
-    """The store with the gradients of the tokens' margins, captured when they are first asked for.
+def with_token_margins(family: str, store: GradientStore, *, capture: bool) -> GradientStore | None:
+    """The store with the gradients of the tokens' margins; None if they are not to be had.
 
-    They are of the same examples in the same order.
+    They are of the same examples in the same order. It takes as long as the whole pass.
     """
     dim = store.metadata["projection_dim"]
-    captured = _captured(family, f"tokens-{dim}", _Tokens(), dim, last="momentum")
+    name = f"tokens-{dim}"
+    if not (capture or complete_store(_place(family, name), "momentum")):
+        return None
+    captured = _captured(family, name, _Tokens(), dim, last="momentum")
 
     def part(of: GradientStore, tokens: GradientStore, **target: GradientStore) -> GradientStore:
         assert np.array_equal(of.example_ids, tokens.example_ids)
@@ -183,13 +191,13 @@ def _captured(
     family: str, name: str, estimator: AbstractEstimator, dim: int, *, last: str
 ) -> GradientStore:
     """What an estimator asks for, from the cache if it is there with the vector added ``last``."""
-    directory = CACHE / family / name
-    path = directory / "_task_selection" / "gradients"
+    directory, path = CACHE / family / name, _place(family, name)
     store = complete_store(path, last)
     if store is None:
         callback = TaskSelectionCallback(
             warmup=FAMILIES[family].warm_up_steps,
             estimator=estimator,
+            examples_per_task=FAMILIES[family].examples_per_task,
             projection_dim=dim,
             seed=0,
         )
@@ -198,6 +206,11 @@ def _captured(
         trainer.train(resume_from_checkpoint=str(warm_up(family)))
         store = GradientStore.load(path)
     return store
+
+
+def _place(family: str, name: str) -> Path:
+    """Where gradients are cached."""
+    return CACHE / family / name / "_task_selection" / "gradients"
 
 
 def complete_store(path: Path, vector: str) -> GradientStore | None:
@@ -460,6 +473,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", default="small", metavar="a,b")
     parser.add_argument("--modes", default="continue", metavar="continue,restart")
+    parser.add_argument(
+        "--token-margins", action="store_true", help="capture them for one more of the lines"
+    )
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.set_verbosity_error()
@@ -467,7 +483,10 @@ def main() -> None:
     for family in options.families.split(","):
         for mode in options.modes.split(","):
             truth, store = read_truth(family, mode), gradients(family, mode)
-            with_tokens = with_token_margins(family, store)
+            ablations = ABLATIONS
+            with_tokens = with_token_margins(family, store, capture=options.token_margins)
+            if with_tokens is None:
+                ablations = {n: a for n, a in ABLATIONS.items() if a.curvature != "token_margins"}
             lines = [
                 compare(truth, store, name, estimator)
                 for name, estimator in estimators(family, truth.weights).items()
@@ -486,21 +505,21 @@ def main() -> None:
                 compare(truth, store, f"rank {rank}", LinearizedTraining(rank=rank))
                 for rank in RANKS
             ]
-            ablations = [
-                compare(truth, ablated(with_tokens, ablation), name, at_one_point)
-                for name, ablation in ABLATIONS.items()
+            ablated_lines = [
+                compare(truth, ablated(with_tokens or store, ablation), name, at_one_point)
+                for name, ablation in ablations.items()
             ]
-            ablations += [
+            ablated_lines += [
                 compare(truth, partly_ahead(store, left_out), name, LinearizedTraining())
                 for name, left_out in AHEAD.items()
             ]
             dims = [compare_projections(truth, store, dim) for dim in DIMS]
             header = describe(truth)
-            print_table(header, lines + ablations + ranks + few)
+            print_table(header, lines + ablated_lines + ranks + few)
             print_rest(few, dims, calibrated)
             record = header | {"command": "python benchmarks/agreement.py", "lines": lines}
             record |= {"calibrated": calibrated, "fewer_examples": few}
-            record |= {"ablations": ablations, "ranks": ranks, "dims": dims}
+            record |= {"ablations": ablated_lines, "ranks": ranks, "dims": dims}
             record["diagnostics"] = fitted.diagnostics()
             path = RESULTS.parent / "agreement" / f"{family}-{mode}.json"
             write_atomically(path, to_json(record))

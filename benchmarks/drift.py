@@ -153,7 +153,8 @@ def compare(family: str) -> dict[str, Any]:
         kept = rows_of(store, elsewhere)
         change_ND = elsewhere.gradients.astype(np.float64) - kept
         changes_KD = task_means(elsewhere, change_ND)
-        secant = {"second_point": elsewhere.vectors["displacement"], "gradient_changes": changes_KD}
+        second_points_KD = np.tile(elsewhere.vectors["displacement"], (len(changes_KD), 1))
+        secant = {"second_points": second_points_KD, "gradient_changes": changes_KD}
         line[f"step {step}"] = on_the_way(truth, store.with_vectors(secant)) | {
             "kernel_drift_of_examples": kernel_distance(kept, kept + change_ND)
         }

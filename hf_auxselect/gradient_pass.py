@@ -78,8 +78,8 @@ class GradientPass:
         sketch = CountSketch(self.projection_dim, plan.seed)
         sizes = [p.numel() for p in self.trainer.model.parameters() if p.requires_grad]
         memory = sum(sketch.table_bytes(size) for size in sizes)
-        if self.estimator.look_ahead:  # displacements, where they start, and a task's gradient
-            memory += 4 * (NUM_ENDS + 3) * sum(sizes)
+        if self.estimator.look_ahead:  # sources, the displacement, its start, a task's gradient
+            memory += 4 * (len(plan.examples) + 4) * sum(sizes)
         bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
         return CostPreview(
             num_examples=plan.num_examples,

@@ -1,4 +1,4 @@
-"""What is measured where training is about to lead: gradients at a second point, losses at ends.
+"""What is measured where training is about to lead: gradients at second points, losses at ends.
 
 What gradients and losses change by along a way of realistic length holds all that a Gauss-Newton
 matrix leaves out there: the model's own curvature, and what is no longer quadratic.
@@ -53,7 +53,7 @@ def look_ahead(
     target: TaskExamples,
     collate_fn: CollateFn,
     store: GradientStore,
-    second_point_D: np.ndarray,
+    second_points_KD: np.ndarray,
     ends_ED: np.ndarray,
     *,
     directory: str | Path,
@@ -66,9 +66,9 @@ def look_ahead(
     A projected displacement cannot be taken as it is: the one that is taken is the combination of
     the optimizer's momentum and the tasks' mean gradients that is nearest to it. At most 64
     examples of each task, spread evenly over those of the store, run forward and backward twice: at
-    the anchor, which sums the displacements up, and at the second point. As many of the target run
+    the anchor, for these mean gradients, and at the task's second point. As many of the target run
     forward, at the anchor and at each end. The model is left as it was. With ``torch.distributed``
-    set up, the batches are shared out.
+    set up, the batches are shared out. On the CPU, K + 1 float32 numbers are kept per parameter.
 
     Args:
         model: the model at the anchor.
@@ -76,7 +76,7 @@ def look_ahead(
         target: those of its target.
         collate_fn: as for ``capture_gradients``.
         store: what was captured at the anchor, with the scalar ``"loss@optimizer"``.
-        second_point_D: where gradients are captured once more; from
+        second_points_KD: where each task's gradients are captured once more; from
             ``AbstractEstimator.way_ahead``.
         ends_ED: where losses are measured; likewise.
         directory: where the store is; the result is added to it.
@@ -85,9 +85,9 @@ def look_ahead(
         progress: show a progress bar.
 
     Returns:
-        The store with four more vectors: ``second_point`` and ``ends``, as they were taken,
-        rounding included; the ``gradient_changes`` [K, D] of the tasks from the anchor to the
-        second point, in the optimizer's coordinates like these; and the ``end_changes`` [E, T] of
+        The store with four more vectors: ``second_points`` and ``ends``, as they were taken,
+        rounding included; the ``gradient_changes`` [K, D] of the tasks from the anchor to their
+        second points, in the optimizer's coordinates like these; and the ``end_changes`` [E, T] of
         the losses of those examples of the target that were read. If one of them is not finite, a
         warning is logged and the store is returned as it was.
 
@@ -100,8 +100,9 @@ def look_ahead(
     gradients_ND = store.scalar("loss@optimizer")[1]
     before_KD = np.stack([reader.mean_of_task(k, gradients_ND) for k in range(len(tasks))])
     sources = np.vstack([store.vectors["momentum"].astype(np.float64), before_KD])
-    wanted = np.vstack([second_point_D, ends_ED])
+    wanted = np.vstack([second_points_KD, ends_ED])
     coefficients = computed_once(lambda: np.linalg.lstsq(sources.T, wanted.T, rcond=None)[0].T)
+    to_second_points, to_ends = np.split(coefficients, [len(tasks)])
 
     def project(values: Values) -> np.ndarray:
         parts = [sketch.project(name, value[None])[0] for name, value in values.items()]
@@ -109,7 +110,7 @@ def look_ahead(
 
     rank, _ = process_rank()
     bar = tqdm(
-        total=2 * reader.num_task_examples + len(wanted) * reader.num_target_examples,
+        total=2 * reader.num_task_examples + (1 + len(to_ends)) * reader.num_target_examples,
         desc="looking ahead",
         unit="example",
         disable=not progress or rank != 0,
@@ -117,23 +118,24 @@ def look_ahead(
     with bar, evaluation_mode(model):
         reader.advance = bar.update
         momentum = {name: m * state.scales[name] for name, m in state.momentum.items()}
-        way = _Displacements(reader.parameters, state.scales, len(wanted))
+        way = _Displacements(reader.parameters, state.scales, len(sources))
         if rank == 0:
-            way.add(coefficients[:, 0], momentum)
+            way.add(0, momentum)
         for k in range(len(tasks)):
-            way.add(coefficients[:, 1 + k], reader.gradient(k, state.scales))
+            way.add(1 + k, reader.gradient(k, state.scales))
         way.sum_over_processes()
         losses_T = reader.target_losses()
-        with way.taken(0) as moved:
-            second_point = project(moved)
-            after = [project(reader.gradient(k, state.scales)) for k in range(len(tasks))]
-        ends, changes = [], []
-        for end in range(1, len(wanted)):
-            with way.taken(end) as moved:
+        second_points, after, ends, changes = [], [], [], []
+        for k, combination in enumerate(to_second_points):
+            with way.taken(combination) as moved:
+                second_points.append(project(moved))
+                after.append(project(reader.gradient(k, state.scales)))
+        for combination in to_ends:
+            with way.taken(combination) as moved:
                 ends.append(project(moved))
                 changes.append(reader.target_losses() - losses_T)
     vectors = {
-        "second_point": second_point,
+        "second_points": np.stack(second_points),
         "gradient_changes": np.sum(gather(np.stack(after)), axis=0) - before_KD,
         "ends": np.stack(ends),
         "end_changes": np.sum(gather(np.stack(changes)), axis=0),
@@ -278,17 +280,19 @@ def _losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class _Displacements:
-    """Displacements of the parameters, in the optimizer's coordinates; they are kept on the CPU."""
+    """Displacements of the parameters, in the optimizer's coordinates: combinations of S sources.
+
+    The sources are kept on the CPU.
+    """
 
     def __init__(self, parameters: Values, scales: Values, count: int) -> None:
         self._parameters, self._scales = parameters, scales
         self._values = {name: torch.zeros(count, p.numel()) for name, p in parameters.items()}
 
-    def add(self, coefficients: np.ndarray, values: Values) -> None:
-        """Add a multiple of the same to each."""
-        factors = torch.from_numpy(coefficients).float()[:, None]
+    def add(self, source: int, values: Values) -> None:
+        """Add to a source."""
         for name, value in values.items():
-            self._values[name].addcmul_(factors, value.cpu()[None])
+            self._values[name][source] += value.cpu()
 
     def sum_over_processes(self) -> None:
         """Add up what the processes have."""
@@ -296,17 +300,19 @@ class _Displacements:
             self._values[name] = sum_over_processes(value.to(self._parameters[name].device)).cpu()
 
     @contextmanager
-    def taken(self, index: int) -> Iterator[dict[str, Tensor]]:
+    def taken(self, coefficients: np.ndarray) -> Iterator[dict[str, Tensor]]:
         """Parameters elsewhere for the length of a context; how far they have really moved.
 
-        In half precision a small displacement is rounded.
+        ``coefficients`` [S] are those of the sources. In half precision a small displacement is
+        rounded.
         """
+        factors = torch.from_numpy(coefficients).float()
         before = {name: p.detach().clone() for name, p in self._parameters.items()}
         moved = {}
         try:
             with torch.no_grad():
                 for name, p in self._parameters.items():
-                    step = self._values[name][index].to(p.device) * self._scales[name]
+                    step = (factors @ self._values[name]).to(p.device) * self._scales[name]
                     p += step.view_as(p)
                     step = p.float() - before[name].float()
                     moved[name] = step.flatten() / self._scales[name]

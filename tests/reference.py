@@ -143,10 +143,8 @@ def clipping_factors(store: GradientStore, pooled: np.ndarray) -> np.ndarray:
     )
 
 
-def krylov_axes(starts: Sequence[np.ndarray], matrix: np.ndarray, rank: int | None) -> np.ndarray:
+def krylov_axes(starts: Sequence[np.ndarray], matrix: np.ndarray, rank: int) -> np.ndarray:
     """Orthonormal basis [D, R] of the starts, H times them, H^2 times them, ..., cut at R."""
-    if rank is None:
-        rank = min(3 * sum(v.any() for v in starts), 96)
     axes = np.zeros((len(matrix), 0))
     block = list(starts)
     while axes.shape[1] < min(rank, len(matrix)):
@@ -223,16 +221,16 @@ def ends_correction(
     target: GradientStore,
     ahead: dict[str, np.ndarray],
 ) -> np.ndarray:
-    """What makes the target's curvature agree better, within the axes, with its measured losses."""
+    """What makes the target's curvature agree, within the axes, with its measured losses."""
     ends, changes = (ahead[name].astype(np.float64) for name in ("ends", "end_changes"))
     count = changes.shape[1]
     read = [i * (len(target) - 1) // (count - 1) for i in range(count)]
     weights = target.example_weights[read] / target.example_weights[read].sum()
     gradients = target.scalar("loss@optimizer")[1].astype(np.float64)[read]
-    # In coordinates in which changes of the curvature are equally cheap in all directions.
+    # In coordinates in which the curvature is that of a sphere, but for signs.
     values, vectors = np.linalg.eigh(axes.T @ matrix @ axes)
-    to_them = (vectors * np.abs(values) ** 0.25) @ vectors.T @ axes.T
-    penalty = np.mean([np.linalg.norm(to_them @ end) ** 4 for end in ends])
+    to_them = (vectors * np.sqrt(np.abs(values))) @ vectors.T @ axes.T
+    penalty = 1e-3 * np.mean([np.linalg.norm(to_them @ end) ** 4 for end in ends])
     basis, rows, missed = symmetric_basis(axes.shape[1]), [], []
     for end, change in zip(ends, changes, strict=True):
         inner = to_them @ end
@@ -256,7 +254,7 @@ def linearized_training(
 
     def curvature(part: GradientStore, weights: np.ndarray) -> np.ndarray:
         total = np.zeros((dim, dim))
-        for weight, phi in zip(weights, part.scalar("sampled_loss@optimizer")[1], strict=True):
+        for weight, phi in zip(weights, part.scalar("fisher_sample@optimizer")[1], strict=True):
             total += weight * np.outer(phi.astype(np.float64), phi.astype(np.float64))
         return total
 
@@ -278,11 +276,14 @@ def linearized_training(
 
     starts = [share_in_task * (store.task_ids == k) @ gradients for k in range(len(pooled))]
     starts += [target_b, momentum, parameters if optimizer["weight_decay"] else np.zeros(dim)]
-    looks_ahead = "second_point" in store.vectors
+    looks_ahead = "second_points" in store.vectors
     if looks_ahead:
-        starts.append(store.vectors["second_point"].astype(np.float64))
+        second_points = store.vectors["second_points"].astype(np.float64)
+        starts.append(second_points.mean(0))
     overall = curvature(store, share_in_task / len(pooled))
     overall += curvature(target, target.example_weights)
+    if rank is None:
+        rank = min(96, len(store) // len(pooled))
     axes = krylov_axes(starts, overall, rank)
     rank = axes.shape[1]
     outside = np.eye(dim) - axes @ axes.T
@@ -299,7 +300,7 @@ def linearized_training(
         for k, weight in enumerate(w):
             own = curvature(store, share_in_task * (store.task_ids == k))
             change = store.vectors["gradient_changes"][k].astype(np.float64)
-            correction += weight * secant_correction(own, starts[k], axes, starts[-1], change)
+            correction += weight * secant_correction(own, starts[k], axes, second_points[k], change)
 
     def denoised(matrix: np.ndarray, *, least: float, correction: Any = 0.0) -> np.ndarray:
         """Full within the axes, isotropic outside; less what the projection adds to each value."""
@@ -384,6 +385,8 @@ def gauss_newton(
     target_b = target.example_weights @ target.scalar("loss")[1].astype(np.float64)
     gradients = store.scalar("loss")[1].astype(np.float64)
     starts = [by_tokens(row) @ gradients for row in np.eye(len(pooled))]
+    if rank is None:
+        rank = min(96, len(store) // len(pooled))
     axes = krylov_axes([*starts, target_b], sum(each) / len(each) + target_H, rank)
     rank = axes.shape[1]
     inside = axes @ axes.T
@@ -469,7 +472,7 @@ def random_store(
             "num_label_tokens": rng.integers(1, 5, count),
             "scalars": {
                 name: (outputs, rng.normal(size=(count, dim)).astype(np.float32))
-                for name in ("margin", "loss", "loss@optimizer", "sampled_loss@optimizer")
+                for name in ("margin", "loss", "loss@optimizer", "fisher_sample@optimizer")
             }
             | {"sampled_loss": (outputs, other_rng.normal(size=(count, dim)).astype(np.float32))},
         }
@@ -478,7 +481,7 @@ def random_store(
     if look_ahead:
         ahead_rng = np.random.default_rng([seed, 2])
         ahead = {
-            "second_point": ahead_rng.normal(size=dim),
+            "second_points": ahead_rng.normal(size=(len(counts), dim)),
             "gradient_changes": ahead_rng.normal(size=(len(counts), dim)),
             "ends": ahead_rng.normal(size=(4, dim)),
             "end_changes": ahead_rng.normal(size=(4, num_target - 2)),

@@ -15,16 +15,19 @@ from hf_auxselect.store import GradientStore
 _LEAST_CHANGE = 0.01
 """Share of a gradient by which it must have changed for a secant to say more than rounding does."""
 
-_NAMES = ("second_point", "gradient_changes", "ends", "end_changes")
+_PENALTY = 1e-3
+"""Of a measured loss, alone, this share is not believed."""
+
+_NAMES = ("second_points", "gradient_changes", "ends", "end_changes")
 """Of the vectors of a store."""
 
 
 class Ahead(NamedTuple):
     """What ``look_ahead`` has measured."""
 
-    second_point_D: Array
+    second_points_KD: Array
     gradient_changes_KD: Array
-    """Of each task's mean gradient along it."""
+    """Of each task's mean gradient, to its own second point."""
     ends_ED: Array
     end_changes_ET: Array
     """Of the losses of examples of the target, spread evenly over all of them."""
@@ -60,23 +63,23 @@ def with_secant(H_RR: Array, delta_R: Array, change_R: Array, gradient_R: Array)
 
 
 def with_losses(H_RR: Array, delta_ER: Array, missed_E: Array) -> Array:
-    """Curvature that agrees better with changes of a loss at displacements.
+    """Curvature that agrees with changes of a loss at displacements.
 
-    It may turn negative: H + C, with the symmetric matrix C that makes least of
+    It may turn negative: H + C, with the symmetric matrix C that is least of those for which
 
-        sum_e (delta_e^T C delta_e / 2 - missed_e)^2
-            + mean_e((delta_e^T M delta_e)^2) |M^-1/2 C M^-1/2|^2 / 4,        M = (H^2)^(1/4),
+        delta_e^T C delta_e / 2 = missed_e    for every e,
 
-    where missed_e is what the model misses of the change at delta_e, and |.| the Frobenius norm. A
-    penalty of that size halves what a single displacement would make of C. M makes changes cheap
-    where the loss is curved already, halfway between a factor of H and a matrix that knows nothing
-    of it: with the latter, what steep curvature misses on long ways is made up for by negative
-    curvature in other directions, and selectors find them.
+    where missed_e is what the model misses of the change at delta_e. Least is
+    |M^-1/2 C M^-1/2| (Frobenius norm) with M = (H^2)^(1/2), as in quasi-Newton methods that take H
+    itself for the metric: where the loss is curved already, changes are cheap. With all directions
+    alike, what steep curvature misses on long ways would be made up for by negative curvature in
+    other directions, and selectors find them. Where displacements are so much alike that this
+    asks for large changes, it is given up: least squares, with a penalty on C.
     """
     values_R, vectors_RR = np.linalg.eigh(H_RR)
-    weighted_ER = delta_ER @ (vectors_RR * np.sqrt(np.abs(values_R))) @ vectors_RR.T
+    weighted_ER = (delta_ER @ vectors_RR * np.abs(values_R)) @ vectors_RR.T
     # Kernel ridge regression: the functions delta^T C delta have the kernel (delta^T M delta')^2.
     kernel_EE = (weighted_ER @ delta_ER.T) ** 2
-    penalty = max(float(np.trace(kernel_EE)) / len(kernel_EE), 1e-300)
+    penalty = max(_PENALTY * float(np.trace(kernel_EE)) / len(kernel_EE), 1e-300)
     factor_E = np.linalg.solve(kernel_EE + penalty * np.eye(len(kernel_EE)), missed_E)
     return H_RR + 2 * (weighted_ER.T * factor_E) @ weighted_ER

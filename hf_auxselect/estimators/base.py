@@ -95,7 +95,7 @@ class AbstractEstimator(ABC):
         """Displacements from the anchor at which more is to be measured; None: nothing.
 
         Returns:
-            Where the tasks' mean gradients are to be captured once more, float64 [D]; and
+            Where each task's mean gradient is to be captured once more, float64 [K, D]; and
             ``NUM_ENDS`` ends of training, at which the target's loss is to be measured [E, D]; in
             the optimizer's coordinates.
         """

@@ -76,12 +76,13 @@ class LinearizedTraining(AbstractEstimator):
     H is Gauss-Newton's, which knows nothing of the model's own curvature and holds for small
     displacements. So more is measured where training is about to lead (``way_ahead``), or as near
     to it as mean gradients and momentum lead; ``QuadraticModel`` says what it makes of it. The
-    tasks' mean gradients are captured once more at two thirds of the mean displacement by training
-    on random subsets, and H_k is changed to map that displacement to the measured change of b_k.
+    mean gradient of each task is captured once more at a second point of its own, two thirds of the
+    mean displacement by training on random subsets, each counted by its share of that task, and H_k
+    is changed to map that displacement to the measured change of b_k.
     Two thirds, because that makes the mean gradient on a straight way right to third order: for a
     gradient h x + t x^2 / 2 its mean on [0, a] is (h + t a / 3) a / 2, and the secant to x is
     h + t x / 2. And the target's loss is measured at the ends of 16 of these displacements, and H_T
-    changed to agree better with it.
+    changed to agree with it.
 
     Real steps see the gradient of B rows, not of all. What it adds to the displacement, epsilon, is
     0 in the mean, but bends the loss: the estimate is that of the mean displacement and
@@ -123,7 +124,7 @@ class LinearizedTraining(AbstractEstimator):
     finitely many steps and drawing without replacement.
     """
 
-    scalars: ClassVar[tuple[str, ...]] = ("loss", "loss@optimizer", "sampled_loss@optimizer")
+    scalars: ClassVar[tuple[str, ...]] = ("loss", "loss@optimizer", "fisher_sample@optimizer")
 
     rank: int | None = None
     learning_rates: tuple[float, ...] | None = None
@@ -140,8 +141,9 @@ class LinearizedTraining(AbstractEstimator):
     def way_ahead(self, store: GradientStore) -> tuple[Array, Array] | None:
         if not self.look_ahead:
             return None
-        ends_MD = replace(self, look_ahead=False).fit(store).displacements()
-        return _SHARE_OF_WAY * ends_MD.mean(0), ends_MD[:NUM_ENDS]
+        rows_MK, ends_MD = replace(self, look_ahead=False).fit(store).displacements()
+        share_MK = rows_MK / rows_MK.sum(0)
+        return _SHARE_OF_WAY * share_MK.T @ ends_MD, ends_MD[:NUM_ENDS]
 
     def fit(self, store: GradientStore) -> FittedLinearizedTraining:
         return FittedLinearizedTraining(self, store)
@@ -193,12 +195,12 @@ class FittedLinearizedTraining(FittedQuadratic):
         if self._training.get("max_grad_norm"):
             self._read_plain_gradients()
 
-    def displacements(self) -> Array:
-        """By training on random subsets, within the axes [M, D]."""
+    def displacements(self) -> tuple[Array, Array]:
+        """Random subsets [M, K], and by how much training on them displaces, in the axes [M, D]."""
         masks_MK = random_subsets(len(self._store.task_names))
+        rows_MK = normalize_mixtures(masks_MK, self._store.task_sizes)
         with one_blas_thread():
-            effects = self._effects(normalize_mixtures(masks_MK, self._store.task_sizes))
-        return self._model.outwards(effects.delta_MR)
+            return rows_MK, self._model.outwards(self._effects(rows_MK).delta_MR)
 
     def _read_plain_gradients(self) -> None:
         """What clipping depends on: squared lengths of gradients, and inner products of b."""
@@ -352,6 +354,6 @@ class FittedLinearizedTraining(FittedQuadratic):
 
 
 def _read_gradients(store: GradientStore, rows: slice) -> tuple[Array, Array]:
-    """Gradients of the loss, and of losses of drawn labels, in the optimizer's coordinates."""
-    g_ND, phi_ND = store.scalar("loss@optimizer")[1], store.scalar("sampled_loss@optimizer")[1]
+    """Gradients of the loss, and samples of its curvature, in the optimizer's coordinates."""
+    g_ND, phi_ND = store.scalar("loss@optimizer")[1], store.scalar("fisher_sample@optimizer")[1]
     return g_ND[rows].astype(np.float64), phi_ND[rows].astype(np.float64)

@@ -33,9 +33,8 @@ _MIXTURES_AT_ONCE = 32
 _NUMBERS_AT_ONCE = 2**21
 """Numbers of gradients that are in memory at once (16 MB in float64)."""
 
-_BLOCKS = 3
 _MOST_AXES = 96
-"""Unless told otherwise, axes for so many blocks, and at most so many axes."""
+"""Unless told otherwise."""
 
 _INDEPENDENT = 1e-7
 """Length that is left of a unit vector which still counts as a direction of its own."""
@@ -107,12 +106,12 @@ class QuadraticModel:
     Args:
         store: the examples.
         read_gradients: g and phi of some of them.
-        rank: R; D if that is less. None: as many as three blocks take, at most 96: on four
-            families of tasks, more of them fit what differs from sample to sample.
+        rank: R; D if that is less. None: the mean number of a task's examples, at most 96: more
+            axes than a task has examples would describe which examples were captured.
         vectors_VD: further vectors that displacements are made of.
         ahead: by how much the tasks' b, and the target's losses, were measured to change. Each H_k,
-            within the axes, is made to agree with it (``with_secant``), and the target's H, which
-            is not followed, to agree better (``with_losses``).
+            within the axes, is made to agree with it (``with_secant``), and so is the target's H,
+            which is not followed (``with_losses``).
 
     Attributes:
         rank: R.
@@ -164,7 +163,7 @@ class QuadraticModel:
             vectors_VD = np.zeros((0, self._dim))
         starts = [self.b_KD, target_b_1D, vectors_VD]
         if self._ahead is not None:
-            starts.append(self._ahead.second_point_D[None])
+            starts.append(self._ahead.second_points_KD.mean(0, keepdims=True))
         self._axes_DR = self._krylov_axes(np.vstack(starts), rank)
         self.rank = self._axes_DR.shape[1]
         self._target_b_R = self._inside(target_b_1D[0])
@@ -177,7 +176,7 @@ class QuadraticModel:
     def _krylov_axes(self, starts_SD: Array, rank: int | None) -> Array:
         """Orthonormal axes [D, R]; fewer if they already hold all that H makes of the starts."""
         if rank is None:
-            rank = min(_BLOCKS * int(starts_SD.any(1).sum()), _MOST_AXES)
+            rank = max(min(len(self._store) // len(self.b_KD), _MOST_AXES), 1)
         rank = min(rank, self._dim)
         axes_DR, block_DS = np.zeros((self._dim, 0)), starts_SD.T
         while True:
@@ -375,17 +374,18 @@ class QuadraticModel:
     def diagnostics_ahead(self, w_K: Array) -> dict[str, float]:
         """How gradients changed where they were measured a second time; nothing if they were not.
 
-        The share of the change of a mixture's gradient, within the axes, that the Gauss-Newton
-        matrix had not foreseen; the same of the changes of the target's loss at the ends (root mean
-        squares); and the ``kernel_distance`` of the tasks' mean gradients.
+        The share of the changes of a mixture's tasks' gradients, within the axes, that the
+        Gauss-Newton matrices had not foreseen; the same of the changes of the target's loss at the
+        ends (root mean squares); and the ``kernel_distance`` of the tasks' mean gradients.
         """
         if self._ahead is None:
             return {}
-        displacement_R = self._inside(self._ahead.second_point_D)
-        change_R = w_K @ self._inside(self._ahead.gradient_changes_KD)
-        expected_R = np.tensordot(w_K, self._drawn_H_KRR, 1) @ displacement_R
-        expected_R -= self.added_curvature(w_K) * displacement_R
-        missed, length = np.linalg.norm(change_R - expected_R), np.linalg.norm(change_R)
+        displacement_KR = self._inside(self._ahead.second_points_KD)
+        change_KR = w_K[:, None] * self._inside(self._ahead.gradient_changes_KD)
+        expected_KR = np.einsum("krs,ks->kr", self._drawn_H_KRR, displacement_KR)
+        expected_KR -= self._trace_K[:, None] / self._dim * displacement_KR
+        missed = np.linalg.norm(change_KR - w_K[:, None] * expected_KR)
+        length = np.linalg.norm(change_KR)
         return {
             "linearization_residual": float(missed) / max(float(length), 1e-300),
             "target_residual": self._target_residual,
@@ -491,16 +491,17 @@ class QuadraticModel:
 
     def _agreeing_with_gradients(self, ahead: Ahead) -> Array:
         """Curvature of the tasks [K, R, R] that agrees with how their gradients change."""
-        delta_R = self._inside(ahead.second_point_D)
+        delta_KR = self._inside(ahead.second_points_KD)
+        change_KR = self._inside(ahead.gradient_changes_KD)
         result_KRR = self._drawn_H_KRR.copy()
-        for k, change_R in enumerate(self._inside(ahead.gradient_changes_KD)):
-            added_RR = self._trace_K[k] / self._dim * np.eye(self.rank)
-            H_RR = with_secant(result_KRR[k] - added_RR, delta_R, change_R, self.b_KR[k])
+        for k, added in enumerate(self._trace_K / self._dim):
+            added_RR = added * np.eye(self.rank)
+            H_RR = with_secant(result_KRR[k] - added_RR, delta_KR[k], change_KR[k], self.b_KR[k])
             result_KRR[k] = H_RR + added_RR
         return result_KRR
 
     def _agreeing_with_losses(self, ahead: Ahead) -> Array:
-        """Curvature of the target [R, R] that agrees better with how its losses change."""
+        """Curvature of the target [R, R] that agrees with how its losses change."""
         linear_TE = np.empty((len(self._omega_T), len(ahead.ends_ED)))
         for _, rows in chunks_of_tasks(self._store.target):
             linear_TE[rows] = self._read(self._store.target, rows)[0] @ ahead.ends_ED.T
