@@ -21,12 +21,9 @@ from hf_auxselect.per_example import LabelLogits, token_margins
 class Ablation:
     """What LinearizedTraining(look_ahead=False) is shown in place of what it asks for."""
 
-    curvature: Literal[
-        "fisher_sample", "sampled_loss", "token_margins", "loss", "margin", "none"
-    ] = "fisher_sample"
-    """Whose gradients give it. ``sampled_loss``: those of labels drawn once, not of random signs.
-    ``margin``: those of the loss come from the margin too, as in a logistic model of whole
-    examples (``GradExLogistic``), whose loss is softplus(-margin).
+    curvature: Literal["sampled_loss", "token_margins", "loss", "margin", "none"] = "sampled_loss"
+    """Whose gradients give it. ``margin``: those of the loss come from the margin too, as in a
+    logistic model of whole examples (``GradExLogistic``), whose loss is softplus(-margin).
     ``token_margins``: see :func:`signed_token_margins`."""
     preconditioned: bool = True
     """If not, a step is as long as makes the loss on all tasks fall, to first order, as fast as the
@@ -41,7 +38,6 @@ class Ablation:
 ABLATIONS = {
     "not looking ahead": Ablation(),
     "no curvature": Ablation(curvature="none"),
-    "labels drawn": Ablation(curvature="sampled_loss"),
     "empirical Fisher": Ablation(curvature="loss"),
     "margins of tokens": Ablation(curvature="token_margins"),
     "not preconditioned": Ablation(preconditioned=False),
@@ -53,7 +49,7 @@ ABLATIONS = {
 
 
 def signed_token_margins(output: LabelLogits) -> Tensor:
-    """Has the curvature of a logistic model of every label token, in place of random signs [B].
+    """Has the curvature of a logistic model of every label token, in place of drawn labels [B].
 
     Such a model's loss is softplus(-margin), of curvature p (1 - p) g g^T in the gradient g of the
     token's margin. With n label tokens of an example it is the sum of their margins times
@@ -88,7 +84,7 @@ def ablated(store: GradientStore, ablation: Ablation) -> GradientStore:
         scalars = {
             "loss": of.scalar("loss"),
             "loss@optimizer": (of.losses, factor * project(g_ND)),
-            "fisher_sample@optimizer": (of.losses, factor * project(phi_ND)),
+            "sampled_loss@optimizer": (of.losses, factor * project(phi_ND)),
         }
         return replaced(of, scalars=scalars, **target)
 

@@ -136,12 +136,7 @@ class Truth:
 class _Everything(LinearizedTraining):
     """Captures what any of the estimators needs."""
 
-    scalars: ClassVar[tuple[str, ...]] = (
-        *LinearizedTraining.scalars,
-        "sampled_loss",
-        "sampled_loss@optimizer",
-        "margin",
-    )
+    scalars: ClassVar[tuple[str, ...]] = (*LinearizedTraining.scalars, "sampled_loss", "margin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +159,7 @@ def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
     """The gradients at the warm-up's checkpoint, captured when they are first asked for."""
     if mode == "restart":  # from the same anchor: the gradients are the same
         return before_restart(gradients(family, "continue", dim))
-    return _captured(family, f"{mode}-{dim}", _Everything(), dim, last="end_changes")
+    return _captured(family, f"{mode}-{dim}", _Everything(), dim, last="second_points")
 
 
 def with_token_margins(family: str, store: GradientStore, *, capture: bool) -> GradientStore | None:

@@ -93,15 +93,13 @@ def capture_gradients(
         batch_size: examples of a forward pass if they are as long as the longest; shorter ones are
             filled up to as many tokens (at most four times as many examples). The numbers depend on
             it by rounding only.
-        seed: rules the projection, the labels that are drawn for ``sampled_loss``, and the signs of
-            ``fisher_sample``.
+        seed: rules the projection and the labels that are drawn for ``sampled_loss``.
         optimizer: the optimizer of the training that the estimates are about, for estimators that
             model its steps.
-        scalars: what is differentiated: ``"margin"``, ``"loss"``, ``"sampled_loss"``,
-            ``"fisher_sample"``, each also with ``"@optimizer"`` behind it, for the gradient in the
-            coordinates in which a step of the optimizer is a plain gradient step. The first is the
-            store's default. None: what the estimators of this package need, with the optimizer if
-            it is given.
+        scalars: what is differentiated: ``"margin"``, ``"loss"``, ``"sampled_loss"``, each also
+            with ``"@optimizer"`` behind it, for the gradient in the coordinates in which a step of
+            the optimizer is a plain gradient step. The first is the store's default. None: what the
+            estimators of this package need, with the optimizer if it is given.
         one_by_one: run each example alone, without hooks: slow, but right for any model.
         progress: show a progress bar.
 
@@ -121,7 +119,7 @@ def capture_gradients(
     if scalars is None:
         scalars = ("margin",)
         if optimizer is not None:
-            scalars += ("loss", "loss@optimizer", "fisher_sample@optimizer")
+            scalars += ("loss", "loss@optimizer", "sampled_loss@optimizer")
 
     def examples_of(name: str, rows: Sequence[Any]) -> TaskExamples:
         return TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))
@@ -440,8 +438,6 @@ class _Capture:
         names = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in self._scalars))
         if "sampled_loss" in names:
             output = replace(output, uniforms=self._uniforms(stream, [i for i, _ in rows], output))
-        if "fisher_sample" in names:
-            output = replace(output, signs=self._signs(stream, [i for i, _ in rows], output))
         arrays = {
             "losses": SCALARS["loss"](output).detach().float().cpu().numpy(),
             "num_label_tokens": output.num_label_tokens.cpu().numpy(),
@@ -477,20 +473,6 @@ class _Capture:
         ]
         uniforms = (np.concatenate(words) >> np.uint64(40)).astype(np.float32) * 2.0**-24
         return torch.from_numpy(uniforms).to(output.logits.device)
-
-    def _signs(self, stream: str, ids: list[int], output: LabelLogits) -> Tensor:
-        """Random signs for every logit, likewise."""
-        size = output.logits.shape[1]
-        words_per_token = -(-size // 64)
-        words = [
-            random_words(count * words_per_token, "random signs", self._seed, stream, int(example))
-            for example, count in zip(ids, output.num_label_tokens.tolist(), strict=True)
-        ]
-        # Little-endian everywhere, so that the same words give the same signs.
-        octets = np.concatenate(words).astype("<u8").view(np.uint8)
-        bits = np.unpackbits(octets.reshape(-1, 8 * words_per_token), axis=1, count=size)
-        signs = 2 * torch.from_numpy(bits.view(np.int8)) - 1
-        return signs.to(output.logits.device)
 
     def _receive(self, name: str, gradients: Tensor) -> None:
         gradients = gradients.flatten(1)

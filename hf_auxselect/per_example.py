@@ -327,8 +327,6 @@ class LabelLogits:
     """int64 [B]."""
     uniforms: Tensor | None = None
     """float32 [L] in [0, 1): the random numbers by which labels are drawn, for ``sampled_loss``."""
-    signs: Tensor | None = None
-    """int8 [L, V], -1 or 1 at random, for ``fisher_sample``."""
 
     def mean_over_tokens(self, values: Tensor) -> Tensor:
         """Mean over each example's label tokens [B] of per-token values [L]; 0 without any."""
@@ -405,36 +403,12 @@ def _sampled_loss(output: LabelLogits) -> Tensor:
     return output.mean_over_tokens(losses) * output.num_label_tokens.sqrt()
 
 
-def _fisher_sample(output: LabelLogits) -> Tensor:
-    """A random output whose gradient has the Fisher matrix for its second moment [B].
-
-    The Fisher matrix of a token with probabilities p is sum_c p_c (e_c - p) (e_c - p)^T in its
-    logits. With random signs s_c, the vector v = sum_c s_c sqrt(p_c) (e_c - p) has that for its
-    second moment, as the gradient of the loss of a drawn label has; but drawn labels show curvature
-    that an improbable label makes rarely and then in full, and v shows it every time: of two labels
-    one of which is almost certain, v v^T is almost the Fisher matrix itself. With n label tokens of
-    an example it is the sum of v . logits over the tokens, v held fixed, divided by sqrt(n). For
-    its gradient phi, E[phi phi^T] is the mean over the tokens of their Fisher matrices, which is
-    the Gauss-Newton matrix of the example's loss.
-
-    Source: the symmetric factor of the Fisher matrix as in Dangel et al., "BackPACK: Packing more
-    into Backprop" (ICLR 2020), section 2.3; signs as in Hutchinson's estimator of a trace.
-    """
-    assert output.signs is not None
-    with torch.no_grad():
-        p = output.logits.softmax(-1)
-        root = p.sqrt() * output.signs
-        v = root - p * root.sum(-1, keepdim=True)
-    return output.mean_over_tokens((v * output.logits).sum(-1)) * output.num_label_tokens.sqrt()
-
-
 SCALARS: dict[str, Callable[[LabelLogits], Tensor]] = {
     # The paper's output f(s): the mean over label tokens of log p/(1 - p) (section 3).
     "margin": lambda output: output.mean_over_tokens(token_margins(output)),
     # The training loss of the example, nats per label token.
     "loss": lambda output: output.mean_over_tokens(nn.functional.softplus(-token_margins(output))),
     "sampled_loss": _sampled_loss,
-    "fisher_sample": _fisher_sample,
 }
 """Scalars of an example [B] that the pass can differentiate, by name."""
 

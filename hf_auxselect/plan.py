@@ -83,12 +83,13 @@ class CostPreview:
 
     Attributes:
         num_examples: examples that the pass reads, the target's included.
-        seconds: predicted duration, from timed batches; with the passes over fewer examples that a
-            second point takes.
+        seconds: predicted duration, from timed batches; with the passes over fewer examples that
+            looking ahead takes.
         disk_mib: size of the gradient store, MiB; twice as much for a moment, at the end of the
             pass, when its parts are merged into one file.
-        memory_mib: memory of the projection's tables, and of a displacement and the parameters
-            before it for a second point, MiB, beyond that of an evaluation batch with gradients.
+        memory_mib: memory of the projection's tables and, to look ahead, of the tasks' mean
+            gradients and of the parameters before they are moved, MiB, beyond that of an evaluation
+            batch with gradients.
         switch_step: optimizer step after which the pass runs.
         verification_steps: further training steps, of ``verify`` and ``calibrate`` mixtures.
     """

@@ -254,7 +254,7 @@ def linearized_training(
 
     def curvature(part: GradientStore, weights: np.ndarray) -> np.ndarray:
         total = np.zeros((dim, dim))
-        for weight, phi in zip(weights, part.scalar("fisher_sample@optimizer")[1], strict=True):
+        for weight, phi in zip(weights, part.scalar("sampled_loss@optimizer")[1], strict=True):
             total += weight * np.outer(phi.astype(np.float64), phi.astype(np.float64))
         return total
 
@@ -472,7 +472,7 @@ def random_store(
             "num_label_tokens": rng.integers(1, 5, count),
             "scalars": {
                 name: (outputs, rng.normal(size=(count, dim)).astype(np.float32))
-                for name in ("margin", "loss", "loss@optimizer", "fisher_sample@optimizer")
+                for name in ("margin", "loss", "loss@optimizer", "sampled_loss@optimizer")
             }
             | {"sampled_loss": (outputs, other_rng.normal(size=(count, dim)).astype(np.float32))},
         }

@@ -219,7 +219,7 @@ def without_curvature(seed, counts):
     few = (np.arange(60) < 4).astype(np.float32)
 
     def scalars(part, bend):
-        gradients = {"loss@optimizer": 0.3, "fisher_sample@optimizer": bend}
+        gradients = {"loss@optimizer": 0.3, "sampled_loss@optimizer": bend}
         return part._scalars | {
             name: (part.outputs, factor * few * (1 + part.scalar(name)[1]))
             for name, factor in gradients.items()
@@ -322,7 +322,7 @@ class TestLinearizedTraining:
         model = LinearizedTraining(rank=6).fit(plain.with_vectors(ahead))._model
         after = float(b @ end[0]) + float(model.target_change(*at(model, end))[1][0])
         assert after == pytest.approx(before + 0.3 / 1.001, rel=1e-5)
-        residual = model.diagnostics_ahead(np.ones(3) / 3)["target_residual"]
+        residual = model.diagnostics_ahead()["target_residual"]
         assert residual == pytest.approx(0.3 / abs(before + 0.3), rel=1e-5)
 
     def test_changes_that_rounding_could_make_are_no_secant(self):
@@ -338,7 +338,7 @@ class TestLinearizedTraining:
         store = random_store(6, dim=40, counts=(30, 30, 30), look_ahead=True)
         fitted = LinearizedTraining(look_ahead=False).fit(store)
         displacements = np.random.default_rng(0).normal(size=(3, 40))
-        phi = store.scalar("fisher_sample@optimizer")[1].astype(np.float64)
+        phi = store.scalar("sampled_loss@optimizer")[1].astype(np.float64)
         changes = []
         for k in range(3):
             own = store.task_ids == k
@@ -397,7 +397,7 @@ class TestLinearizedTraining:
         """Steps of 4 of the rows, as the sampler draws them, in the quadratic model itself."""
         store = without_curvature(11, (27, 33))
         gradients, target = store.scalar("loss@optimizer")[1], store.target
-        phi = target.scalar("fisher_sample@optimizer")[1]
+        phi = target.scalar("sampled_loss@optimizer")[1]
         target_H = (phi.T * target.example_weights) @ phi
         target_H -= np.trace(target_H) / 60 * np.eye(60)  # what a projection would have added
         tasks, bends = TaskRows(("a", "b"), store.task_ids), []
@@ -522,12 +522,12 @@ class TestLinearizedTraining:
         lengths = np.array([1.0, 2.0, 3.0, 4.0])[store.task_ids][:, None]
         flat = {
             "loss@optimizer": (store.outputs, (lengths * np.eye(5)[0]).astype(np.float32)),
-            "fisher_sample@optimizer": (store.outputs, np.zeros((16, 5), np.float32)),
+            "sampled_loss@optimizer": (store.outputs, np.zeros((16, 5), np.float32)),
         }
         target_outputs = store.target.outputs
         target = {
             "loss@optimizer": (target_outputs, np.tile(np.eye(5)[0], (9, 1)).astype(np.float32)),
-            "fisher_sample@optimizer": (target_outputs, np.zeros((9, 5), np.float32)),
+            "sampled_loss@optimizer": (target_outputs, np.zeros((9, 5), np.float32)),
         }
         store = rebuilt(
             store,

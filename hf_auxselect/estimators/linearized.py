@@ -124,7 +124,7 @@ class LinearizedTraining(AbstractEstimator):
     finitely many steps and drawing without replacement.
     """
 
-    scalars: ClassVar[tuple[str, ...]] = ("loss", "loss@optimizer", "fisher_sample@optimizer")
+    scalars: ClassVar[tuple[str, ...]] = ("loss", "loss@optimizer", "sampled_loss@optimizer")
 
     rank: int | None = None
     learning_rates: tuple[float, ...] | None = None
@@ -342,7 +342,7 @@ class FittedLinearizedTraining(FittedQuadratic):
         spectrum = np.maximum(values_MR[0], 0.0)
         return {
             **self._model.diagnostics(self._effects),
-            **self._model.diagnostics_ahead(w_MK[0]),
+            **self._model.diagnostics_ahead(),
             "duration": self._recursion.duration,
             "clipping_factor_all_tasks": float(clipped_MK.sum()),
             "largest_curvature_times_duration": float(spectrum.max() * self._recursion.duration),
@@ -354,6 +354,6 @@ class FittedLinearizedTraining(FittedQuadratic):
 
 
 def _read_gradients(store: GradientStore, rows: slice) -> tuple[Array, Array]:
-    """Gradients of the loss, and samples of its curvature, in the optimizer's coordinates."""
-    g_ND, phi_ND = store.scalar("loss@optimizer")[1], store.scalar("fisher_sample@optimizer")[1]
+    """Gradients of the loss, and of losses of drawn labels, in the optimizer's coordinates."""
+    g_ND, phi_ND = store.scalar("loss@optimizer")[1], store.scalar("sampled_loss@optimizer")[1]
     return g_ND[rows].astype(np.float64), phi_ND[rows].astype(np.float64)

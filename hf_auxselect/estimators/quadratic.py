@@ -371,23 +371,23 @@ class QuadraticModel:
             "largest_target_example_share": float(lengths_T.max() / max(lengths_T.sum(), 1e-300)),
         }
 
-    def diagnostics_ahead(self, w_K: Array) -> dict[str, float]:
+    def diagnostics_ahead(self) -> dict[str, float]:
         """How gradients changed where they were measured a second time; nothing if they were not.
 
-        The share of the changes of a mixture's tasks' gradients, within the axes, that the
-        Gauss-Newton matrices had not foreseen; the same of the changes of the target's loss at the
-        ends (root mean squares); and the ``kernel_distance`` of the tasks' mean gradients.
+        The share of the change of a task's gradient, within the axes, that its Gauss-Newton matrix
+        had not foreseen, in the median over tasks; the same of the changes of the target's loss at
+        the ends (root mean squares); and the ``kernel_distance`` of the tasks' mean gradients.
         """
         if self._ahead is None:
             return {}
         displacement_KR = self._inside(self._ahead.second_points_KD)
-        change_KR = w_K[:, None] * self._inside(self._ahead.gradient_changes_KD)
-        expected_KR = np.einsum("krs,ks->kr", self._drawn_H_KRR, displacement_KR)
+        change_KR = self._inside(self._ahead.gradient_changes_KD)
+        expected_KR = np.einsum("krs,ks->kr", self._captured_H_KRR, displacement_KR)
         expected_KR -= self._trace_K[:, None] / self._dim * displacement_KR
-        missed = np.linalg.norm(change_KR - w_K[:, None] * expected_KR)
-        length = np.linalg.norm(change_KR)
+        missed_K = np.linalg.norm(change_KR - expected_KR, axis=1)
+        length_K = np.linalg.norm(change_KR, axis=1)
         return {
-            "linearization_residual": float(missed) / max(float(length), 1e-300),
+            "linearization_residual": float(np.median(missed_K / np.maximum(length_K, 1e-300))),
             "target_residual": self._target_residual,
             "kernel_drift": kernel_distance(self.b_KD, self.b_KD + self._ahead.gradient_changes_KD),
         }
@@ -416,7 +416,7 @@ class QuadraticModel:
         def mean(e: Effects) -> Array:
             mean_MK = e.slope_MR @ self.b_KR.T + e.outer_slope_M[:, None] * self._outer_response_K
             mean_MK += curvature_share * np.einsum(
-                "mr,krs,ms->mk", e.slope_MR, self._drawn_H_KRR, e.delta_MR, optimize=True
+                "mr,krs,ms->mk", e.slope_MR, self._captured_H_KRR, e.delta_MR, optimize=True
             )
             return mean_MK
 
@@ -487,13 +487,13 @@ class QuadraticModel:
             self._outer_moment_K[k] += weights_N @ ((g_ND**2).sum(1) - (g**2).sum(1))
         self._outer_response_K = self.b_KD @ outer_target_b_D
         self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
-        self._drawn_H_KRR = self._H_KRR
+        self._captured_H_KRR = self._H_KRR
 
     def _agreeing_with_gradients(self, ahead: Ahead) -> Array:
         """Curvature of the tasks [K, R, R] that agrees with how their gradients change."""
         delta_KR = self._inside(ahead.second_points_KD)
         change_KR = self._inside(ahead.gradient_changes_KD)
-        result_KRR = self._drawn_H_KRR.copy()
+        result_KRR = self._captured_H_KRR.copy()
         for k, added in enumerate(self._trace_K / self._dim):
             added_RR = added * np.eye(self.rank)
             H_RR = with_secant(result_KRR[k] - added_RR, delta_KR[k], change_KR[k], self.b_KR[k])
