@@ -227,9 +227,9 @@ def ends_correction(
     read = [i * (len(target) - 1) // (count - 1) for i in range(count)]
     weights = target.example_weights[read] / target.example_weights[read].sum()
     gradients = target.scalar("loss@optimizer")[1].astype(np.float64)[read]
-    # In coordinates in which the curvature is that of a sphere, but for signs.
+    # In coordinates in which changes of the curvature are equally cheap in all directions.
     values, vectors = np.linalg.eigh(axes.T @ matrix @ axes)
-    to_them = (vectors * np.sqrt(np.abs(values))) @ vectors.T @ axes.T
+    to_them = (vectors * np.abs(values) ** 0.25) @ vectors.T @ axes.T
     penalty = 1e-3 * np.mean([np.linalg.norm(to_them @ end) ** 4 for end in ends])
     basis, rows, missed = symmetric_basis(axes.shape[1]), [], []
     for end, change in zip(ends, changes, strict=True):

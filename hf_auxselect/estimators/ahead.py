@@ -70,14 +70,14 @@ def with_losses(H_RR: Array, delta_ER: Array, missed_E: Array) -> Array:
         delta_e^T C delta_e / 2 = missed_e    for every e,
 
     where missed_e is what the model misses of the change at delta_e. Least is
-    |M^-1/2 C M^-1/2| (Frobenius norm) with M = (H^2)^(1/2), as in quasi-Newton methods that take H
-    itself for the metric: where the loss is curved already, changes are cheap. With all directions
-    alike, what steep curvature misses on long ways would be made up for by negative curvature in
-    other directions, and selectors find them. Where displacements are so much alike that this
-    asks for large changes, it is given up: least squares, with a penalty on C.
+    |M^-1/2 C M^-1/2| (Frobenius norm) with M = (H^2)^(1/4), which makes changes cheap where the
+    loss is curved already, halfway between a metric of H and one that knows nothing of it: with the
+    latter, what steep curvature misses on long ways is made up for by negative curvature in other
+    directions, and selectors find them. Where displacements are so much alike that agreement asks
+    for large changes, it is given up: least squares, with a penalty on C.
     """
     values_R, vectors_RR = np.linalg.eigh(H_RR)
-    weighted_ER = (delta_ER @ vectors_RR * np.abs(values_R)) @ vectors_RR.T
+    weighted_ER = (delta_ER @ vectors_RR * np.sqrt(np.abs(values_R))) @ vectors_RR.T
     # Kernel ridge regression: the functions delta^T C delta have the kernel (delta^T M delta')^2.
     kernel_EE = (weighted_ER @ delta_ER.T) ** 2
     penalty = max(_PENALTY * float(np.trace(kernel_EE)) / len(kernel_EE), 1e-300)

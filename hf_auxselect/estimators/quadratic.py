@@ -163,6 +163,7 @@ class QuadraticModel:
             vectors_VD = np.zeros((0, self._dim))
         starts = [self.b_KD, target_b_1D, vectors_VD]
         if self._ahead is not None:
+            # All of them lead in almost the same direction.
             starts.append(self._ahead.second_points_KD.mean(0, keepdims=True))
         self._axes_DR = self._krylov_axes(np.vstack(starts), rank)
         self.rank = self._axes_DR.shape[1]
