@@ -4,8 +4,7 @@ Each has auxiliary tasks of different use to a target that is none of them, one 
 shuffled answers. All but ``small``, a small model and string tasks, are real: SmolLM2-135M, and
 generators of reasoning-gym with options that keep the rows short; boilerplate around the question
 is left out. ``demo`` is the recipe of ``make demo``, of whose rows few are captured. ``sorting`` is
-held out: it was made, and its truth measured, before the estimators were changed for the last time,
-and no estimate of it was looked at until then.
+held out: no estimate of it has been looked at, and its truth is not complete.
 """
 
 from __future__ import annotations

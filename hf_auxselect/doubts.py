@@ -58,11 +58,11 @@ DOUBTS = (
     ),
 )
 """Measured in benchmarks/drift.py, in the order of the above. Where estimates agree with real
-fine-tunes they are at most 0.25, 0.09, 0.61, 1.3 and 0.29. Of the families made to fail, warm-ups
-of 20 and 3 steps instead of 60 have 0.43 and 0.52 of the first, and the latter 1.2, 3.9 and 0.95 of
-the third to fifth; learning rates 30 times as high have 3.4 of the first, 1.5 of the second and 20
-of the third and fourth. With a LoRA rank of 32, where estimates of a small model choose badly, the
-fifth is 0.53. The step norm tells of none of them.
+fine-tunes they are at most 0.23, 0.10, 0.91, 1.4 and 0.34. Of the families made to fail, a warm-up
+of 3 steps instead of 60 has 0.84 of the first, and 1.6, 5.6 and 0.74 of the third to fifth;
+learning rates 30 times as high have 1.4 of the second and 21 of the fourth. With a LoRA rank of 32,
+where estimates of a small model choose badly, the fifth is 0.48; in the demo, where they are 6%
+off, the fourth is 6.0. The step norm tells of none of them.
 """
 
 OF_A_RESTART = (
