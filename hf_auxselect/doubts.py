@@ -67,7 +67,7 @@ off, the fourth is 6.0. The step norm tells of none of them.
 
 OF_A_RESTART = (
     "training starts again, far from where the gradients were taken: estimates are much less "
-    "certain than their intervals say, which held the loss of 69 of 160 real restarts instead of "
+    "certain than their intervals say, which held the loss of 79 of 160 real restarts instead of "
     'nine in ten. Use after="continue", or check the choice with verify=4.'
 )
 """Measured in benchmarks/agreement.py --modes restart."""
