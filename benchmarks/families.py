@@ -25,12 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 import arithmetic
 import demo
-from arithmetic import examples, shuffled_answers
+from arithmetic import TWO_DIGITS, examples, shuffled_answers
 from models import smollm2
 
 Generator = tuple[str, dict[str, Any]]
-
-TWO_DIGITS = {"min_digits": 1, "max_digits": 2}
 
 # In bfloat16, whose attention is slow on a CPU unless it is spelled out: twice as fast.
 FAST = {"model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "eager"}}

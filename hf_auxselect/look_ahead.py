@@ -287,17 +287,17 @@ class _Displacements:
 
     def __init__(self, parameters: Values, scales: Values, count: int) -> None:
         self._parameters, self._scales = parameters, scales
-        self._values = {name: torch.zeros(count, p.numel()) for name, p in parameters.items()}
+        self._sources = {name: torch.zeros(count, p.numel()) for name, p in parameters.items()}
 
     def add(self, source: int, values: Values) -> None:
         """Add to a source."""
         for name, value in values.items():
-            self._values[name][source] += value.cpu()
+            self._sources[name][source] += value.cpu()
 
     def sum_over_processes(self) -> None:
         """Add up what the processes have."""
-        for name, value in self._values.items():
-            self._values[name] = sum_over_processes(value.to(self._parameters[name].device)).cpu()
+        for name, value in self._sources.items():
+            self._sources[name] = sum_over_processes(value.to(self._parameters[name].device)).cpu()
 
     @contextmanager
     def taken(self, coefficients: np.ndarray) -> Iterator[dict[str, Tensor]]:
@@ -312,7 +312,7 @@ class _Displacements:
         try:
             with torch.no_grad():
                 for name, p in self._parameters.items():
-                    step = (factors @ self._values[name]).to(p.device) * self._scales[name]
+                    step = (factors @ self._sources[name]).to(p.device) * self._scales[name]
                     p += step.view_as(p)
                     step = p.float() - before[name].float()
                     moved[name] = step.flatten() / self._scales[name]

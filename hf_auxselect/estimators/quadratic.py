@@ -381,14 +381,8 @@ class QuadraticModel:
         """
         if self._ahead is None:
             return {}
-        displacement_KR = self._inside(self._ahead.second_points_KD)
-        change_KR = self._inside(self._ahead.gradient_changes_KD)
-        expected_KR = np.einsum("krs,ks->kr", self._captured_H_KRR, displacement_KR)
-        expected_KR -= self._trace_K[:, None] / self._dim * displacement_KR
-        missed_K = np.linalg.norm(change_KR - expected_KR, axis=1)
-        length_K = np.linalg.norm(change_KR, axis=1)
         return {
-            "linearization_residual": float(np.median(missed_K / np.maximum(length_K, 1e-300))),
+            "linearization_residual": self._linearization_residual,
             "target_residual": self._target_residual,
             "kernel_drift": kernel_distance(self.b_KD, self.b_KD + self._ahead.gradient_changes_KD),
         }
@@ -494,11 +488,16 @@ class QuadraticModel:
         """Curvature of the tasks [K, R, R] that agrees with how their gradients change."""
         delta_KR = self._inside(ahead.second_points_KD)
         change_KR = self._inside(ahead.gradient_changes_KD)
+        missed_KR = change_KR.copy()
         result_KRR = self._captured_H_KRR.copy()
         for k, added in enumerate(self._trace_K / self._dim):
             added_RR = added * np.eye(self.rank)
-            H_RR = with_secant(result_KRR[k] - added_RR, delta_KR[k], change_KR[k], self.b_KR[k])
+            H_RR = result_KRR[k] - added_RR
+            missed_KR[k] -= H_RR @ delta_KR[k]
+            H_RR = with_secant(H_RR, delta_KR[k], change_KR[k], self.b_KR[k])
             result_KRR[k] = H_RR + added_RR
+        missed_K, length_K = (np.linalg.norm(x, axis=1) for x in (missed_KR, change_KR))
+        self._linearization_residual = float(np.median(missed_K / np.maximum(length_K, 1e-300)))
         return result_KRR
 
     def _agreeing_with_losses(self, ahead: Ahead) -> Array:
