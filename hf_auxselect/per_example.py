@@ -469,9 +469,11 @@ def check_per_example_gradients(
         (Euclidean norms over all parameters).
 
     Raises:
-        GradientCheckError: that error exceeds 2e-3 (5e-2 where half precision takes part), or that
-            of a single parameter exceeds 5e-2 (half precision: 0.5). Rounding stays below (up to
-            3e-4 and 7e-4 were seen in a float32 model of 30 layers); a fault is of order 0.1 to 1.
+        GradientCheckError: that error exceeds 2e-3 (0.2 where half precision takes part), or that
+            of a single parameter exceeds 5e-2 (half precision: 0.8). Rounding stays below: in a
+            model of 30 layers up to 3e-4 and 7e-4 were seen in float32, and 0.1 and 0.35 in
+            bfloat16, more on some processors than on others. A fault is of order 0.1 to 1; of a
+            parameter that has no hook, 1.
         UnsupportedModuleError: a trainable parameter cannot be captured, or none gets a gradient.
         NonFiniteError: a gradient of autograd's is NaN or infinite.
     """
@@ -505,7 +507,7 @@ def check_per_example_gradients(
             error = difference / (max(norms[name], 1e-3 * norm) or 1.0)
             if not error <= largest_of_parameter:
                 largest_of_parameter, culprit = error, name
-    tolerances = (5e-2, 0.5) if hooks.half_precision else (2e-3, 5e-2)
+    tolerances = (0.2, 0.8) if hooks.half_precision else (2e-3, 5e-2)
     if not (largest <= tolerances[0] and largest_of_parameter <= tolerances[1]):
         raise GradientCheckError(
             f"the captured per-example gradient differs from autograd's, one example at a time, by "

@@ -88,16 +88,22 @@ class TestTheCheck:
             error = check_per_example_gradients(model, rows_of([(9, 5), (4, 0)]), tiny.collate)
         assert 1e-4 < error < 5e-2
 
-    def test_examples_that_influence_each_other_are_found(self):
+    @pytest.mark.parametrize("half_precision", [False, True])
+    def test_examples_that_influence_each_other_are_found(self, half_precision):
         model = adapted(tiny.llama())
         layer = model.get_base_model().model.layers[0]
+        share = 0.3 if half_precision else 0.1
         layer.register_forward_hook(
-            lambda module, args, output: output + 0.1 * output.mean(0, keepdim=True)
+            lambda module, args, output: output + share * output.mean(0, keepdim=True)
         )
-        with pytest.raises(GradientCheckError, match="influence each other"):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=half_precision),
+            pytest.raises(GradientCheckError, match="influence each other"),
+        ):
             check_per_example_gradients(model, rows_of([(6, 5), (6, 0)]), tiny.collate)
 
-    def test_a_parameter_used_outside_its_module_is_found(self):
+    @pytest.mark.parametrize("half_precision", [False, True])
+    def test_a_parameter_used_outside_its_module_is_found(self, half_precision):
         model = adapted(tiny.llama())
         base = model.get_base_model()
         base.model.norm.weight.requires_grad_(True)
@@ -106,7 +112,10 @@ class TestTheCheck:
                 output + base.model.norm.weight.sum() * torch.arange(output.shape[-1])
             )
         )
-        with pytest.raises(GradientCheckError, match=r"'base_model.model.model.norm.weight'"):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=half_precision),
+            pytest.raises(GradientCheckError, match=r"'base_model.model.model.norm.weight'"),
+        ):
             check_per_example_gradients(model, rows_of([(6, 5), (6, 0)]), tiny.collate)
 
     def test_position_embeddings_without_position_ids(self):

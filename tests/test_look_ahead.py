@@ -16,9 +16,9 @@ ENDS = np.array([[-0.8, -0.5, 0.3], [-0.2, 0.0, -0.7]])
 TARGET = [(6, 3), (4, 8), (9, 1)]
 
 
-def stepped(optimizer_class=torch.optim.AdamW, **options):
+def stepped(optimizer_class=torch.optim.AdamW, dtype=torch.float32, **options):
     """A model and its optimizer after a few steps."""
-    model = tiny.adapted(tiny.llama()).float()
+    model = tiny.adapted(tiny.llama()).to(dtype)
     optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], **options)
     for rows in (tiny.rows_of([(9, 5), (4, 0)]), tiny.rows_of([(7, 2), (5, 3)])):
         model(**tiny.collate(rows)).loss.backward()
@@ -106,7 +106,8 @@ def mean_gradient(model, rows):
     [(torch.optim.AdamW, {"lr": 1e-2}), (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})],
 )
 def test_it_is_the_change_of_gradients_and_losses(tmp_path, optimizer_class, options):
-    model, optimizer = stepped(optimizer_class, **options)
+    # In float32 the preconditioner makes 1e-4 of rounding, more on some processors than on others.
+    model, optimizer = stepped(optimizer_class, torch.float64, **options)
     rows = tasks(7, 12)
     before = weights_of(model)
     store = looked_ahead(model, optimizer, rows, tmp_path)
