@@ -109,8 +109,9 @@ def partly_ahead(store: GradientStore, left_out: Sequence[str]) -> GradientStore
 def _projected(
     vectors: Mapping[str, np.ndarray], project: Callable[[np.ndarray], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """A store's vectors, projected anew; changes of losses are none of the gradients' space."""
-    return {n: v if n == "end_changes" else project(v) for n, v in vectors.items()}
+    """A store's vectors, projected anew; losses are none of the gradients' space."""
+    losses = ("end_changes", "initial_losses")
+    return {n: v if n in losses else project(v) for n, v in vectors.items()}
 
 
 def _onto_target(store: GradientStore, num_axes: int | None) -> Callable[[np.ndarray], np.ndarray]:
@@ -132,10 +133,14 @@ def _step_length(store: GradientStore) -> float:
     return float(lengths[0] / lengths[1])
 
 
-def before_restart(store: GradientStore) -> GradientStore:
-    """The store of a run that goes on, as if it were to restart."""
+def before_restart(store: GradientStore, initial_losses_T: np.ndarray) -> GradientStore:
+    """The store of a run that goes on, as if it were to restart, where losses are as given."""
     training = store.metadata["training"] | {"after": "restart"}
-    return replaced(store, metadata=store.metadata | {"training": training})
+    return replaced(
+        store,
+        metadata=store.metadata | {"training": training},
+        vectors=store.vectors | {"initial_losses": initial_losses_T.astype(np.float32)},
+    )
 
 
 def projected_again(store: GradientStore, dim: int, seed: int) -> GradientStore:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ from families import FAMILIES, with_fixed_hashes
 from gradex_reference import GradExAsPublished, measured_scales
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
-from truth import CACHE, RESULTS, make_trainer, warm_up
+from truth import CACHE, RESULTS, anchor_loss, digest, make_trainer, warm_up
 
 from hf_auxselect import (
     AbstractEstimator,
@@ -62,7 +63,10 @@ from hf_auxselect import (
 from hf_auxselect.estimators import Estimate, FittedCalibrated, FittedEstimator
 from hf_auxselect.estimators.base import rank_correlation
 from hf_auxselect.files import to_json, write_atomically
+from hf_auxselect.gradients import TaskExamples
+from hf_auxselect.look_ahead import losses_at
 from hf_auxselect.per_example import SCALARS
+from hf_auxselect.switch import ModelRows, collate_function, trainable_state
 
 IN_NATS = (
     LinearizedTraining,
@@ -120,6 +124,9 @@ class Truth:
     """Mixtures [M, K] that were trained on."""
     losses: np.ndarray
     """Of every seed [seeds, M]; NaN where it has not been run."""
+    moved: float = 0.0
+    """What has been added to the losses: the anchor's here, less the one they were measured from.
+    Other processors round otherwise, and a warm-up of the same recipe ends a little elsewhere."""
 
     @property
     def mean(self) -> np.ndarray:
@@ -158,8 +165,30 @@ class _Stop(TrainerCallback):
 def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
     """The gradients at the warm-up's checkpoint, captured when they are first asked for."""
     if mode == "restart":  # from the same anchor: the gradients are the same
-        return before_restart(gradients(family, "continue", dim))
+        store = gradients(family, "continue", dim)
+        return before_restart(store, losses_before_training(family, store))
     return _captured(family, f"{mode}-{dim}", _Everything(), dim, last="second_points")
+
+
+def losses_before_training(family: str, store: GradientStore) -> np.ndarray:
+    """Those of the store's examples of the target [T], at the adapter's initial values."""
+    target = store.target
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = make_trainer(family, Path(directory), [])
+        examples = TaskExamples(
+            name=target.task_names[0],
+            rows=ModelRows(trainer, trainer.eval_dataset),
+            example_ids=target.example_ids.tolist(),
+            num_rows=int(target.task_sizes[0]),
+        )
+        with trainer.compute_loss_context_manager():
+            return losses_at(
+                trainer.model,
+                examples,
+                collate_function(trainer),
+                trainable_state(trainer.model),
+                batch_size=trainer.args.per_device_eval_batch_size,
+            )
 
 
 def with_token_margins(family: str, store: GradientStore, *, capture: bool) -> GradientStore | None:
@@ -223,14 +252,23 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def read_truth(family: str, mode: str) -> Truth:
-    """What ``truth.py`` has written."""
-    runs = json.loads((RESULTS / f"{family}-{mode}.json").read_text())["runs"]
+    """What ``truth.py`` has written; from another warm-up, moved by the difference of anchors."""
+    record = json.loads((RESULTS / f"{family}-{mode}.json").read_text())
+    runs, moved = record["runs"], 0.0
+    if record["warm_up"] != digest(warm_up(family)):
+        moved = anchor_loss(family) - record["anchor_loss"]
     losses: dict[tuple[float, ...], dict[int, float]] = {}
     for run in runs:
         losses.setdefault(tuple(run["weights"]), {})[run["seed"]] = run["loss"]
     seeds = sorted({run["seed"] for run in runs})
     table = [[of.get(seed, np.nan) for seed in seeds] for of in losses.values()]
-    return Truth(family=family, mode=mode, weights=np.array(list(losses)), losses=np.array(table).T)
+    return Truth(
+        family=family,
+        mode=mode,
+        weights=np.array(list(losses)),
+        losses=np.array(table).T + moved,
+        moved=moved,
+    )
 
 
 def noise_ceiling(losses: np.ndarray) -> float | None:
@@ -334,7 +372,9 @@ def compare_calibrated(
     for _ in range(NUM_ANCHOR_DRAWS):
         anchors = rng.choice(len(true), num_anchors, replace=False)
         others = np.setdiff1d(np.arange(len(true)), anchors)
-        calibrated = FittedCalibrated(fitted, truth.weights[anchors], true[anchors])
+        calibrated = FittedCalibrated(
+            fitted, truth.weights[anchors], true[anchors], restarts=truth.mode == "restart"
+        )
         estimate = calibrated.estimate(truth.weights[others])
         lines.append(
             measures(estimate.loss, true[others])

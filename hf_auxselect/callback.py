@@ -257,7 +257,9 @@ class TaskSelectionCallback(TrainerCallback):
         with switch.preserved_rng():
             if self._needs_estimates:
                 gradient_pass = self._gradient_pass(trainer, self._plan)
-                store = gradient_pass.run(self._directory / "gradients", self.after)
+                store = gradient_pass.run(
+                    self._directory / "gradients", self.after, self._restart_from
+                )
             pass_seconds = time.perf_counter() - start
 
             def fit() -> None:
@@ -271,7 +273,7 @@ class TaskSelectionCallback(TrainerCallback):
                 anchors = mixtures_to_calibrate(rest.tasks, self.calibrate, rest.seed)
                 calibration = measure(rest, anchors, fitted, "calibration")
             if fitted is not None:
-                fitted = calibrated(fitted, calibration)
+                fitted = calibrated(fitted, calibration, restarts=self.after == "restart")
 
             def choose() -> SelectionReport:
                 report = self._make_report(trainer, store, fitted)
@@ -345,8 +347,14 @@ class TaskSelectionCallback(TrainerCallback):
 
     def _rest_of_run(self, trainer: Trainer) -> RestOfRun:
         assert self._plan is not None
-        initial = self._initial if self.after == "restart" else None
-        return RestOfRun(trainer, self._plan.tasks, self.target, self._plan.seed, initial)
+        return RestOfRun(
+            trainer, self._plan.tasks, self.target, self._plan.seed, self._restart_from
+        )
+
+    @property
+    def _restart_from(self) -> dict[str, torch.Tensor] | None:
+        """Trainable parameters at step 0 if training restarts there."""
+        return self._initial if self.after == "restart" else None
 
     def _switch(self, trainer: Trainer, state: TrainerState) -> None:
         """Feed the selected mixture from here on, at the position that belongs to this step."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import Trainer
 
 from hf_auxselect import switch
@@ -15,12 +16,12 @@ from hf_auxselect.distributed import computed_once
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDS
 from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_seconds
-from hf_auxselect.look_ahead import look_ahead, predict_look_ahead_seconds
+from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead_seconds
 from hf_auxselect.optimizer_state import is_supported
 from hf_auxselect.per_example import Batch, check_per_example_gradients
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.projection import CountSketch
-from hf_auxselect.store import GradientStore
+from hf_auxselect.store import GradientStore, add_vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +90,16 @@ class GradientPass:
             switch_step=plan.switch_step,
         )
 
-    def run(self, directory: Path, after: str) -> GradientStore:
-        """Capture at the anchor and, if the estimator asks for it, where training is to lead."""
+    def run(
+        self, directory: Path, after: str, initial: Mapping[str, Tensor] | None
+    ) -> GradientStore:
+        """Capture at the anchor and, if the estimator asks for it, where training is to lead.
+
+        Args:
+            directory: where the store is written.
+            after: of the callback.
+            initial: trainable parameters at step 0 if training restarts there, else None.
+        """
         trainer, plan = self.trainer, self.plan
         progress = not trainer.args.disable_tqdm
         with trainer.compute_loss_context_manager():
@@ -109,6 +118,16 @@ class GradientPass:
                 one_by_one=self.one_by_one,
                 progress=progress,
             )
+            if initial is not None:
+                losses_T = losses_at(
+                    trainer.model,
+                    plan.target,
+                    self._collate_fn,
+                    initial,
+                    batch_size=self._batch_size,
+                )
+                computed_once(lambda: add_vectors(directory, {"initial_losses": losses_T}))
+                store = store.with_vectors({"initial_losses": losses_T})
             way = computed_once(lambda: self.estimator.way_ahead(store))
             if way is None:
                 return store

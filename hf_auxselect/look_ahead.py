@@ -1,4 +1,4 @@
-"""What is measured where training is about to lead: gradients at second points, losses at ends.
+"""What is measured away from the anchor: gradients at second points, losses at ends.
 
 What gradients and losses change by along a way of realistic length holds all that a Gauss-Newton
 matrix leaves out there: the model's own curvature, and what is no longer quadratic.
@@ -96,7 +96,8 @@ def look_ahead(
     """
     state = read_optimizer(model, optimizer)
     sketch = CountSketch(store.metadata["projection_dim"], store.metadata["seed"])
-    reader = _Reader(model, collate_fn, tasks, target, store, batch_size)
+    reader = _TaskReader(model, collate_fn, tasks, store, batch_size)
+    target_reader = _TargetReader(model, collate_fn, target, batch_size)
     gradients_ND = store.scalar("loss@optimizer")[1]
     before_KD = np.stack([reader.mean_of_task(k, gradients_ND) for k in range(len(tasks))])
     sources = np.vstack([store.vectors["momentum"].astype(np.float64), before_KD])
@@ -110,13 +111,13 @@ def look_ahead(
 
     rank, _ = process_rank()
     bar = tqdm(
-        total=2 * reader.num_task_examples + (1 + len(to_ends)) * reader.num_target_examples,
+        total=2 * reader.num_examples + (1 + len(to_ends)) * target_reader.num_examples,
         desc="looking ahead",
         unit="example",
         disable=not progress or rank != 0,
     )
     with bar, evaluation_mode(model):
-        reader.advance = bar.update
+        reader.advance = target_reader.advance = bar.update
         momentum = {name: m * state.scales[name] for name, m in state.momentum.items()}
         way = _Displacements(reader.parameters, state.scales, len(sources))
         if rank == 0:
@@ -124,7 +125,7 @@ def look_ahead(
         for k in range(len(tasks)):
             way.add(1 + k, reader.gradient(k, state.scales))
         way.sum_over_processes()
-        losses_T = reader.target_losses()
+        losses_T = target_reader.losses()
         second_points, after, ends, changes = [], [], [], []
         for k, combination in enumerate(to_second_points):
             with way.taken(combination) as moved:
@@ -133,7 +134,7 @@ def look_ahead(
         for combination in to_ends:
             with way.taken(combination) as moved:
                 ends.append(project(moved))
-                changes.append(reader.target_losses() - losses_T)
+                changes.append(target_reader.losses() - losses_T)
     vectors = {
         "second_points": np.stack(second_points),
         "gradient_changes": np.sum(gather(np.stack(after)), axis=0) - before_KD,
@@ -148,6 +149,37 @@ def look_ahead(
         return store
     computed_once(lambda: add_vectors(directory, vectors))
     return store.with_vectors(vectors)
+
+
+def losses_at(
+    model: nn.Module,
+    target: TaskExamples,
+    collate_fn: CollateFn,
+    values: Values,
+    *,
+    batch_size: int,
+) -> np.ndarray:
+    """The target's losses with other values of the trainable parameters.
+
+    At most 64 examples are read, as in :func:`look_ahead`; the model is left as it was.
+
+    Args:
+        model: the model.
+        target: the examples.
+        collate_fn: as for ``capture_gradients``.
+        values: of the trainable parameters, by name.
+        batch_size: as for ``capture_gradients``.
+
+    Returns:
+        float64 [T], nats per label token of each example.
+    """
+    reader = _TargetReader(model, collate_fn, target, batch_size)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with evaluation_mode(model), _restored(parameters):
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(values[name])
+        return np.sum(gather(reader.losses()), axis=0)
 
 
 def predict_look_ahead_seconds(
@@ -193,12 +225,40 @@ def _batches(
             yield k, [task.example_ids[i] for i in places], places
 
 
-class _Reader:
-    """Reads some of a store's examples again: this process's share of their batches.
+class _TargetReader:
+    """Reads examples of the target again: this process's share of their batches.
+
+    Attributes:
+        num_examples: that this process reads.
+        advance: is told how many examples have been read.
+    """
+
+    def __init__(
+        self, model: nn.Module, collate_fn: CollateFn, target: TaskExamples, batch_size: int
+    ) -> None:
+        self._model, self._collate_fn = model, collate_fn
+        self._target = _read_again(target)
+        rank, world_size = process_rank()
+        self._batches = list(_batches([self._target], batch_size))[rank::world_size]
+        self.num_examples = sum(len(ids) for _, ids, _ in self._batches)
+        self.advance: Callable[[int], object] = lambda count: None
+
+    def losses(self) -> np.ndarray:
+        """Of all that are read again [T]; 0 for those that other processes read."""
+        losses_T = np.zeros(len(self._target.example_ids))
+        for _, ids, places in self._batches:
+            batch = self._collate_fn([self._target.rows[i] for i in ids])
+            losses_T[places] = _losses(self._model, batch).double().cpu().numpy()
+            self.advance(len(ids))
+        return losses_T
+
+
+class _TaskReader:
+    """Reads some of a store's examples of the tasks again: this process's share of their batches.
 
     Attributes:
         parameters: those that are trained, by name.
-        num_task_examples, num_target_examples: that this process reads.
+        num_examples: that this process reads.
         advance: is told how many examples have been read.
     """
 
@@ -207,7 +267,6 @@ class _Reader:
         model: nn.Module,
         collate_fn: CollateFn,
         tasks: Sequence[TaskExamples],
-        target: TaskExamples,
         store: GradientStore,
         batch_size: int,
     ) -> None:
@@ -227,12 +286,9 @@ class _Reader:
             replace(task, example_ids=store.example_ids[own].tolist())
             for task, own in zip(tasks, self._rows_of_store, strict=True)
         ]
-        self._target = _read_again(target)
         rank, world_size = process_rank()
         self._batches = list(_batches(self._tasks, batch_size))[rank::world_size]
-        self._target_batches = list(_batches([self._target], batch_size))[rank::world_size]
-        self.num_task_examples = sum(len(ids) for _, ids, _ in self._batches)
-        self.num_target_examples = sum(len(ids) for _, ids, _ in self._target_batches)
+        self.num_examples = sum(len(ids) for _, ids, _ in self._batches)
 
     def mean_of_task(self, k: int, vectors_ND: np.ndarray) -> np.ndarray:
         """Mean [D] of the store's vectors over the examples of a task that are read again."""
@@ -251,15 +307,6 @@ class _Reader:
                 self.advance(len(ids))
         return total
 
-    def target_losses(self) -> np.ndarray:
-        """Of the target's examples [T]; 0 for those that other processes read."""
-        losses_T = np.zeros(len(self._target.example_ids))
-        for _, ids, places in self._target_batches:
-            batch = self._collate_fn([self._target.rows[i] for i in ids])
-            losses_T[places] = _losses(self._model, batch).double().cpu().numpy()
-            self.advance(len(ids))
-        return losses_T
-
 
 def _gradients(
     model: nn.Module, parameters: Values, batch: Batch, shares: np.ndarray
@@ -277,6 +324,18 @@ def _losses(model: nn.Module, batch: Batch) -> Tensor:
     """Of a batch's examples, nats per label token."""
     with torch.no_grad():
         return SCALARS["loss"](forward_label_logits(model, batch))
+
+
+@contextmanager
+def _restored(parameters: Values) -> Iterator[Values]:
+    """Lets parameters change for the length of a context; the values to which they return."""
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(before[name])
 
 
 class _Displacements:
@@ -307,9 +366,8 @@ class _Displacements:
         rounded.
         """
         factors = torch.from_numpy(coefficients).float()
-        before = {name: p.detach().clone() for name, p in self._parameters.items()}
         moved = {}
-        try:
+        with _restored(self._parameters) as before:
             with torch.no_grad():
                 for name, p in self._parameters.items():
                     step = (factors @ self._sources[name]).to(p.device) * self._scales[name]
@@ -317,7 +375,3 @@ class _Displacements:
                     step = p.float() - before[name].float()
                     moved[name] = step.flatten() / self._scales[name]
             yield moved
-        finally:
-            with torch.no_grad():
-                for name, p in self._parameters.items():
-                    p.copy_(before[name])

@@ -179,7 +179,8 @@ class SelectionReport(_Content):
                 )
             store = GradientStore.load(self.gradients_directory)
             fitted = estimator_from(self.estimator).fit(store)
-            self._fitted = calibrated(fitted, self.calibration)
+            restarts = self.run.get("after") == "restart"
+            self._fitted = calibrated(fitted, self.calibration, restarts=restarts)
         return self._fitted
 
     def add_estimates(
@@ -449,12 +450,15 @@ def compare(
     ]
 
 
-def calibrated(fitted: FittedEstimator, anchors: Sequence[Measurement]) -> FittedEstimator:
+def calibrated(
+    fitted: FittedEstimator, anchors: Sequence[Measurement], *, restarts: bool
+) -> FittedEstimator:
     """The estimator put right by mixtures that were trained for real, if there are any."""
     if not anchors:
         return fitted
     weights = np.array([[*one.weights.values()] for one in anchors])
-    return FittedCalibrated(fitted, weights, [one.measured for one in anchors])
+    measured = [one.measured for one in anchors]
+    return FittedCalibrated(fitted, weights, measured, restarts=restarts)
 
 
 def _measurements(measurements: Sequence[Measurement]) -> list[str]:

@@ -1,5 +1,7 @@
 """Estimates that real runs put right: the arithmetic, and the run that makes them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny
@@ -31,7 +33,7 @@ ANCHORS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0], [0, 0.5, 0.5
 NEW = np.array([[0.2, 0.3, 0.5], [0.9, 0.1, 0.0]])
 
 
-def by_hand(plain, anchors, measured, new):
+def by_hand(plain, anchors, measured, new, *, restarts=False):
     """The same, one number at a time."""
     estimated = [float(plain.estimate([row]).loss[0]) for row in anchors]
 
@@ -40,7 +42,8 @@ def by_hand(plain, anchors, measured, new):
         middle = sum(estimated[a] for a in chosen) / count
         mean = sum(measured[a] - estimated[a] for a in chosen) / count
         above = sum((estimated[a] - middle) * (measured[a] - estimated[a]) for a in chosen)
-        below = sum((estimated[a] - middle) ** 2 for a in chosen) + (0.1 / 0.25) ** 2
+        below = sum((estimated[a] - middle) ** 2 for a in chosen)
+        below = below * (count + 2) / count if restarts else below + (0.1 / 0.25) ** 2
         return middle, count / (count + 2) * mean, above / below
 
     def put_right(loss, fit):
@@ -54,14 +57,17 @@ def by_hand(plain, anchors, measured, new):
     factor = ((2 + sum(squares)) / (2 + len(anchors))) ** 0.5
     fit = line(everyone)
     losses = [put_right(float(plain.estimate([row]).loss[0]), fit) for row in new]
-    return losses, factor * (1 + fit[2]) * 0.1 * 1.6448536269514722
+    return losses, factor * 0.1 * 1.6448536269514722
 
 
-def test_it_is_least_squares_shrunk_towards_the_estimates():
+@pytest.mark.parametrize("restarts", [False, True])
+def test_it_is_least_squares_shrunk_towards_the_estimates(restarts):
     plain = Plain()
     measured = plain.estimate(ANCHORS).loss * 1.3 - 0.5 + [0.02, -0.05, 0.01, 0.0, 0.04]
-    estimate = FittedCalibrated(plain, ANCHORS, measured).estimate(NEW)
-    losses, half = by_hand(plain, ANCHORS.tolist(), measured.tolist(), NEW.tolist())
+    estimate = FittedCalibrated(plain, ANCHORS, measured, restarts=restarts).estimate(NEW)
+    losses, half = by_hand(
+        plain, ANCHORS.tolist(), measured.tolist(), NEW.tolist(), restarts=restarts
+    )
     assert estimate.loss == pytest.approx(losses)
     assert estimate.high - estimate.loss == pytest.approx(half)
     assert estimate.loss - estimate.low == pytest.approx(half)
@@ -82,6 +88,23 @@ def test_many_runs_tell_scale_offset_and_error():
     difference = fitted.difference(NEW, ANCHORS[0])
     expected = 0.7 * (plain.estimate(NEW).loss - plain.estimate(ANCHORS[:1]).loss)
     assert difference.loss == pytest.approx(expected, abs=0.01)
+
+
+def test_intervals_that_end_at_0_go_on_below_it():
+    wide = Plain(deviation=3.0)
+    measured = wide.estimate(ANCHORS).loss + 9
+    estimate = FittedCalibrated(wide, ANCHORS, measured).estimate(NEW)
+    cut = wide.estimate
+
+    def cut_off(weights):
+        whole = cut(weights)
+        assert (whole.low < 0).any()
+        return dataclasses.replace(whole, low=np.maximum(whole.low, 0))
+
+    wide.estimate = cut_off
+    same = FittedCalibrated(wide, ANCHORS, measured).estimate(NEW)
+    assert same.low == pytest.approx(estimate.low)
+    assert same.high == pytest.approx(estimate.high)
 
 
 def test_no_training_is_left_alone():

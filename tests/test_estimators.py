@@ -631,8 +631,11 @@ class TestDifferencesOfQuadraticModels:
         of_loss = fitted.estimate(masks)
         assert width < 0.9 * (of_loss.high[0] - of_loss.low[0])  # what is shared cancels
 
-    def test_errors_of_the_model_are_shared_as_far_as_displacements_are_aligned(self):
+    @pytest.mark.parametrize("given_up", [0.0, 2.0])
+    def test_errors_of_the_model_are_shared_as_far_as_displacements_are_aligned(self, given_up):
         store = random_store(6)  # every row was captured: the model's error is all there is
+        if given_up:  # by a restart
+            store = store.with_vectors({"initial_losses": store.target.losses + given_up})
         fitted = LinearizedTraining(model_error=0.3).fit(store)
         masks = np.array([[True, True, False], [True, False, True], [False, False, False]])
         one = fitted._effects(normalize_mixtures(masks, store.task_sizes))
@@ -647,7 +650,23 @@ class TestDifferencesOfQuadraticModels:
             for x, y in (
                 (one.linear_MT[m] @ omega, other.linear_MT[0] @ omega),
                 (one.quadratic_M[m], other.quadratic_M[0]),
+                (given_up * masks[m].any(), given_up),
             ):
                 variance += x**2 + y**2 - 2 * max(cosine, 0.0) * x * y
             width = 2 * 1.6448536 * 0.3 * np.sqrt(max(variance, 0.0))
-            assert difference.high[m] - difference.low[m] == pytest.approx(width, abs=1e-7)
+            assert difference.high[m] - difference.low[m] == pytest.approx(width, abs=2e-7)
+
+    def test_a_restart_is_less_certain_by_what_it_gives_up(self):
+        store, masks = random_store(6), np.array([[True, False, True], [False, False, False]])
+        losses = store.target.losses.copy()
+        losses[[0, 8]] += [1.0, 2.0]  # those that are read there are spread over all
+        given_up = store.target.example_weights[[0, 8]] @ [1.0, 2.0]
+        given_up /= store.target.example_weights[[0, 2, 5, 8]].sum()
+        there = store.with_vectors({"initial_losses": losses[[0, 2, 5, 8]]})
+        estimates = [
+            LinearizedTraining(model_error=0.3).fit(s).estimate(masks) for s in (store, there)
+        ]
+        assert estimates[1].loss.tolist() == estimates[0].loss.tolist()
+        added = [(e.high - e.loss)[0] / 1.6448536 / 0.3 for e in estimates]
+        assert added[1] ** 2 - added[0] ** 2 == pytest.approx(given_up**2, rel=1e-5)
+        assert estimates[1].high[1] == estimates[1].low[1]  # no training, no restart

@@ -7,7 +7,12 @@ from reference import loss_of_example
 from hf_auxselect import GradientStore, LinearizedTraining, RidgeSurrogate, capture_gradients
 from hf_auxselect.estimators.base import NUM_ENDS
 from hf_auxselect.gradients import TaskExamples
-from hf_auxselect.look_ahead import EXAMPLES_AHEAD, look_ahead, predict_look_ahead_seconds
+from hf_auxselect.look_ahead import (
+    EXAMPLES_AHEAD,
+    look_ahead,
+    losses_at,
+    predict_look_ahead_seconds,
+)
 from hf_auxselect.optimizer_state import read_optimizer
 from hf_auxselect.projection import CountSketch
 
@@ -251,6 +256,34 @@ def test_no_more_examples_of_the_target_are_read(tmp_path, monkeypatch):
     every = looked_ahead(model, optimizer, tasks(2, 2), tmp_path / "all")
     assert every.vectors["end_changes"].shape == (2, 3)
     assert store.vectors["end_changes"].shape == (2, 2)
+
+
+def test_losses_with_other_parameters(tmp_path):
+    model, _ = stepped(lr=1e-2)
+    elsewhere, _ = stepped(lr=1e-1)
+    before, values = weights_of(model), weights_of(elsewhere)
+    rows = tiny.rows_of(TARGET)
+    losses = losses_at(model, examples_of("target", rows), tiny.collate, values, batch_size=2)
+    expected = [loss_of_example(elsewhere, tiny.collate([row])).item() for row in rows]
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert tiny.same(before, weights_of(model))
+    assert not tiny.same(before, values)
+
+
+def test_a_restart_measures_where_it_begins(tmp_path):
+    stores = []
+    for after in ("continue", "restart"):
+        callback = tiny.callback(after=after)
+        trainer = tiny.trained(tiny.sft_trainer, tmp_path / after, callback)
+        stores.append(GradientStore.load(tmp_path / after / "_task_selection/gradients"))
+    assert "initial_losses" not in stores[0].vectors
+    target = stores[1].target
+    with trainer.model.disable_adapter(), torch.no_grad():  # which begins as nothing
+        rows = [trainer.eval_dataset[int(i)] for i in target.example_ids]
+        batches = [trainer.data_collator([row]) for row in rows]
+        expected = [loss_of_example(trainer.model.eval(), batch).item() for batch in batches]
+    assert stores[1].vectors["initial_losses"] == pytest.approx(expected, abs=1e-5)
+    assert np.abs(expected - target.losses).min() > 1e-3
 
 
 def test_a_run_looks_ahead_unless_it_is_told_not_to(tmp_path):

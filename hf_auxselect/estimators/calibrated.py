@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 from hf_auxselect.estimators.base import NORMAL_95, Array, Estimate, FittedEstimator
 
 _AGREEING_RUNS = 2
-"""Offset and error bars are shrunk as if so many further runs had agreed with the estimates."""
+"""Offset and error bars are shrunk as if so many further runs had agreed with the estimates; after
+a restart, the scale too."""
 
 _SLOPE_DEVIATION = 0.25
 """Standard deviation, before any run, of the factor by which estimated differences are wrong."""
@@ -28,7 +29,12 @@ class FittedCalibrated(FittedEstimator):
         slope = sum_a (e_a - e_m) (y_a - e_a) / (sum_a (e_a - e_m)^2 + (s / 0.25)^2),
 
     least squares shrunk towards the estimates themselves: the slope is the posterior mean under a
-    normal prior of deviation 0.25. Intervals are widened or narrowed by
+    normal prior of deviation 0.25. Where training restarts, the estimates tell which mixture is
+    better, but next to nothing of by how much, and the slope is shrunk as the offset is,
+
+        slope = sum_a (e_a - e_m) (y_a - e_a) / (sum_a (e_a - e_m)^2 (1 + 2 / A)).
+
+    Intervals are widened or narrowed by
 
         factor^2 = (2 + sum_a z_a^2) / (A + 2),
 
@@ -40,12 +46,20 @@ class FittedCalibrated(FittedEstimator):
         fitted: the estimator.
         weights: the anchors [A, K], masks or weights.
         losses: measured losses of the target [A], nats per label token.
+        restarts: whether the runs began from the initial parameters, not from the anchor.
 
     Raises:
         ValueError: there are no anchors, or the shapes do not agree.
     """
 
-    def __init__(self, fitted: FittedEstimator, weights: ArrayLike, losses: ArrayLike) -> None:
+    def __init__(
+        self,
+        fitted: FittedEstimator,
+        weights: ArrayLike,
+        losses: ArrayLike,
+        *,
+        restarts: bool = False,
+    ) -> None:
         measured_A = np.asarray(losses, np.float64)
         if len(measured_A) == 0 or len(np.asarray(weights)) != len(measured_A):
             raise ValueError(
@@ -55,14 +69,14 @@ class FittedCalibrated(FittedEstimator):
         self._fitted = fitted
         estimate = fitted.estimate(weights)
         residual_A = measured_A - estimate.loss
-        deviation_A = np.maximum(estimate.high - estimate.low, 1e-12) / (2 * NORMAL_95)
-        self._middle, self._offset, self._slope = _line(estimate.loss, residual_A, deviation_A)
+        below_A, above_A = _half_widths(estimate)
+        deviation_A = np.maximum(below_A + above_A, 1e-12) / (2 * NORMAL_95)
+        noise = None if restarts else float(np.mean(deviation_A**2))
+        self._middle, self._offset, self._slope = _line(estimate.loss, residual_A, noise)
         left_out_A = np.zeros(len(measured_A))
         for a in range(len(measured_A)):
             others = np.arange(len(measured_A)) != a
-            middle, offset, slope = _line(
-                estimate.loss[others], residual_A[others], deviation_A[others]
-            )
+            middle, offset, slope = _line(estimate.loss[others], residual_A[others], noise)
             left_out_A[a] = residual_A[a] - offset - slope * (estimate.loss[a] - middle)
         square = float(((left_out_A / deviation_A) ** 2).sum())
         self._factor = np.sqrt((_AGREEING_RUNS + square) / (_AGREEING_RUNS + len(measured_A)))
@@ -78,11 +92,12 @@ class FittedCalibrated(FittedEstimator):
         return self._widened(plain, plain.loss * (1 + self._slope), lowest=-np.inf)
 
     def _widened(self, plain: Estimate, loss: Array, *, lowest: float) -> Estimate:
-        factor = self._factor * (1 + self._slope)
+        loss = np.maximum(loss, lowest)
+        below, above = _half_widths(plain)
         return Estimate(
-            loss=np.maximum(loss, lowest),
-            low=np.maximum(loss - factor * (plain.loss - plain.low), lowest),
-            high=loss + factor * (plain.high - plain.loss),
+            loss=loss,
+            low=np.maximum(loss - self._factor * below, lowest),
+            high=loss + self._factor * above,
             weights=plain.weights,
         )
 
@@ -96,13 +111,24 @@ class FittedCalibrated(FittedEstimator):
         }
 
 
-def _line(estimated: Array, residual: Array, deviation: Array) -> tuple[float, float, float]:
-    """Mean estimate, offset and slope of the residuals, both shrunk."""
-    if len(residual) == 0:
+def _half_widths(estimate: Estimate) -> tuple[Array, Array]:
+    """Of the intervals, below and above; those that end at 0 would go as far below as above."""
+    below, above = estimate.loss - estimate.low, estimate.high - estimate.loss
+    return np.where(estimate.low > 0, below, np.maximum(below, above)), above
+
+
+def _line(estimated: Array, residual: Array, noise: float | None) -> tuple[float, float, float]:
+    """Mean estimate, offset and slope of the residuals, both shrunk.
+
+    ``noise`` is the variance of the residuals; None: the scale of the estimates tells nothing.
+    """
+    count = len(residual)
+    if count == 0:
         return 0.0, 0.0, 0.0
     middle = float(estimated.mean())
     x = estimated - middle
-    offset = float(residual.sum()) / (len(residual) + _AGREEING_RUNS)
-    noise = float(np.mean(deviation**2)) / _SLOPE_DEVIATION**2
+    square = float(x @ x)
+    added = square * _AGREEING_RUNS / count if noise is None else noise / _SLOPE_DEVIATION**2
     # A scale below a half would be an estimator not worth calibrating.
-    return middle, offset, max(float(x @ residual) / (float(x @ x) + noise), -0.5)
+    slope = max(float(x @ residual) / max(square + added, 1e-300), -0.5)
+    return middle, float(residual.sum()) / (count + _AGREEING_RUNS), slope

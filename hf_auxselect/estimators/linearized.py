@@ -102,8 +102,8 @@ class LinearizedTraining(AbstractEstimator):
 
     The interval joins two independent errors: which examples were captured (the delta method; none
     if all rows were), and that of the model itself, taken for a share ``model_error`` of the root
-    mean square of the linear and the quadratic term, and of two mixtures for as alike as their
-    displacements are.
+    of the sum of squares of the linear and the quadratic term and, where training restarts, of what
+    it gives up, and of two mixtures for as alike as their displacements are.
 
     Cost: two products of R^2 numbers per task, an eigendecomposition and six products of R x R
     matrices per mixture. The gradients are read some rows at a time; in memory stay 2 R float32
@@ -116,6 +116,7 @@ class LinearizedTraining(AbstractEstimator):
             passes of forward and backward over at most 64 examples of each task, and 17 of forward
             over as many of the target. Without a trainer nothing is measured.
         model_error: standard error of the predicted change of the loss, as a share of its terms.
+            One half, because then 90% intervals hold about nine in ten losses of real fine-tunes.
 
     Source: gradient descent on the linearised network as in Lee et al., "Wide Neural Networks of
     Any Depth Evolve as Linear Models" (NeurIPS 2019), section 2.2, with Gauss-Newton curvature
@@ -129,7 +130,7 @@ class LinearizedTraining(AbstractEstimator):
     rank: int | None = None
     learning_rates: tuple[float, ...] | None = None
     look_ahead: bool = True
-    model_error: float = 0.75
+    model_error: float = 0.5
 
     def __post_init__(self) -> None:
         check_options(self.rank, self.model_error)

@@ -157,6 +157,7 @@ class QuadraticModel:
         self._omega_T = store.target.example_weights
         self._losses_T = store.target.losses.astype(np.float64)
         self.anchor_loss = float(store.target.task_losses[0])
+        self._given_up = self._loss_given_up()
         target_b_1D, (target_trace,) = self._moments(store.target, self._omega_T)
 
         if vectors_VD is None:
@@ -300,8 +301,10 @@ class QuadraticModel:
         """Losses of mixtures with 90% intervals; or differences from the loss of a reference.
 
         The interval joins which examples were captured, by the delta method, and an error of the
-        model: ``model_error`` times the linear term, and the same of the quadratic one. Errors of
-        two mixtures are correlated as their displacements are aligned (by the cosine, if positive).
+        model: ``model_error`` times the linear term, the same of the quadratic one and, where
+        training restarts, of what it gives up: the target's loss at the initial parameters less
+        that at the anchor. Errors of two mixtures are correlated as their displacements are aligned
+        (by the cosine, if positive).
 
         Args:
             rows_MK: share of each task in the rows of a mixture; zeros: no training.
@@ -313,26 +316,27 @@ class QuadraticModel:
         """
         reference = None if reference_K is None else effects(reference_K[None])
 
-        def terms(of: Effects) -> Array:  # linear and quadratic: [2, M]
-            return np.stack([of.linear_MT @ self._omega_T, of.quadratic_M])
+        def terms(of: Effects) -> Array:  # linear, quadratic, and what a restart gives up: [3, M]
+            given_up_M = of.w_MK.any(1) * self._given_up
+            return np.stack([of.linear_MT @ self._omega_T, of.quadratic_M, given_up_M])
 
         def work(rows: Array) -> tuple[Array, Array]:
             own = effects(rows)
-            terms_2M = terms(own)
+            terms_3M = terms(own)
             unlike_M: Array | float = 0.0
             if reference is not None:
-                others_21 = terms(reference)
+                others_31 = terms(reference)
                 # One less their cosine, and where they are the same, exactly 0.
                 apart_MR = unit(own.delta_MR) - unit(reference.delta_MR)
                 unlike_M = np.minimum((apart_MR**2).sum(1) / 2, 1.0)
-                unlike_M *= 2 * (terms_2M * others_21).sum(0)
-                terms_2M = terms_2M - others_21
-            variance_M = model_error**2 * ((terms_2M**2).sum(0) + unlike_M)
+                unlike_M *= 2 * (terms_3M * others_31).sum(0)
+                terms_3M = terms_3M - others_31
+            variance_M = model_error**2 * ((terms_3M**2).sum(0) + unlike_M)
             variance_M += self._target_variance(own, reference)
             variance_M += self._task_variance(own, reference, curvature_share)
             if reference is None:
                 variance_M[~rows.any(1)] = 0.0  # the loss of today is known
-            return terms_2M.sum(0), np.sqrt(np.maximum(variance_M, 0.0))
+            return terms_3M[:2].sum(0), np.sqrt(np.maximum(variance_M, 0.0))
 
         change_M, deviation_M = in_chunks(rows_MK, work, size=size)
         anchor, lowest = (self.anchor_loss, 0.0) if reference is None else (0.0, -np.inf)
@@ -509,13 +513,25 @@ class QuadraticModel:
         outer_E = np.maximum((ahead.ends_ED**2).sum(1) - (ends_ER**2).sum(1), 0.0)
         bend_E = ((ends_ER @ self._target_H_RR) * ends_ER).sum(1)
         bend_E += self._target_outer_curvature * outer_E
-        read = evenly_spread(len(linear_TE), ahead.end_changes_ET.shape[1])
-        omega_T = self._omega_T[read] / max(self._omega_T[read].sum(), 1e-300)
+        read, omega_T = self._read_again(ahead.end_changes_ET.shape[1])
         measured_E = ahead.end_changes_ET @ omega_T
         missed_E = measured_E - omega_T @ linear_TE[read] - bend_E / 2
         length = max(float(np.linalg.norm(measured_E)), 1e-300)
         self._target_residual = float(np.linalg.norm(missed_E)) / length
         return with_losses(self._target_H_RR, ends_ER, missed_E)
+
+    def _read_again(self, count: int) -> tuple[Array, Array]:
+        """Which examples of the target were read a second time, and their shares in the mean."""
+        read = evenly_spread(len(self._omega_T), count)
+        return read, self._omega_T[read] / max(self._omega_T[read].sum(), 1e-300)
+
+    def _loss_given_up(self) -> float:
+        """What training up to the anchor has taken from the target's loss, if it restarts."""
+        initial_T = self._store.vectors.get("initial_losses")
+        if initial_T is None:
+            return 0.0
+        read, omega_T = self._read_again(len(initial_T))
+        return float(omega_T @ (initial_T - self._losses_T[read]))
 
     def _reduce_target(self, vectors_VD: Array, trace: float) -> None:
         """Turn the target into the axes, and keep its inner products outside of them."""
