@@ -372,9 +372,7 @@ def compare_calibrated(
     for _ in range(NUM_ANCHOR_DRAWS):
         anchors = rng.choice(len(true), num_anchors, replace=False)
         others = np.setdiff1d(np.arange(len(true)), anchors)
-        calibrated = FittedCalibrated(
-            fitted, truth.weights[anchors], true[anchors], restarts=truth.mode == "restart"
-        )
+        calibrated = FittedCalibrated(fitted, truth.weights[anchors], true[anchors])
         estimate = calibrated.estimate(truth.weights[others])
         lines.append(
             measures(estimate.loss, true[others])

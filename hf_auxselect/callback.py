@@ -273,7 +273,7 @@ class TaskSelectionCallback(TrainerCallback):
                 anchors = mixtures_to_calibrate(rest.tasks, self.calibrate, rest.seed)
                 calibration = measure(rest, anchors, fitted, "calibration")
             if fitted is not None:
-                fitted = calibrated(fitted, calibration, restarts=self.after == "restart")
+                fitted = calibrated(fitted, calibration)
 
             def choose() -> SelectionReport:
                 report = self._make_report(trainer, store, fitted)

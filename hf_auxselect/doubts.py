@@ -66,9 +66,9 @@ off, the fourth is 6.0. The step norm tells of none of them.
 """
 
 OF_A_RESTART = (
-    "training starts again, far from where the gradients were taken: estimates are much less "
-    "certain than their intervals say, which held the loss of 79 of 160 real restarts instead of "
-    'nine in ten. Use after="continue", or check the choice with verify=4.'
+    "training starts again, far from where the gradients were taken: estimates tell which mixture "
+    "is better, but hardly by how much, and their intervals are wide for it. Use "
+    'after="continue", or let real runs set the scale with calibrate=8.'
 )
 """Measured in benchmarks/agreement.py --modes restart."""
 

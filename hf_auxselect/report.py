@@ -179,8 +179,7 @@ class SelectionReport(_Content):
                 )
             store = GradientStore.load(self.gradients_directory)
             fitted = estimator_from(self.estimator).fit(store)
-            restarts = self.run.get("after") == "restart"
-            self._fitted = calibrated(fitted, self.calibration, restarts=restarts)
+            self._fitted = calibrated(fitted, self.calibration)
         return self._fitted
 
     def add_estimates(
@@ -450,15 +449,12 @@ def compare(
     ]
 
 
-def calibrated(
-    fitted: FittedEstimator, anchors: Sequence[Measurement], *, restarts: bool
-) -> FittedEstimator:
+def calibrated(fitted: FittedEstimator, anchors: Sequence[Measurement]) -> FittedEstimator:
     """The estimator put right by mixtures that were trained for real, if there are any."""
     if not anchors:
         return fitted
     weights = np.array([[*one.weights.values()] for one in anchors])
-    measured = [one.measured for one in anchors]
-    return FittedCalibrated(fitted, weights, measured, restarts=restarts)
+    return FittedCalibrated(fitted, weights, [one.measured for one in anchors])
 
 
 def _measurements(measurements: Sequence[Measurement]) -> list[str]:

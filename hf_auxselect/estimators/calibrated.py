@@ -11,28 +11,23 @@ from numpy.typing import ArrayLike
 from hf_auxselect.estimators.base import NORMAL_95, Array, Estimate, FittedEstimator
 
 _AGREEING_RUNS = 2
-"""Offset and error bars are shrunk as if so many further runs had agreed with the estimates; after
-a restart, the scale too."""
+"""Offset and error bars are shrunk as if so many further runs had agreed with the estimates."""
 
-_SLOPE_DEVIATION = 0.25
-"""Standard deviation, before any run, of the factor by which estimated differences are wrong."""
+_AGREEING_RUNS_OF_SLOPE = 4
+"""The same of the slope, as if these runs were spread out like the others."""
 
 
 class FittedCalibrated(FittedEstimator):
     """An estimator whose scale, offset and error bars are those that fit some real runs.
 
-    With e the estimates and y the measured losses of the A anchors, e_m the mean of e, and s the
-    root mean square of the standard deviations that the estimator itself gives,
+    With e the estimates and y the measured losses of the A anchors, and e_m the mean of e,
 
         loss(w) = e(w) + offset + slope (e(w) - e_m),
         offset = sum_a (y_a - e_a) / (A + 2),
-        slope = sum_a (e_a - e_m) (y_a - e_a) / (sum_a (e_a - e_m)^2 + (s / 0.25)^2),
+        slope = sum_a (e_a - e_m) (y_a - e_a) / sum_a (e_a - e_m)^2 * A / (A + 4),
 
-    least squares shrunk towards the estimates themselves: the slope is the posterior mean under a
-    normal prior of deviation 0.25. Where training restarts, the estimates tell which mixture is
-    better, but next to nothing of by how much, and the slope is shrunk as the offset is,
-
-        slope = sum_a (e_a - e_m) (y_a - e_a) / (sum_a (e_a - e_m)^2 (1 + 2 / A)).
+    least squares shrunk towards the estimates themselves. That does not depend on the scale of the
+    estimates: after a restart they tell which mixture is better, and hardly by how much.
 
     Intervals are widened or narrowed by
 
@@ -46,20 +41,12 @@ class FittedCalibrated(FittedEstimator):
         fitted: the estimator.
         weights: the anchors [A, K], masks or weights.
         losses: measured losses of the target [A], nats per label token.
-        restarts: whether the runs began from the initial parameters, not from the anchor.
 
     Raises:
         ValueError: there are no anchors, or the shapes do not agree.
     """
 
-    def __init__(
-        self,
-        fitted: FittedEstimator,
-        weights: ArrayLike,
-        losses: ArrayLike,
-        *,
-        restarts: bool = False,
-    ) -> None:
+    def __init__(self, fitted: FittedEstimator, weights: ArrayLike, losses: ArrayLike) -> None:
         measured_A = np.asarray(losses, np.float64)
         if len(measured_A) == 0 or len(np.asarray(weights)) != len(measured_A):
             raise ValueError(
@@ -71,12 +58,11 @@ class FittedCalibrated(FittedEstimator):
         residual_A = measured_A - estimate.loss
         below_A, above_A = _half_widths(estimate)
         deviation_A = np.maximum(below_A + above_A, 1e-12) / (2 * NORMAL_95)
-        noise = None if restarts else float(np.mean(deviation_A**2))
-        self._middle, self._offset, self._slope = _line(estimate.loss, residual_A, noise)
+        self._middle, self._offset, self._slope = _line(estimate.loss, residual_A)
         left_out_A = np.zeros(len(measured_A))
         for a in range(len(measured_A)):
             others = np.arange(len(measured_A)) != a
-            middle, offset, slope = _line(estimate.loss[others], residual_A[others], noise)
+            middle, offset, slope = _line(estimate.loss[others], residual_A[others])
             left_out_A[a] = residual_A[a] - offset - slope * (estimate.loss[a] - middle)
         square = float(((left_out_A / deviation_A) ** 2).sum())
         self._factor = np.sqrt((_AGREEING_RUNS + square) / (_AGREEING_RUNS + len(measured_A)))
@@ -117,18 +103,15 @@ def _half_widths(estimate: Estimate) -> tuple[Array, Array]:
     return np.where(estimate.low > 0, below, np.maximum(below, above)), above
 
 
-def _line(estimated: Array, residual: Array, noise: float | None) -> tuple[float, float, float]:
-    """Mean estimate, offset and slope of the residuals, both shrunk.
-
-    ``noise`` is the variance of the residuals; None: the scale of the estimates tells nothing.
-    """
+def _line(estimated: Array, residual: Array) -> tuple[float, float, float]:
+    """Mean estimate, offset and slope of the residuals, both shrunk."""
     count = len(residual)
     if count == 0:
         return 0.0, 0.0, 0.0
     middle = float(estimated.mean())
     x = estimated - middle
-    square = float(x @ x)
-    added = square * _AGREEING_RUNS / count if noise is None else noise / _SLOPE_DEVIATION**2
+    slope = (
+        float(x @ residual) / max(float(x @ x), 1e-300) * count / (count + _AGREEING_RUNS_OF_SLOPE)
+    )
     # A scale below a half would be an estimator not worth calibrating.
-    slope = max(float(x @ residual) / max(square + added, 1e-300), -0.5)
-    return middle, float(residual.sum()) / (count + _AGREEING_RUNS), slope
+    return middle, float(residual.sum()) / (count + _AGREEING_RUNS), max(slope, -0.5)
