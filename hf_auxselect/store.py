@@ -112,7 +112,9 @@ class GradientStore:
         metadata: what is known of the capture: projection, anchor, optimizer, the training to come.
         vectors: float32 [D] each, projected: the optimizer's ``momentum`` and the ``parameters``,
             in the optimizer's coordinates; empty if the store was captured without it. And, where
-            an estimator asked for it, what :func:`hf_auxselect.look_ahead.look_ahead` adds.
+            an estimator asked for it, what :func:`hf_auxselect.look_ahead.look_ahead` adds; before
+            a restart also ``initial_losses``, of the target's examples that are read again, at the
+            initial parameters.
     """
 
     def __init__(
