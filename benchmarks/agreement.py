@@ -3,7 +3,9 @@
 The truth is what ``truth.py`` measured (committed in ``results/truth``). The gradients are captured
 once per family and mode at the warm-up's checkpoint, and cached, as is what the baselines find out
 about the texts; then the table takes seconds. The authors' own procedure is in it if
-``gradex_reference.py`` has measured it on all mixtures.
+``gradex_reference.py`` has measured it on all mixtures. Where the truth was measured on a processor
+that rounds otherwise, its warm-up ended elsewhere than the one here: the losses are moved by what
+those at the two anchors differ by, and the table says so.
 
 A mixture with the task of shuffled answers is easily told from one without, and shuffled answers
 from others; what matters is how estimates rank the mixtures that are left.
@@ -126,7 +128,7 @@ class Truth:
     """Of every seed [seeds, M]; NaN where it has not been run."""
     moved: float = 0.0
     """What has been added to the losses: the anchor's here, less the one they were measured from.
-    Other processors round otherwise, and a warm-up of the same recipe ends a little elsewhere."""
+    Other processors round otherwise, and there a warm-up of the same recipe ends elsewhere."""
 
     @property
     def mean(self) -> np.ndarray:
@@ -252,10 +254,10 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def read_truth(family: str, mode: str) -> Truth:
-    """What ``truth.py`` has written; from another warm-up, moved by the difference of anchors."""
+    """What ``truth.py`` has written; of runs that went on from another warm-up, moved to this."""
     record = json.loads((RESULTS / f"{family}-{mode}.json").read_text())
     runs, moved = record["runs"], 0.0
-    if record["warm_up"] != digest(warm_up(family)):
+    if mode == "continue" and record["warm_up"] != digest(warm_up(family)):
         moved = anchor_loss(family) - record["anchor_loss"]
     losses: dict[tuple[float, ...], dict[int, float]] = {}
     for run in runs:
@@ -416,6 +418,7 @@ def describe(truth: Truth) -> dict[str, Any]:
         "mixtures": len(truth.weights),
         "mixtures_without_shuffled": int(is_left.sum()),
         "seeds": len(losses),
+        "moved": truth.moved,
         "range": [float(mean.min()), float(mean.max())],
         "spread": float(mean.std()),
         "noise_ceiling": noise_ceiling(losses),
@@ -457,6 +460,8 @@ def print_table(header: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         f"losses {low:.3f} to {high:.3f};\nnoise ceiling {ceiling}, without shuffled {of_left}; "
         f"the mean of the truth errs by {header['error_of_a_constant']:.1%}"
     )
+    if header["moved"]:
+        print(f"measured from another warm-up, and moved by {header['moved']:+.4f}")
     if header["error_floor"] is not None:
         print(
             f"a perfect estimate would have R2 {header['r2_ceiling']:.2f} and err by "

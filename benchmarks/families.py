@@ -3,8 +3,8 @@
 Each has auxiliary tasks of different use to a target that is none of them, one of them with
 shuffled answers. All but ``small``, a small model and string tasks, are real: SmolLM2-135M, and
 generators of reasoning-gym with options that keep the rows short; boilerplate around the question
-is left out. ``demo`` is the recipe of ``make demo``, of whose rows few are captured. ``sorting`` is
-held out: no estimate of it has been looked at, and its truth is not complete.
+is left out. ``demo`` is the recipe of ``make demo``, of whose rows few are captured. ``sorting``
+was held out: no estimate of it was looked at before its truth was there, and none changed.
 """
 
 from __future__ import annotations

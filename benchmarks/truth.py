@@ -98,8 +98,8 @@ def warm_up(family: str) -> Path:
     step = FAMILIES[family].warm_up_steps
     checkpoint = CACHE / family / f"checkpoint-{step}"
     if not (checkpoint / "trainer_state.json").is_file():
-        # One thread adds up in the same order everywhere: on another machine with the same kinds of
-        # instructions the checkpoint is bitwise the one that the truth was measured from.
+        # One thread adds up in the same order every time. On another processor, which may round
+        # otherwise, the warm-up ends elsewhere; agreement.py knows the digests.
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         make_trainer(family, CACHE / family, [StopAt(step)]).train()

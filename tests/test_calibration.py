@@ -9,6 +9,7 @@ from tiny import callback, trained
 
 from hf_auxselect import FixedSelection, SelectionReport
 from hf_auxselect.estimators import Estimate, FittedCalibrated, FittedEstimator
+from hf_auxselect.estimators.base import random_subsets
 from hf_auxselect.mixture import TaskRows
 from hf_auxselect.verification import mixtures_to_calibrate
 
@@ -36,14 +37,15 @@ NEW = np.array([[0.2, 0.3, 0.5], [0.9, 0.1, 0.0]])
 def by_hand(plain, anchors, measured, new):
     """The same, one number at a time."""
     estimated = [float(plain.estimate([row]).loss[0]) for row in anchors]
+    spread = float(np.var([plain.estimate([row]).loss[0] for row in random_subsets(3)]))
 
     def line(chosen):
         count = len(chosen)
         middle = sum(estimated[a] for a in chosen) / count
         mean = sum(measured[a] - estimated[a] for a in chosen) / count
         above = sum((estimated[a] - middle) * (measured[a] - estimated[a]) for a in chosen)
-        below = sum((estimated[a] - middle) ** 2 for a in chosen)
-        return middle, count / (count + 2) * mean, count / (count + 4) * above / below
+        below = sum((estimated[a] - middle) ** 2 for a in chosen) + 2 * spread
+        return middle, count / (count + 2) * mean, above / below
 
     def put_right(loss, fit):
         return loss + fit[1] + fit[2] * (loss - fit[0])

@@ -75,6 +75,13 @@ def normalize_mixtures(weights: ArrayLike, task_sizes: ArrayLike) -> Array:
     return np.divide(shares, totals, out=np.zeros_like(shares), where=totals > 0)
 
 
+def random_subsets(num_tasks: int) -> Array:
+    """200 subsets of tasks, as masks; all sizes are equally likely."""
+    rng = np.random.default_rng(0)
+    sizes_M = rng.integers(1, num_tasks + 1, 200)
+    return rng.random((200, num_tasks)).argsort(1) < sizes_M[:, None]
+
+
 class AbstractEstimator(ABC):
     """Options of an estimator; ``fit`` prepares it for a gradient store."""
 

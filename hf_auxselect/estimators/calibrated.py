@@ -8,23 +8,27 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_auxselect.estimators.base import NORMAL_95, Array, Estimate, FittedEstimator
+from hf_auxselect.estimators.base import (
+    NORMAL_95,
+    Array,
+    Estimate,
+    FittedEstimator,
+    random_subsets,
+)
 
 _AGREEING_RUNS = 2
-"""Offset and error bars are shrunk as if so many further runs had agreed with the estimates."""
-
-_AGREEING_RUNS_OF_SLOPE = 4
-"""The same of the slope, as if these runs were spread out like the others."""
+"""All is shrunk as if so many further runs had agreed with the estimates."""
 
 
 class FittedCalibrated(FittedEstimator):
     """An estimator whose scale, offset and error bars are those that fit some real runs.
 
-    With e the estimates and y the measured losses of the A anchors, and e_m the mean of e,
+    With e the estimates and y the measured losses of the A anchors, e_m the mean of e, and v the
+    variance of the estimates of 200 random subsets,
 
         loss(w) = e(w) + offset + slope (e(w) - e_m),
         offset = sum_a (y_a - e_a) / (A + 2),
-        slope = sum_a (e_a - e_m) (y_a - e_a) / sum_a (e_a - e_m)^2 * A / (A + 4),
+        slope = sum_a (e_a - e_m) (y_a - e_a) / (sum_a (e_a - e_m)^2 + 2 v),
 
     least squares shrunk towards the estimates themselves. That does not depend on the scale of the
     estimates: after a restart they tell which mixture is better, and hardly by how much.
@@ -58,14 +62,25 @@ class FittedCalibrated(FittedEstimator):
         residual_A = measured_A - estimate.loss
         below_A, above_A = _half_widths(estimate)
         deviation_A = np.maximum(below_A + above_A, 1e-12) / (2 * NORMAL_95)
-        self._middle, self._offset, self._slope = _line(estimate.loss, residual_A)
+        self._spread = float(fitted.estimate(random_subsets(np.shape(weights)[1])).loss.var())
+        self._middle, self._offset, self._slope = self._line(estimate.loss, residual_A)
         left_out_A = np.zeros(len(measured_A))
         for a in range(len(measured_A)):
             others = np.arange(len(measured_A)) != a
-            middle, offset, slope = _line(estimate.loss[others], residual_A[others])
+            middle, offset, slope = self._line(estimate.loss[others], residual_A[others])
             left_out_A[a] = residual_A[a] - offset - slope * (estimate.loss[a] - middle)
         square = float(((left_out_A / deviation_A) ** 2).sum())
         self._factor = np.sqrt((_AGREEING_RUNS + square) / (_AGREEING_RUNS + len(measured_A)))
+
+    def _line(self, estimated: Array, residual: Array) -> tuple[float, float, float]:
+        """Mean estimate, offset and slope of the residuals, both shrunk."""
+        if len(residual) == 0:
+            return 0.0, 0.0, 0.0
+        middle = float(estimated.mean())
+        x = estimated - middle
+        slope = float(x @ residual) / max(float(x @ x) + _AGREEING_RUNS * self._spread, 1e-300)
+        # A scale below a half would be an estimator not worth calibrating.
+        return middle, float(residual.sum()) / (len(x) + _AGREEING_RUNS), max(slope, -0.5)
 
     def estimate(self, weights: ArrayLike) -> Estimate:
         plain = self._fitted.estimate(weights)
@@ -101,17 +116,3 @@ def _half_widths(estimate: Estimate) -> tuple[Array, Array]:
     """Of the intervals, below and above; those that end at 0 would go as far below as above."""
     below, above = estimate.loss - estimate.low, estimate.high - estimate.loss
     return np.where(estimate.low > 0, below, np.maximum(below, above)), above
-
-
-def _line(estimated: Array, residual: Array) -> tuple[float, float, float]:
-    """Mean estimate, offset and slope of the residuals, both shrunk."""
-    count = len(residual)
-    if count == 0:
-        return 0.0, 0.0, 0.0
-    middle = float(estimated.mean())
-    x = estimated - middle
-    slope = (
-        float(x @ residual) / max(float(x @ x), 1e-300) * count / (count + _AGREEING_RUNS_OF_SLOPE)
-    )
-    # A scale below a half would be an estimator not worth calibrating.
-    return middle, float(residual.sum()) / (count + _AGREEING_RUNS), max(slope, -0.5)

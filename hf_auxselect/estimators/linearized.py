@@ -18,6 +18,7 @@ from hf_auxselect.estimators.base import (
     Array,
     normalize_mixtures,
     one_blas_thread,
+    random_subsets,
 )
 from hf_auxselect.estimators.quadratic import (
     Effects,
@@ -25,7 +26,6 @@ from hf_auxselect.estimators.quadratic import (
     QuadraticModel,
     check_options,
     chunks_of_tasks,
-    random_subsets,
 )
 from hf_auxselect.estimators.recursion import Recursion
 from hf_auxselect.files import JsonDict

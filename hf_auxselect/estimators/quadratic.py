@@ -24,6 +24,7 @@ from hf_auxselect.estimators.base import (
     normalize_mixtures,
     one_blas_thread,
     outlier_share,
+    random_subsets,
     rank_correlation,
 )
 from hf_auxselect.store import GradientStore, evenly_spread
@@ -552,13 +553,6 @@ class QuadraticModel:
         self._target_H_RR = (self._target_phi_TR * self._omega_T[:, None]).T @ self._target_phi_TR
         self._target_outer_curvature = self._curvature_left(self._target_H_RR, trace)
         self._target_H_RR -= trace / self._dim * np.eye(self.rank)
-
-
-def random_subsets(num_tasks: int) -> Array:
-    """200 subsets of tasks, as masks; all sizes are equally likely."""
-    rng = np.random.default_rng(0)
-    sizes_M = rng.integers(1, num_tasks + 1, 200)
-    return rng.random((200, num_tasks)).argsort(1) < sizes_M[:, None]
 
 
 def unit(vectors: Array) -> Array:
