@@ -447,8 +447,8 @@ def ceilings_in_nats(losses: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def print_table(header: dict[str, Any], lines: list[dict[str, Any]]) -> None:
-    """The estimators of one family and mode, line by line."""
+def print_table(header: dict[str, Any]) -> None:
+    """What was measured of one family and mode: the estimators, line by line, and the rest."""
     ceiling, of_left = (
         "unknown" if value is None else f"{value:.3f}"
         for value in (header["noise_ceiling"], header["noise_ceiling_without_shuffled"])
@@ -471,7 +471,8 @@ def print_table(header: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         f"{'':34} spearman  [90%]            w/o shuffled  same size     R2   error  regret"
         "  coverage (of differences)  ms/estimate"
     )
-    for line in lines:
+    further = [name for name in ("ablations", "ranks", "fewer_examples") if name in header]
+    for line in header["lines"] + [line for name in further for line in header[name]]:
         interval = "[{:.3f}, {:.3f}]".format(*line["spearman_interval"])
         nats = f"{line['r2']:6.2f}  {line['error']:6.2%}" if "r2" in line else " " * 14
         coverage = f"{line['coverage']:8.0%}" if "coverage" in line else " " * 8
@@ -482,15 +483,7 @@ def print_table(header: dict[str, Any], lines: list[dict[str, Any]]) -> None:
             f"{line['spearman_without_shuffled']:13.3f}  {line['spearman_equal_size']:9.3f}  "
             f"{nats}  {line['regret']:6.1%}  {coverage:14}  {line['ms_per_estimate']:22.2f}"
         )
-
-
-def print_rest(
-    few: list[dict[str, Any]], dims: list[dict[str, Any]], lines: list[dict[str, Any]]
-) -> None:
-    """What fewer examples and numbers lose, and what anchors bring."""
-    for line in few:
-        print(f"{line['estimator']}: step norm {line['follows_step_norm']:.2f}")
-    for line in dims:
+    for line in header.get("dims", []):
         low, high = line["spearman_range"]
         print(
             f"{line['dim']:4} numbers per gradient, {NUM_PROJECTIONS} projections: Spearman "
@@ -498,12 +491,42 @@ def print_rest(
             f"{line['spearman_of_the_mean']:.3f}, R2 {line['r2']:.2f}, error {line['error']:.2%}, "
             f"regret {line['regret']:.1%}"
         )
-    for line in lines:
+    for line in header["calibrated"]:
         print(
             f"{line['estimator']} with {line['anchors']:2} anchors: Spearman "
             f"{line['spearman']:.3f}, R2 {line['r2']:.2f}, error {line['error']:.2%}, regret "
             f"{line['regret']:.1%}, coverage {line['coverage']:.0%}"
         )
+
+
+def what_matters(
+    truth: Truth, store: GradientStore, *, capture_tokens: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """Lines of the default with something taken away, or less or more of it."""
+    ablations = ABLATIONS
+    with_tokens = with_token_margins(truth.family, store, capture=capture_tokens)
+    if with_tokens is None:
+        ablations = {n: a for n, a in ABLATIONS.items() if a.curvature != "token_margins"}
+    at_one_point = LinearizedTraining(look_ahead=False)
+    lines = [
+        compare(truth, ablated(with_tokens or store, ablation), name, at_one_point)
+        for name, ablation in ablations.items()
+    ]
+    lines += [
+        compare(truth, partly_ahead(store, left_out), name, LinearizedTraining())
+        for name, left_out in AHEAD.items()
+    ]
+    return {
+        "ablations": lines,
+        "ranks": [
+            compare(truth, store, f"rank {rank}", LinearizedTraining(rank=rank)) for rank in RANKS
+        ],
+        "fewer_examples": [
+            compare(truth, thinned(store, n), f"{n} examples a task", at_one_point)
+            for n in EXAMPLES_PER_TASK
+        ],
+        "dims": [compare_projections(truth, store, dim) for dim in DIMS],
+    }
 
 
 def main() -> None:
@@ -521,44 +544,21 @@ def main() -> None:
     for family in options.families.split(","):
         for mode in options.modes.split(","):
             truth, store = read_truth(family, mode), gradients(family, mode)
-            ablations = ABLATIONS
-            with_tokens = with_token_margins(family, store, capture=options.token_margins)
-            if with_tokens is None:
-                ablations = {n: a for n, a in ABLATIONS.items() if a.curvature != "token_margins"}
             lines = [
                 compare(truth, store, name, estimator)
                 for name, estimator in estimators(family, truth.weights).items()
             ]
-            at_one_point = LinearizedTraining(look_ahead=False)
             fitted = LinearizedTraining().fit(store)
             calibrated = [
                 compare_calibrated(truth, fitted, "LinearizedTraining()", num_anchors)
                 for num_anchors in NUM_ANCHORS
             ]
-            few = [
-                compare(truth, thinned(store, n), f"{n} examples a task", at_one_point)
-                for n in EXAMPLES_PER_TASK
-            ]
-            ranks = [
-                compare(truth, store, f"rank {rank}", LinearizedTraining(rank=rank))
-                for rank in RANKS
-            ]
-            ablated_lines = [
-                compare(truth, ablated(with_tokens or store, ablation), name, at_one_point)
-                for name, ablation in ablations.items()
-            ]
-            ablated_lines += [
-                compare(truth, partly_ahead(store, left_out), name, LinearizedTraining())
-                for name, left_out in AHEAD.items()
-            ]
-            dims = [compare_projections(truth, store, dim) for dim in DIMS]
             header = describe(truth)
-            print_table(header, lines + ablated_lines + ranks + few)
-            print_rest(few, dims, calibrated)
             record = header | {"command": "python benchmarks/agreement.py", "lines": lines}
-            record |= {"calibrated": calibrated, "fewer_examples": few}
-            record |= {"ablations": ablated_lines, "ranks": ranks, "dims": dims}
-            record["diagnostics"] = fitted.diagnostics()
+            record |= {"calibrated": calibrated, "diagnostics": fitted.diagnostics()}
+            if mode == "continue":
+                record |= what_matters(truth, store, capture_tokens=options.token_margins)
+            print_table(record)
             path = RESULTS.parent / "agreement" / f"{family}-{mode}.json"
             write_atomically(path, to_json(record))
 
