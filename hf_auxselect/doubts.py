@@ -59,8 +59,8 @@ DOUBTS = (
 )
 """Measured in benchmarks/drift.py and agreement.py, in the order of the above. Where estimates
 agree with real fine-tunes they are at most 0.25, 0.10, 0.91, 1.4 and 0.49. Of the families made to
-fail, a warm-up of 3 steps instead of 60 has 0.84 of the first, and 1.6, 5.6 and 0.74 of the third to
-fifth; learning rates 30 times as high have 1.4 of the second and 21 of the fourth. In the demo,
+fail, a warm-up of 3 steps instead of 60 has 0.84 of the first, and 1.6, 5.6 and 0.74 of the third
+to fifth; learning rates 30 times as high have 1.4 of the second and 21 of the fourth. In the demo,
 where they are 8% off, the fourth is 6.1. None tells of a LoRA rank of 32, where estimates of a
 small model choose badly; the step norm tells of none of these.
 """
