@@ -636,6 +636,8 @@ class TestDifferencesOfQuadraticModels:
         store = random_store(6)  # every row was captured: the model's error is all there is
         if given_up:  # by a restart
             store = store.with_vectors({"initial_losses": store.target.losses + given_up})
+            losses = store.vectors["initial_losses"].astype(np.float64)  # rounded to float32
+            given_up = store.target.example_weights @ (losses - store.target.losses)
         fitted = LinearizedTraining(model_error=0.3).fit(store)
         masks = np.array([[True, True, False], [True, False, True], [False, False, False]])
         one = fitted._effects(normalize_mixtures(masks, store.task_sizes))
@@ -654,7 +656,7 @@ class TestDifferencesOfQuadraticModels:
             ):
                 variance += x**2 + y**2 - 2 * max(cosine, 0.0) * x * y
             width = 2 * 1.6448536 * 0.3 * np.sqrt(max(variance, 0.0))
-            assert difference.high[m] - difference.low[m] == pytest.approx(width, abs=2e-7)
+            assert difference.high[m] - difference.low[m] == pytest.approx(width, abs=1e-7)
 
     def test_a_restart_is_less_certain_by_what_it_gives_up(self):
         store, masks = random_store(6), np.array([[True, False, True], [False, False, False]])
