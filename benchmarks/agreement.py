@@ -50,6 +50,7 @@ from families import FAMILIES, with_fixed_hashes
 from gradex_reference import GradExAsPublished, measured_scales
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
+from trl import SFTTrainer
 from truth import CACHE, RESULTS, anchor_loss, digest, make_trainer, warm_up
 
 from hf_auxselect import (
@@ -174,23 +175,28 @@ def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
 
 def losses_before_training(family: str, store: GradientStore) -> np.ndarray:
     """Those of the store's examples of the target [T], at the adapter's initial values."""
-    target = store.target
     with tempfile.TemporaryDirectory() as directory:
         trainer = make_trainer(family, Path(directory), [])
-        examples = TaskExamples(
-            name=target.task_names[0],
-            rows=ModelRows(trainer, trainer.eval_dataset),
-            example_ids=target.example_ids.tolist(),
-            num_rows=int(target.task_sizes[0]),
-        )
         with trainer.compute_loss_context_manager():
             return losses_at(
                 trainer.model,
-                examples,
+                captured_examples(trainer, store.target, 0, trainer.eval_dataset),
                 collate_function(trainer),
                 trainable_state(trainer.model),
                 batch_size=trainer.args.per_device_eval_batch_size,
             )
+
+
+def captured_examples(
+    trainer: SFTTrainer, store: GradientStore, k: int, dataset: Any
+) -> TaskExamples:
+    """Those of its k-th task that a store holds, as rows for the model."""
+    return TaskExamples(
+        name=store.task_names[k],
+        rows=ModelRows(trainer, dataset),
+        example_ids=store.example_ids[store.task_ids == k].tolist(),
+        num_rows=int(store.task_sizes[k]),
+    )
 
 
 def with_token_margins(family: str, store: GradientStore, *, capture: bool) -> GradientStore | None:

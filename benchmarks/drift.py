@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from agreement import (
     Truth,
+    captured_examples,
     complete_store,
     gradients,
     measures,
@@ -47,7 +49,7 @@ from hf_auxselect.look_ahead import EXAMPLES_AHEAD
 from hf_auxselect.optimizer_state import read_optimizer
 from hf_auxselect.projection import CountSketch
 from hf_auxselect.store import add_vectors, evenly_spread
-from hf_auxselect.switch import ModelRows, collate_function, trainable_state
+from hf_auxselect.switch import collate_function, trainable_state
 
 POINTS = (0.5, 0.75)
 """Of the warm-up."""
@@ -115,14 +117,9 @@ def capture(
     )
 
     def examples(store: GradientStore, k: int, dataset: Any) -> TaskExamples:
-        own = store.example_ids[store.task_ids == k]
-        spread = evenly_spread(len(own), EXAMPLES_AHEAD)
-        return TaskExamples(
-            name=store.task_names[k],
-            rows=ModelRows(trainer, dataset),
-            example_ids=own[spread].tolist(),
-            num_rows=int(store.task_sizes[k]),
-        )
+        captured = captured_examples(trainer, store, k, dataset)
+        spread = evenly_spread(len(captured.example_ids), EXAMPLES_AHEAD)
+        return replace(captured, example_ids=[captured.example_ids[i] for i in spread])
 
     with torch.no_grad():
         for name, value in values.items():

@@ -257,9 +257,7 @@ class TaskSelectionCallback(TrainerCallback):
         with switch.preserved_rng():
             if self._needs_estimates:
                 gradient_pass = self._gradient_pass(trainer, self._plan)
-                store = gradient_pass.run(
-                    self._directory / "gradients", self.after, self._restart_from
-                )
+                store = gradient_pass.run(self._directory / "gradients", self._restart_from)
             pass_seconds = time.perf_counter() - start
 
             def fit() -> None:

@@ -90,14 +90,11 @@ class GradientPass:
             switch_step=plan.switch_step,
         )
 
-    def run(
-        self, directory: Path, after: str, initial: Mapping[str, Tensor] | None
-    ) -> GradientStore:
+    def run(self, directory: Path, initial: Mapping[str, Tensor] | None) -> GradientStore:
         """Capture at the anchor and, if the estimator asks for it, where training is to lead.
 
         Args:
             directory: where the store is written.
-            after: of the callback.
             initial: trainable parameters at step 0 if training restarts there, else None.
         """
         trainer, plan = self.trainer, self.plan
@@ -114,7 +111,9 @@ class GradientPass:
                 seed=plan.seed,
                 scalars=self.estimator.scalars,
                 optimizer=trainer.optimizer if needs_optimizer(self.estimator) else None,
-                training=switch.training_to_come(trainer, plan.switch_step, after),
+                training=switch.training_to_come(
+                    trainer, plan.switch_step, restarts=initial is not None
+                ),
                 one_by_one=self.one_by_one,
                 progress=progress,
             )

@@ -529,7 +529,7 @@ def schedule_restart(trainer: Trainer, switch_step: int) -> None:
         group["lr"] = rate
 
 
-def training_to_come(trainer: Trainer, switch_step: int, after: str) -> dict[str, Any]:
+def training_to_come(trainer: Trainer, switch_step: int, *, restarts: bool) -> dict[str, Any]:
     """What the optimizer will be told in the steps after the switch, for estimators that model it.
 
     Returns:
@@ -548,7 +548,7 @@ def training_to_come(trainer: Trainer, switch_step: int, after: str) -> dict[str
         "learning_rates": rates,
         "max_grad_norm": float(trainer.args.max_grad_norm or 0.0),
         "examples_per_step": int(trainer.get_total_train_batch_size(trainer.args)),
-        "after": "restart" if after == "restart" else "continue",
+        "after": "restart" if restarts else "continue",
     }
 
 

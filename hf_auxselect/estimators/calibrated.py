@@ -115,4 +115,4 @@ class FittedCalibrated(FittedEstimator):
 def _half_widths(estimate: Estimate) -> tuple[Array, Array]:
     """Of the intervals, below and above; those that end at 0 would go as far below as above."""
     below, above = estimate.loss - estimate.low, estimate.high - estimate.loss
-    return np.where(estimate.low > 0, below, np.maximum(below, above)), above
+    return np.where(estimate.low == 0, np.maximum(below, above), below), above
