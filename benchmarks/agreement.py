@@ -349,6 +349,8 @@ def compare(
     seconds = diagnostics.get("seconds_per_estimate", seconds)
     if "rank_correlation_with_step_norm" in diagnostics:
         line["follows_step_norm"] = diagnostics["rank_correlation_with_step_norm"]
+    if "sampling_error_over_spread" in diagnostics:
+        line["sampling"] = diagnostics["sampling_error_over_spread"]
     line["ms_per_estimate"] = 1000 * seconds
     return line
 
@@ -475,7 +477,7 @@ def print_table(header: dict[str, Any]) -> None:
         )
     print(
         f"{'':34} spearman  [90%]            w/o shuffled  same size     R2   error  regret"
-        "  coverage (of differences)  ms/estimate"
+        "  coverage (of differences)  ms/estimate  sampling error"
     )
     further = [name for name in ("ablations", "ranks", "fewer_examples") if name in header]
     for line in header["lines"] + [line for name in further for line in header[name]]:
@@ -487,7 +489,8 @@ def print_table(header: dict[str, Any]) -> None:
         print(
             f"{line['estimator']:34} {line['spearman']:8.3f}  {interval:16} "
             f"{line['spearman_without_shuffled']:13.3f}  {line['spearman_equal_size']:9.3f}  "
-            f"{nats}  {line['regret']:6.1%}  {coverage:14}  {line['ms_per_estimate']:22.2f}"
+            f"{nats}  {line['regret']:6.1%}  {coverage:14}  {line['ms_per_estimate']:22.2f}  "
+            + (f"{line['sampling']:14.2f}" if line.get("sampling") else "")
         )
     for line in header.get("dims", []):
         low, high = line["spearman_range"]

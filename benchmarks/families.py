@@ -3,8 +3,9 @@
 Each has auxiliary tasks of different use to a target that is none of them, one of them with
 shuffled answers. All but ``small``, a small model and string tasks, are real: SmolLM2-135M, and
 generators of reasoning-gym with options that keep the rows short; boilerplate around the question
-is left out. ``demo`` is the recipe of ``make demo``, of whose rows few are captured. ``sorting``
-was held out: no estimate of it was looked at before its truth was there, and none changed.
+is left out. ``demo`` is the recipe of ``make demo``; ``sparse`` has its tasks, after fewer steps
+and with few of many rows captured. ``sorting`` was held out: no estimate of it was looked at before
+its truth was there, and none changed.
 """
 
 from __future__ import annotations
@@ -138,19 +139,17 @@ def _real(*, target: Generator, tasks: dict[str, Generator], shuffled: Generator
 
 
 @cache
-def _rows_of_demo() -> list[Dataset]:
-    return list(arithmetic.training_tasks(demo.NUM_ROWS, demo.SEED).values())
+def _rows_of_recipe(num_rows: int) -> list[Dataset]:
+    return list(arithmetic.training_tasks(num_rows, demo.SEED).values())
 
 
-def _demo() -> Family:
+def _recipe(*, num_rows: int, **options: Any) -> Family:
     return Family(
         tasks=(*arithmetic.TASKS, "shuffled"),
-        make_task=lambda name, position: _rows_of_demo()[position],
-        make_target=lambda seed: arithmetic.target_examples(demo.NUM_ROWS, demo.SEED + seed),
-        warm_up_steps=demo.WARM_UP_STEPS,
-        steps=demo.STEPS,
-        examples_per_task=demo.NUM_CAPTURED,
+        make_task=lambda name, position: _rows_of_recipe(num_rows)[position],
+        make_target=lambda seed: arithmetic.target_examples(num_rows, demo.SEED + seed),
         arguments={"per_device_train_batch_size": demo.BATCH_SIZE, **FAST},
+        **options,
     )
 
 
@@ -256,7 +255,8 @@ FAMILIES: dict[str, Family] = {
         },
         shuffled=_sorting(4),
     ),
-    "demo": _demo(),
+    "demo": _recipe(num_rows=demo.NUM_ROWS, warm_up_steps=demo.WARM_UP_STEPS, steps=demo.STEPS),
+    "sparse": _recipe(num_rows=256, warm_up_steps=16, steps=40, examples_per_task=32),
     "small": _small(),
 }
 

@@ -17,6 +17,12 @@ class Doubt(NamedTuple):
 
 DOUBTS = (
     Doubt(
+        "sampling_error_over_spread",
+        0.5,
+        "estimates depend on which rows of the tasks were captured: others would move them by "
+        "{:.1f} times what mixtures differ by. Raise examples_per_task.",
+    ),
+    Doubt(
         "terms_over_loss",
         1 / 3,
         "training is expected to change the target's loss by terms of {:.0%} of it, farther than "

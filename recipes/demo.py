@@ -23,8 +23,8 @@ from trl import SFTTrainer
 from hf_auxselect import FixedSelection, TaskSelectionCallback
 from hf_auxselect.files import to_json, write_atomically
 
-WARM_UP_STEPS, STEPS, BATCH_SIZE = 16, 40, 8
-NUM_ROWS, NUM_CAPTURED, NUM_HELD_OUT, SEED = 256, 32, 64, 0
+WARM_UP_STEPS, STEPS, BATCH_SIZE = 24, 48, 8
+NUM_ROWS, NUM_HELD_OUT, SEED = 48, 64, 0
 
 
 def held_out_loss(trainer: SFTTrainer) -> float:
@@ -58,7 +58,7 @@ def main() -> None:
     shutil.rmtree(options.output_dir, ignore_errors=True)  # of an earlier demo
 
     print("\n1. One run: warm-up on all tasks, selection, training on the selected ones\n")
-    callback = TaskSelectionCallback(warmup=WARM_UP_STEPS, examples_per_task=NUM_CAPTURED)
+    callback = TaskSelectionCallback(warmup=WARM_UP_STEPS)
     trainer = make(model, callback, options.output_dir / "selected")
     print(callback.preview(trainer))
     measured = {"before training": held_out_loss(trainer)}

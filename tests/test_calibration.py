@@ -8,7 +8,12 @@ import tiny
 from tiny import callback, trained
 
 from hf_auxselect import FixedSelection, SelectionReport
-from hf_auxselect.estimators import Estimate, FittedCalibrated, FittedEstimator
+from hf_auxselect.estimators import (
+    Estimate,
+    FittedCalibrated,
+    FittedEstimator,
+    normalize_mixtures,
+)
 from hf_auxselect.estimators.base import random_subsets
 from hf_auxselect.mixture import TaskRows
 from hf_auxselect.verification import mixtures_to_calibrate
@@ -21,7 +26,7 @@ class Plain(FittedEstimator):
         self.deviation = deviation
 
     def estimate(self, weights):
-        weights = np.asarray(weights, np.float64)
+        weights = normalize_mixtures(weights, np.ones(3))
         loss = 3 - weights @ np.array([1.0, 0.5, 0.2])
         half = 1.6448536269514722 * self.deviation * weights.any(1)
         return Estimate(loss=loss, low=loss - half, high=loss + half, weights=weights)
@@ -35,40 +40,54 @@ NEW = np.array([[0.2, 0.3, 0.5], [0.9, 0.1, 0.0]])
 
 
 def by_hand(plain, anchors, measured, new):
-    """The same, one number at a time."""
+    """The same, one number at a time; the ridge regression in its primal form."""
     estimated = [float(plain.estimate([row]).loss[0]) for row in anchors]
-    spread = float(np.var([plain.estimate([row]).loss[0] for row in random_subsets(3)]))
+    random = [plain.estimate([row]) for row in random_subsets(3)]
+    spread = float(np.var([one.loss[0] for one in random]))
+    roots = [[one.weights[0][k] ** 0.5 for k in range(3)] for one in random]
+    means = [sum(row[k] for row in roots) / len(roots) for k in range(3)]
+    square = sum((row[k] - means[k]) ** 2 for row in roots for k in range(3)) / len(roots)
 
-    def line(chosen):
+    def features(row):
+        return [((row[k] / sum(row)) ** 0.5 - means[k]) / square**0.5 for k in range(3)]
+
+    def fit(chosen):
         count = len(chosen)
         middle = sum(estimated[a] for a in chosen) / count
         mean = sum(measured[a] - estimated[a] for a in chosen) / count
         above = sum((estimated[a] - middle) * (measured[a] - estimated[a]) for a in chosen)
         below = sum((estimated[a] - middle) ** 2 for a in chosen) + 2 * spread
-        return middle, count / (count + 2) * mean, above / below
 
-    def put_right(loss, fit):
-        return loss + fit[1] + fit[2] * (loss - fit[0])
+        def line(loss):
+            return loss + count / (count + 2) * mean + above / below * (loss - middle)
+
+        f = np.array([features(anchors[a]) for a in chosen])
+        left = np.array([measured[a] - line(estimated[a]) for a in chosen])
+        u = np.linalg.inv(f.T @ f + 3 * np.eye(3)) @ f.T @ left
+        return lambda loss, row: line(loss) + sum(features(row)[k] * u[k] for k in range(3))
 
     everyone = list(range(len(anchors)))
-    squares = [
-        ((measured[a] - put_right(estimated[a], line([b for b in everyone if b != a]))) / 0.1) ** 2
-        for a in everyone
-    ]
+    squares = []
+    for a in everyone:
+        without = fit([b for b in everyone if b != a])
+        squares.append(((measured[a] - without(estimated[a], anchors[a])) / 0.1) ** 2)
     factor = ((2 + sum(squares)) / (2 + len(anchors))) ** 0.5
-    fit = line(everyone)
-    losses = [put_right(float(plain.estimate([row]).loss[0]), fit) for row in new]
+    put_right = fit(everyone)
+    losses = [put_right(float(plain.estimate([row]).loss[0]), row) for row in new]
     return losses, factor * 0.1 * 1.6448536269514722
 
 
-def test_it_is_least_squares_shrunk_towards_the_estimates():
+def test_it_is_ridge_regression_of_the_error():
     plain = Plain()
     measured = plain.estimate(ANCHORS).loss * 1.3 - 0.5 + [0.02, -0.05, 0.01, 0.0, 0.04]
-    estimate = FittedCalibrated(plain, ANCHORS, measured).estimate(NEW)
+    fitted = FittedCalibrated(plain, ANCHORS, measured)
+    estimate = fitted.estimate(NEW)
     losses, half = by_hand(plain, ANCHORS.tolist(), measured.tolist(), NEW.tolist())
     assert estimate.loss == pytest.approx(losses)
     assert estimate.high - estimate.loss == pytest.approx(half)
     assert estimate.loss - estimate.low == pytest.approx(half)
+    difference = fitted.difference(NEW[:1], NEW[1])
+    assert difference.loss[0] == pytest.approx(losses[0] - losses[1])
 
 
 def test_many_runs_tell_scale_offset_and_error():
@@ -115,7 +134,23 @@ def test_no_training_is_left_alone():
 def test_one_run_moves_the_offset_by_a_third():
     plain = Plain()
     fitted = FittedCalibrated(plain, ANCHORS[:1], plain.estimate(ANCHORS[:1]).loss + 0.3)
-    assert fitted.estimate(NEW).loss == pytest.approx(plain.estimate(NEW).loss + 0.1)
+    assert fitted.diagnostics()["calibration_offset_nats"] == pytest.approx(0.1)
+
+
+def test_what_one_task_adds_is_told_by_many_runs():
+    """Three quarters of an error that scale and offset cannot explain are found on new mixtures."""
+    rng = np.random.default_rng(0)
+    anchors, new = np.split(rng.dirichlet(np.ones(3), 500), [400])
+    plain = Plain()
+
+    def measured(mixtures):
+        return plain.estimate(mixtures).loss + np.sqrt(mixtures[:, 1]) / 2
+
+    fitted = FittedCalibrated(plain, anchors, measured(anchors))
+    line = np.poly1d(np.polyfit(plain.estimate(anchors).loss, measured(anchors), 1))
+    of_line = measured(new) - line(plain.estimate(new).loss)
+    left = measured(new) - fitted.estimate(new).loss
+    assert np.abs(left).mean() < np.abs(of_line).mean() / 4
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -27,8 +27,13 @@ from hf_auxselect import (
     capture_gradients,
 )
 from hf_auxselect.estimators import normalize_mixtures
-from hf_auxselect.estimators.base import NUM_ENDS, kernel_distance, rank_correlation
-from hf_auxselect.estimators.quadratic import random_subsets
+from hf_auxselect.estimators.base import (
+    NORMAL_95,
+    NUM_ENDS,
+    kernel_distance,
+    random_subsets,
+    rank_correlation,
+)
 from hf_auxselect.estimators.recursion import Recursion
 from hf_auxselect.mixture import MixtureSampler, TaskRows
 
@@ -515,6 +520,21 @@ class TestLinearizedTraining:
         assert 0 < diagnostics["clipping_factor_all_tasks"] <= 1
         assert abs(diagnostics["rank_correlation_with_number_of_tasks"]) <= 1
         assert 1 / 9 < diagnostics["largest_target_example_share"] < 1
+
+    def test_the_sampling_error_is_told_next_to_what_mixtures_differ_by(self):
+        """That of the intervals, in the root mean square; none if all rows were captured."""
+        store = random_store(4, counts=(60, 80), num_target=90, dim=4, max_grad_norm=0.0)
+        store = rebuilt(store, task_sizes=[90, 10**6])
+        few = LinearizedTraining(model_error=0.0, learning_rates=[0.2] * 2).fit(store)
+        estimate = few.estimate(random_subsets(len(store.task_names)))
+        errors = (estimate.high - estimate.low) / (2 * NORMAL_95)
+        expected = np.sqrt((errors**2).mean()) / estimate.loss.std()
+        told = few.diagnostics()["sampling_error_over_spread"]
+        assert told == pytest.approx(expected, rel=1e-6) and told > 0
+        every_row = LinearizedTraining().fit(random_store(7)).diagnostics()
+        assert every_row["sampling_error_over_spread"] == 0
+        only = LinearizedTraining().fit(random_store(7, counts=(9,))).diagnostics()
+        assert only["sampling_error_over_spread"] == 0
 
     def test_what_depends_on_the_length_of_the_step_alone_is_told(self):
         """All tasks push the same way, by different lengths, and no curvature bends the loss."""

@@ -124,7 +124,7 @@ class FittedGaussNewton(FittedQuadratic):
         values_1R, _, _ = self._model.curvature(self._w_all_1K)
         spectrum = np.maximum(values_1R[0], 0.0)
         return {
-            **self._model.diagnostics(self._effects),
+            **self._model.diagnostics(self._effects, curvature_share=self.curvature_share),
             "damping": self.damping,
             "largest_curvature": self._largest,
             "effective_dimension": float((spectrum / (spectrum + self.damping)).sum()),

@@ -342,7 +342,7 @@ class FittedLinearizedTraining(FittedQuadratic):
         values_MR, _, _ = self._model.curvature(clipped_MK)
         spectrum = np.maximum(values_MR[0], 0.0)
         return {
-            **self._model.diagnostics(self._effects),
+            **self._model.diagnostics(self._effects, curvature_share=self.curvature_share),
             **self._model.diagnostics_ahead(),
             "duration": self._recursion.duration,
             "clipping_factor_all_tasks": float(clipped_MK.sum()),

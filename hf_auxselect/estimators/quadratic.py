@@ -346,26 +346,32 @@ class QuadraticModel:
         loss_M, low_M, high_M = (np.maximum(x, lowest) for x in (loss_M, low_M, high_M))
         return Estimate(loss=loss_M, low=low_M, high=high_M, weights=rows_MK)
 
-    def diagnostics(self, effects: Callable[[Array], Effects]) -> dict[str, float]:
+    def diagnostics(
+        self, effects: Callable[[Array], Effects], *, curvature_share: float
+    ) -> dict[str, float]:
         """Numbers that both estimators on such a model give.
 
         Over 200 random subsets of all sizes, the rank correlation of the estimated loss with the
         length of the displacement and with the number of tasks: near 1 or -1, the estimates say
-        little more than that; and the root mean square of the linear and quadratic terms as a share
-        of the loss itself: near 1, training goes farther than a quadratic model can. And the
-        largest share of one example in the lengths of the target's gradients: near 1, they are
-        about that example.
+        little more than that; the standard error by which of the tasks' rows were captured, as a
+        share of the estimates' standard deviation: near 1, other rows would rank otherwise; and the
+        root mean square of the linear and quadratic terms as a share of the loss itself: near 1,
+        training goes farther than a quadratic model can. And the largest share of one example in
+        the lengths of the target's gradients: near 1, they are about that example.
         """
         masks_MK = random_subsets(len(self.b_KD))
         with one_blas_thread():
             own = effects(normalize_mixtures(masks_MK, self._store.task_sizes))
+            sampling = np.sqrt(self._task_variance(own, None, curvature_share).mean())
         linear_M = own.linear_MT @ self._omega_T
         loss_M = linear_M + own.quadratic_M
         square = float(np.mean(linear_M**2 + own.quadratic_M**2))
+        spread = loss_M.std() if len(masks_MK[0]) > 1 else np.inf  # one task: nothing to rank
         lengths_T = self._omega_T * np.linalg.norm(self._target_g_TR, axis=1)
         return {
             "anchor_loss_nats": self.anchor_loss,
             "terms_over_loss": float(np.sqrt(square)) / max(self.anchor_loss, 1e-300),
+            "sampling_error_over_spread": float(sampling / max(spread, 1e-300)),
             "rank_correlation_with_step_norm": rank_correlation(
                 loss_M, np.linalg.norm(own.delta_MR, axis=1)
             ),
