@@ -10,7 +10,7 @@ the anchor, in the same coordinates. For every family, next to how estimates agr
   that were passed also those of single examples;
 - the rank correlation of estimates whose secant is the one to that point.
 
-    python benchmarks/drift.py [--families small,text]
+    python benchmarks/drift.py [--families text]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from agreement import (
     read_truth,
 )
 from baselines import task_means, trainer_at_anchor
-from families import FAMILIES, with_fixed_hashes
+from families import FAMILIES, VARIANTS, with_fixed_hashes
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -179,7 +179,7 @@ def on_the_way(truth: Truth, store: GradientStore) -> dict[str, float]:
 def main() -> None:
     """Print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--families", default=",".join(FAMILIES), metavar="a,b")
+    parser.add_argument("--families", default=",".join(["small", *VARIANTS]), metavar="a,b")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.set_verbosity_error()
@@ -196,7 +196,7 @@ def main() -> None:
             print(
                 f"{line['family']:16} {way:9} {values['spearman']:9.3f}  {values['error']:6.1%} "
                 f"{values['terms_over_loss']:6.0%} {values['largest_curvature_over_stable']:10.2f} "
-                f"{values['linearization_residual']:9.2f} {values['target_residual']:5.2f} "
+                f"{values['linearization_residual']:9.2f} {values['target_residual']:5.0%} "
                 f"{values['kernel_drift']:9.2f} "
                 f"{'' if of_examples is None else f'{of_examples:8.2f}':8} "
                 f"{values['rank_correlation_with_step_norm']:6.2f}"

@@ -387,8 +387,9 @@ class QuadraticModel:
         """How gradients changed where they were measured a second time; nothing if they were not.
 
         The share of the change of a task's gradient, within the axes, that its Gauss-Newton matrix
-        had not foreseen, in the median over tasks; the same of the changes of the target's loss at
-        the ends (root mean squares); and the ``kernel_distance`` of the tasks' mean gradients.
+        had not foreseen, in the median over tasks; what it had not foreseen of the target's loss at
+        the ends, in the root mean square and as a share of the loss at the anchor; and the
+        ``kernel_distance`` of the tasks' mean gradients.
         """
         if self._ahead is None:
             return {}
@@ -523,8 +524,8 @@ class QuadraticModel:
         read, omega_T = self._read_again(ahead.end_changes_ET.shape[1])
         measured_E = ahead.end_changes_ET @ omega_T
         missed_E = measured_E - omega_T @ linear_TE[read] - bend_E / 2
-        length = max(float(np.linalg.norm(measured_E)), 1e-300)
-        self._target_residual = float(np.linalg.norm(missed_E)) / length
+        missed = float(np.sqrt(np.mean(missed_E**2)))
+        self._target_residual = missed / max(self.anchor_loss, 1e-300)
         return with_losses(self._target_H_RR, ends_ER, missed_E)
 
     def _read_again(self, count: int) -> tuple[Array, Array]:
