@@ -84,8 +84,7 @@ class TaskSelectionCallback(TrainerCallback):
             fine-tuned for real at the switch, each for the rest of the run, and the report tells
             how the estimates agree. The run itself is not changed by it.
         calibrate: so many mixtures, spread out over all, are fine-tuned for real before the choice,
-            and set scale and offset of the estimates, what single tasks add to them, and their error
-            bars.
+            and set the estimates' scale and offset, what single tasks add to them, and error bars.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
         seed: rules examples, projection and the mixture's order; None: the trainer's ``data_seed``,
             or else its ``seed``.
