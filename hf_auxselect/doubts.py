@@ -56,7 +56,7 @@ DOUBTS = (
     ),
 )
 """Measured in benchmarks/agreement.py and drift.py, in the order of the above. The first is 0 where
-all rows were captured. Where 8 to 64 of each task's were, estimates rank with 0.54 on average where
+all rows were captured. Where 8 to 64 of each task's were, estimates rank with 0.47 on average where
 it is above a half, with 0.83 where it is below. Where estimates agree with real fine-tunes, the
 next four are at most 0.25, 0.10, 0.91 and 0.29. Of the families made to fail, a warm-up of 3 steps
 instead of 60 has 0.41, 0.06, 2.0 and 1.1 of them; learning rates 30 times as high have 5.1, 2.8,
