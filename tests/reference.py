@@ -203,13 +203,13 @@ def secant_correction(
     displacement: np.ndarray,
     change: np.ndarray,
 ) -> np.ndarray:
-    """What makes a task's curvature agree, within the axes, with a change of its gradient b."""
+    """What makes a task's curvature agree, within the axes, half with a change of its gradient b."""
     if np.linalg.norm(axes.T @ change) <= 0.01 * np.linalg.norm(axes.T @ b):
         return np.zeros_like(matrix)
     noise = np.trace(matrix) / len(matrix) * np.eye(axes.shape[1])
     before = axes.T @ matrix @ axes - noise
     v, measured = axes.T @ displacement, axes.T @ change
-    after = before + least_symmetric_change(v, measured - before @ v)
+    after = before + least_symmetric_change(v, (measured + before @ v) / 2 - before @ v)
     values, vectors = np.linalg.eigh(after)
     values = np.maximum(values, min(np.linalg.eigvalsh(before)[0], 0.0))
     return axes @ ((vectors * values) @ vectors.T - before) @ axes.T

@@ -15,6 +15,9 @@ from hf_auxselect.store import GradientStore
 _LEAST_CHANGE = 0.01
 """Share of a gradient by which it must have changed for a secant to say more than rounding does."""
 
+_BELIEVED = 0.5
+"""Share that is believed of a change of gradients which H had not foreseen."""
+
 _PENALTY = 1e-3
 """Of a measured loss, alone, this share is not believed."""
 
@@ -41,11 +44,13 @@ class Ahead(NamedTuple):
 
 
 def with_secant(H_RR: Array, delta_R: Array, change_R: Array, gradient_R: Array) -> Array:
-    """Curvature that agrees with the change of a gradient along a displacement.
+    """Curvature that agrees better with the change of a gradient along a displacement.
 
-    H is changed by as little as makes H delta = change (in the Frobenius norm; Powell's symmetric
-    Broyden update), and then by as little as keeps its eigenvalues from falling below those of
-    before, or 0: a direction of negative curvature would be followed without end.
+    H is changed by as little as makes H delta the mean of what it was and of the change (in the
+    Frobenius norm; Powell's symmetric Broyden update), and then by as little as keeps its
+    eigenvalues from falling below those of before, or 0: a direction of negative curvature would be
+    followed without end. The mean, because training does not take the straight way to where the
+    change was measured, and what is found there is that of few examples.
 
     Source: Dennis and Moré, "Quasi-Newton Methods, Motivation and Theory" (SIAM Review 1977),
     section 7.3.
@@ -54,7 +59,7 @@ def with_secant(H_RR: Array, delta_R: Array, change_R: Array, gradient_R: Array)
         return H_RR
     length = max(float(np.linalg.norm(delta_R)), 1e-300)
     u = delta_R / length
-    missing_R = (change_R - H_RR @ delta_R) / length
+    missing_R = _BELIEVED * (change_R - H_RR @ delta_R) / length
     least = min(float(np.linalg.eigvalsh(H_RR)[0]), 0.0)
     H_RR = H_RR + np.outer(missing_R, u) + np.outer(u, missing_R)
     H_RR -= (u @ missing_R) * np.outer(u, u)

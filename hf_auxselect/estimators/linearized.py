@@ -78,7 +78,8 @@ class LinearizedTraining(AbstractEstimator):
     to it as mean gradients and momentum lead; ``QuadraticModel`` says what it makes of it. The
     mean gradient of each task is captured once more at a second point of its own, two thirds of the
     mean displacement by training on random subsets, each counted by its share of that task, and H_k
-    is changed to map that displacement to the measured change of b_k.
+    is changed to map that displacement to the mean of what it had foreseen and of what is measured
+    as the change of b_k.
     Two thirds, because that makes the mean gradient on a straight way right to third order: for a
     gradient h x + t x^2 / 2 its mean on [0, a] is (h + t a / 3) a / 2, and the secant to x is
     h + t x / 2. And the target's loss is measured at the ends of 16 of these displacements, and H_T
@@ -96,9 +97,9 @@ class LinearizedTraining(AbstractEstimator):
     way the mean gradient of n captured rows of a task's N bends the loss by its own error, of
     covariance (1 - n/N) C_k / n, which the real run does not make: it is subtracted.
 
-    No constant is tuned: steps, rates, clipping and preconditioner are the run's own. A random
-    projection to D dimensions adds trace(H)/D to every eigenvalue in expectation, which is
-    subtracted. Curvature is modelled in R axes, which ``QuadraticModel`` describes.
+    Steps, rates, clipping and preconditioner are the run's own. A random projection to D dimensions
+    adds trace(H)/D to every eigenvalue in expectation, which is subtracted. Curvature is modelled
+    in R axes, which ``QuadraticModel`` describes.
 
     The interval joins two independent errors: which examples were captured (the delta method; none
     if all rows were), and that of the model itself, taken for a share ``model_error`` of the root
