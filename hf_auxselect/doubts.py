@@ -58,11 +58,11 @@ DOUBTS = (
 """Measured in benchmarks/agreement.py and drift.py, in the order of the above. The first is 0 where
 all rows were captured. Where 8 to 64 of each task's were, estimates rank with 0.47 on average where
 it is above a half, with 0.83 where it is below. Where estimates agree with real fine-tunes, the
-next four are at most 0.25, 0.10, 0.91 and 0.29. Of the families made to fail, a warm-up of 3 steps
-instead of 60 has 0.41, 0.06, 2.0 and 1.1 of them; learning rates 30 times as high have 5.1, 2.8,
-0.9 and 12. With few rows captured after 16 steps (sparse, where losses are 8% off), the first is
-0.86 and the fifth 0.62. None tells of a LoRA rank of 32, where estimates of a small model rank with
-0.67; the step norm tells of none of these. Nor does the drift of the kernel of the tasks' gradients
+next four are at most 0.22, 0.10, 0.67 and 0.29. Of the families made to fail, a warm-up of 3 steps
+instead of 60 has 0.33, 0.06, 2.0 and 1.1 of them; learning rates 30 times as high have 5.0, 2.8,
+0.9 and 12. With few rows captured after 16 steps (sparse, where losses are 7% off), the first is
+0.92 and the fifth 0.62. None tells of a LoRA rank of 32, where estimates of a small model rank with
+0.75; the step norm tells of none of these. Nor does the drift of the kernel of the tasks' gradients
 (``kernel_drift``): it is 0.75 where all is well, and 0.07 with rank 32.
 """
 
