@@ -4,8 +4,8 @@ Each has auxiliary tasks of different use to a target that is none of them, one 
 shuffled answers. All but ``small``, a small model and string tasks, are real: SmolLM2-135M, and
 generators of reasoning-gym with options that keep the rows short; boilerplate around the question
 is left out. ``demo`` is the recipe of ``make demo``; ``sparse`` has its tasks, after fewer steps
-and with few of many rows captured. ``sorting`` was held out: no estimate of it was looked at before its truth
-was there.
+and with few of many rows captured. ``sorting`` was held out: no estimate of it was looked at before
+its truth was there.
 """
 
 from __future__ import annotations
