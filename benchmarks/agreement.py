@@ -489,8 +489,8 @@ def print_table(header: dict[str, Any]) -> None:
         print(
             f"{line['estimator']:34} {line['spearman']:8.3f}  {interval:16} "
             f"{line['spearman_without_shuffled']:13.3f}  {line['spearman_equal_size']:9.3f}  "
-            f"{nats}  {line['regret']:6.1%}  {coverage:14}  {line['ms_per_estimate']:22.2f}  "
-            + (f"{line['sampling']:14.2f}" if line.get("sampling") else "")
+            f"{nats}  {line['regret']:6.1%}  {coverage:14}  {line['ms_per_estimate']:22.2f}"
+            + (f"{line['sampling']:16.2f}" if line.get("sampling") else "")
         )
     for line in header.get("dims", []):
         low, high = line["spearman_range"]

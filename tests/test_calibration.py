@@ -53,6 +53,8 @@ def by_hand(plain, anchors, measured, new):
 
     def fit(chosen):
         count = len(chosen)
+        if count == 0:
+            return lambda loss, row: loss
         middle = sum(estimated[a] for a in chosen) / count
         mean = sum(measured[a] - estimated[a] for a in chosen) / count
         above = sum((estimated[a] - middle) * (measured[a] - estimated[a]) for a in chosen)
@@ -135,6 +137,9 @@ def test_one_run_moves_the_offset_by_a_third():
     plain = Plain()
     fitted = FittedCalibrated(plain, ANCHORS[:1], plain.estimate(ANCHORS[:1]).loss + 0.3)
     assert fitted.diagnostics()["calibration_offset_nats"] == pytest.approx(0.1)
+    measured = (plain.estimate(ANCHORS[:1]).loss + 0.3).tolist()
+    losses, _ = by_hand(plain, ANCHORS[:1].tolist(), measured, NEW.tolist())
+    assert fitted.estimate(NEW).loss == pytest.approx(losses)
 
 
 def test_what_one_task_adds_is_told_by_many_runs():

@@ -605,7 +605,7 @@ def test_order_of_tasks_and_number_of_mixtures_do_not_matter(options, monkeypatc
     other = options.fit(permuted).estimate(subsets[:, order])
     assert other.loss == pytest.approx(whole.loss, rel=1e-9)
     monkeypatch.setattr("hf_auxselect.estimators.logistic._ELEMENTS_AT_ONCE", 100)
-    monkeypatch.setattr("hf_auxselect.estimators.quadratic._MIXTURES_AT_ONCE", 7)
+    monkeypatch.setattr("hf_auxselect.estimators.fitted_quadratic._MIXTURES_AT_ONCE", 7)
     chunked = options.fit(store).estimate(subsets)
     assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)
     assert chunked.high == pytest.approx(whole.high, rel=1e-9)

@@ -180,7 +180,7 @@ class TestTheEstimate:
         )
         other = options.fit(permuted).estimate(subsets[:, order])
         assert other.loss == pytest.approx(whole.loss, rel=1e-9)
-        monkeypatch.setattr("hf_auxselect.estimators.quadratic._MIXTURES_AT_ONCE", 7)
+        monkeypatch.setattr("hf_auxselect.estimators.fitted_quadratic._MIXTURES_AT_ONCE", 7)
         monkeypatch.setattr("hf_auxselect.estimators.quadratic._NUMBERS_AT_ONCE", 20)
         chunked = options.fit(store).estimate(subsets)
         assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)

@@ -16,12 +16,8 @@ from hf_auxselect.estimators.base import (
     Array,
     normalize_mixtures,
 )
-from hf_auxselect.estimators.quadratic import (
-    Effects,
-    FittedQuadratic,
-    QuadraticModel,
-    check_options,
-)
+from hf_auxselect.estimators.fitted_quadratic import Effects, FittedQuadratic, check_options
+from hf_auxselect.estimators.quadratic import QuadraticModel
 from hf_auxselect.store import GradientStore
 
 Curvature = Literal["sampled", "empirical"]
@@ -124,7 +120,7 @@ class FittedGaussNewton(FittedQuadratic):
         values_1R, _, _ = self._model.curvature(self._w_all_1K)
         spectrum = np.maximum(values_1R[0], 0.0)
         return {
-            **self._model.diagnostics(self._effects, curvature_share=self.curvature_share),
+            **super().diagnostics(),
             "damping": self.damping,
             "largest_curvature": self._largest,
             "effective_dimension": float((spectrum / (spectrum + self.damping)).sum()),

@@ -20,13 +20,8 @@ from hf_auxselect.estimators.base import (
     one_blas_thread,
     random_subsets,
 )
-from hf_auxselect.estimators.quadratic import (
-    Effects,
-    FittedQuadratic,
-    QuadraticModel,
-    check_options,
-    chunks_of_tasks,
-)
+from hf_auxselect.estimators.fitted_quadratic import Effects, FittedQuadratic, check_options
+from hf_auxselect.estimators.quadratic import QuadraticModel, chunks_of_tasks
 from hf_auxselect.estimators.recursion import Recursion
 from hf_auxselect.files import JsonDict
 from hf_auxselect.store import GradientStore
@@ -343,8 +338,7 @@ class FittedLinearizedTraining(FittedQuadratic):
         values_MR, _, _ = self._model.curvature(clipped_MK)
         spectrum = np.maximum(values_MR[0], 0.0)
         return {
-            **self._model.diagnostics(self._effects, curvature_share=self.curvature_share),
-            **self._model.diagnostics_ahead(),
+            **super().diagnostics(),
             "duration": self._recursion.duration,
             "clipping_factor_all_tasks": float(clipped_MK.sum()),
             "largest_curvature_times_duration": float(spectrum.max() * self._recursion.duration),

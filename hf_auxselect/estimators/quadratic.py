@@ -6,30 +6,14 @@ D projection_dim, R dimensions in which curvature is modelled, S sources of a di
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from hf_auxselect.estimators.ahead import Ahead, with_losses, with_secant
-from hf_auxselect.estimators.base import (
-    NORMAL_95,
-    Array,
-    Estimate,
-    FittedEstimator,
-    in_chunks,
-    kernel_distance,
-    normalize_mixtures,
-    one_blas_thread,
-    outlier_share,
-    random_subsets,
-    rank_correlation,
-)
+from hf_auxselect.estimators.base import Array, kernel_distance, one_blas_thread
 from hf_auxselect.store import GradientStore, evenly_spread
-
-_MIXTURES_AT_ONCE = 32
 
 _NUMBERS_AT_ONCE = 2**21
 """Numbers of gradients that are in memory at once (16 MB in float64)."""
@@ -57,26 +41,6 @@ class Covariance(NamedTuple):
 
     inner: Array
     outer: Array
-
-
-class Effects(NamedTuple):
-    """What training on M mixtures does, in a quadratic model.
-
-    The loss answers to changes of the tasks' b and H by
-    ``-sum_k w_k (slope . (db_k + curvature_share * dH_k delta) + outer_slope * b_T . db_k)``,
-    the last term outside the axes.
-    """
-
-    w_MK: Array
-    """Weight of each task's label tokens in the gradient; 0 without training."""
-    delta_MR: Array
-    """Displacement within the axes."""
-    slope_MR: Array
-    outer_slope_M: Array
-    linear_MT: Array
-    """Linear change of the loss of each example of the target."""
-    quadratic_M: Array
-    """Quadratic change of their mean."""
 
 
 ReadGradients = Callable[[GradientStore, slice], tuple[Array, Array]]
@@ -121,8 +85,14 @@ class QuadraticModel:
         b_KD, b_KR: mean gradients of the tasks, whole and within the axes.
         missing_K: share of a task's rows that were not captured.
         vectors_VR: the further vectors within the axes.
-        norm_N: norms of the gradients g within the axes.
+        g_NR, phi_NR, norm_N: gradients of the examples within the axes (float32); norms of g.
+        outer_response_K, outer_response_N: inner products with the target's b outside the axes, of
+            the tasks' b and of each g.
+        captured_H_KRR: curvature of the tasks before anything ahead has changed it.
+        omega_T, losses_T: share of an example in the target's loss; its loss.
+        target_g_TR, target_phi_TR: gradients of the target's examples within the axes.
         anchor_loss: of the target, nats per label token.
+        given_up: what training up to the anchor has taken from it, if training restarts.
 
     Source: Saad, "Analysis of Some Krylov Subspace Approximations to the Matrix Exponential
     Operator" (SIAM J. Numer. Anal. 1992), section 2, for blocks of vectors.
@@ -155,11 +125,11 @@ class QuadraticModel:
         self.b_KD, self._trace_K = self._moments(store, self.share_N)
         self._dim = self.b_KD.shape[1]
 
-        self._omega_T = store.target.example_weights
-        self._losses_T = store.target.losses.astype(np.float64)
+        self.omega_T = store.target.example_weights
+        self.losses_T = store.target.losses.astype(np.float64)
         self.anchor_loss = float(store.target.task_losses[0])
-        self._given_up = self._loss_given_up()
-        target_b_1D, (target_trace,) = self._moments(store.target, self._omega_T)
+        self.given_up = self._loss_given_up()
+        target_b_1D, (target_trace,) = self._moments(store.target, self.omega_T)
 
         if vectors_VD is None:
             vectors_VD = np.zeros((0, self._dim))
@@ -193,7 +163,7 @@ class QuadraticModel:
             if not new_DS.size or axes_DR.shape[1] == rank:
                 break
             block_DS = self._curve(self._store, self.share_N / len(self.b_KD), new_DS)
-            block_DS += self._curve(self._store.target, self._omega_T, new_DS)
+            block_DS += self._curve(self._store.target, self.omega_T, new_DS)
         return axes_DR if axes_DR.size else np.eye(self._dim, 1)
 
     def _curve(self, store: GradientStore, weights_N: Array, vectors_DS: Array) -> Array:
@@ -283,105 +253,11 @@ class QuadraticModel:
             Linear term of each example [M, T]; quadratic term of their mean [M]; both in nats per
             label token. Gradient of the loss at the displacement, in the axes [M, R].
         """
-        linear_MT = delta_MR @ self._target_g_TR.T + sources_MS @ self._target_outer_TS.T
+        linear_MT = delta_MR @ self.target_g_TR.T + sources_MS @ self._target_outer_TS.T
         H_delta_MR = delta_MR @ self._target_H_RR
         square_M = np.einsum("ms,st,mt->m", sources_MS, self._outer_gram_SS, sources_MS)
         quadratic_M = (delta_MR * H_delta_MR).sum(1) + self._target_outer_curvature * square_M
         return linear_MT, quadratic_M / 2, self._target_b_R + H_delta_MR
-
-    def estimate(
-        self,
-        rows_MK: Array,
-        effects: Callable[[Array], Effects],
-        *,
-        size: int,
-        curvature_share: float,
-        model_error: float,
-        reference_K: Array | None = None,
-    ) -> Estimate:
-        """Losses of mixtures with 90% intervals; or differences from the loss of a reference.
-
-        The interval joins which examples were captured, by the delta method, and an error of the
-        model: ``model_error`` times the linear term, the same of the quadratic one and, where
-        training restarts, of what it gives up: the target's loss at the initial parameters less
-        that at the anchor. Errors of two mixtures are correlated as their displacements are aligned
-        (by the cosine, if positive).
-
-        Args:
-            rows_MK: share of each task in the rows of a mixture; zeros: no training.
-            effects: what training on some of them does.
-            size: how many mixtures at a time.
-            curvature_share: see :class:`Effects`.
-            model_error: standard error of the terms, as a share of them.
-            reference_K: another mixture, to give the difference from.
-        """
-        reference = None if reference_K is None else effects(reference_K[None])
-
-        def terms(of: Effects) -> Array:  # linear, quadratic, and what a restart gives up: [3, M]
-            given_up_M = of.w_MK.any(1) * self._given_up
-            return np.stack([of.linear_MT @ self._omega_T, of.quadratic_M, given_up_M])
-
-        def work(rows: Array) -> tuple[Array, Array]:
-            own = effects(rows)
-            terms_3M = terms(own)
-            unlike_M: Array | float = 0.0
-            if reference is not None:
-                others_31 = terms(reference)
-                # One less their cosine, and where they are the same, exactly 0.
-                apart_MR = unit(own.delta_MR) - unit(reference.delta_MR)
-                unlike_M = np.minimum((apart_MR**2).sum(1) / 2, 1.0)
-                unlike_M *= 2 * (terms_3M * others_31).sum(0)
-                terms_3M = terms_3M - others_31
-            variance_M = model_error**2 * ((terms_3M**2).sum(0) + unlike_M)
-            variance_M += self._target_variance(own, reference)
-            variance_M += self._task_variance(own, reference, curvature_share)
-            if reference is None:
-                variance_M[~rows.any(1)] = 0.0  # the loss of today is known
-            return terms_3M[:2].sum(0), np.sqrt(np.maximum(variance_M, 0.0))
-
-        change_M, deviation_M = in_chunks(rows_MK, work, size=size)
-        anchor, lowest = (self.anchor_loss, 0.0) if reference is None else (0.0, -np.inf)
-        loss_M = anchor + change_M
-        low_M, high_M = (loss_M + sign * NORMAL_95 * deviation_M for sign in (-1, 1))
-        loss_M, low_M, high_M = (np.maximum(x, lowest) for x in (loss_M, low_M, high_M))
-        return Estimate(loss=loss_M, low=low_M, high=high_M, weights=rows_MK)
-
-    def diagnostics(
-        self, effects: Callable[[Array], Effects], *, curvature_share: float
-    ) -> dict[str, float]:
-        """Numbers that both estimators on such a model give.
-
-        Over 200 random subsets of all sizes, the rank correlation of the estimated loss with the
-        length of the displacement and with the number of tasks: near 1 or -1, the estimates say
-        little more than that; the standard error by which of the tasks' rows were captured, as a
-        share of the estimates' standard deviation: near 1, other rows would rank otherwise; and the
-        root mean square of the linear and quadratic terms as a share of the loss itself: near 1,
-        training goes farther than a quadratic model can. And the largest share of one example in
-        the lengths of the target's gradients: near 1, they are about that example.
-        """
-        masks_MK = random_subsets(len(self.b_KD))
-        with one_blas_thread():
-            own = effects(normalize_mixtures(masks_MK, self._store.task_sizes))
-            sampling = np.sqrt(self._task_variance(own, None, curvature_share).mean())
-        linear_M = own.linear_MT @ self._omega_T
-        loss_M = linear_M + own.quadratic_M
-        square = float(np.mean(linear_M**2 + own.quadratic_M**2))
-        spread = loss_M.std() if len(masks_MK[0]) > 1 else np.inf  # one task: nothing to rank
-        lengths_T = self._omega_T * np.linalg.norm(self._target_g_TR, axis=1)
-        return {
-            "anchor_loss_nats": self.anchor_loss,
-            "terms_over_loss": float(np.sqrt(square)) / max(self.anchor_loss, 1e-300),
-            "sampling_error_over_spread": float(sampling / max(spread, 1e-300)),
-            "rank_correlation_with_step_norm": rank_correlation(
-                loss_M, np.linalg.norm(own.delta_MR, axis=1)
-            ),
-            "rank_correlation_with_number_of_tasks": rank_correlation(loss_M, masks_MK.sum(1)),
-            "outlier_gradient_share": outlier_share(
-                self.norm_N[:, None],  # the norm of a norm is itself
-                self._store.task_ids,
-            ),
-            "largest_target_example_share": float(lengths_T.max() / max(lengths_T.sum(), 1e-300)),
-        }
 
     def diagnostics_ahead(self) -> dict[str, float]:
         """How gradients changed where they were measured a second time; nothing if they were not.
@@ -398,51 +274,6 @@ class QuadraticModel:
             "target_residual": self._target_residual,
             "kernel_drift": kernel_distance(self.b_KD, self.b_KD + self._ahead.gradient_changes_KD),
         }
-
-    def _target_variance(self, own: Effects, reference: Effects | None) -> Array:
-        """Variance of the loss over which rows of the target were captured [M]."""
-        count = len(self._omega_T)
-        missing = 1 - count / max(int(self._store.target.task_sizes[0]), count)
-        if missing == 0 or count < 2:
-            return np.zeros(len(own.delta_MR))
-
-        def change(effects: Effects) -> Array:
-            return effects.linear_MT + (effects.delta_MR @ self._target_phi_TR.T) ** 2 / 2
-
-        losses_MT = change(own) + (self._losses_T if reference is None else -change(reference))
-        mean_M = losses_MT @ self._omega_T
-        spread_M = ((losses_MT - mean_M[:, None]) ** 2) @ self._omega_T**2
-        return missing * spread_M * count / (count - 1)
-
-    def _task_variance(
-        self, own: Effects, reference: Effects | None, curvature_share: float
-    ) -> Array:
-        """Variance of the loss over which rows of the tasks were captured [M]."""
-        factor_K = self.missing_K * self.counts_K / np.maximum(self.counts_K - 1, 1)
-
-        def mean(e: Effects) -> Array:
-            mean_MK = e.slope_MR @ self.b_KR.T + e.outer_slope_M[:, None] * self._outer_response_K
-            mean_MK += curvature_share * np.einsum(
-                "mr,krs,ms->mk", e.slope_MR, self._captured_H_KRR, e.delta_MR, optimize=True
-            )
-            return mean_MK
-
-        def influence(e: Effects, mean_MK: Array, k: int, rows: slice) -> Array:
-            phi_NR = self._phi_NR[rows].astype(np.float64)
-            influence_MN = curvature_share * (e.slope_MR @ phi_NR.T) * (e.delta_MR @ phi_NR.T)
-            influence_MN += e.slope_MR @ self._g_NR[rows].T
-            influence_MN += e.outer_slope_M[:, None] * self._outer_response_N[rows]
-            return e.w_MK[:, [k]] * (influence_MN - mean_MK[:, [k]])
-
-        sides = [(e, mean(e)) for e in (own, reference) if e is not None]
-        variance_M = np.zeros(len(own.delta_MR))
-        for k, rows in chunks_of_tasks(self._store):
-            if factor_K[k]:
-                influence_MN = influence(*sides[0], k, rows)
-                if reference is not None:
-                    influence_MN -= influence(*sides[1], k, rows)
-                variance_M += factor_K[k] * (influence_MN**2 @ self.share_N[rows] ** 2)
-        return variance_M
 
     def _moments(self, store: GradientStore, weights_N: Array) -> tuple[Array, Array]:
         """Of each task b [K, D] and the trace of H [K]."""
@@ -477,31 +308,31 @@ class QuadraticModel:
         self._outer_moment_K = np.zeros(len(self.b_KD))
         tokens_N = self._store.num_label_tokens.astype(np.float64)
         # For the interval alone, and no less precise than the gradients were.
-        self._phi_NR = np.empty((num_examples, self.rank), np.float32)
-        self._g_NR = np.empty((num_examples, self.rank), np.float32)
-        self._outer_response_N = np.empty(num_examples)
+        self.phi_NR = np.empty((num_examples, self.rank), np.float32)
+        self.g_NR = np.empty((num_examples, self.rank), np.float32)
+        self.outer_response_N = np.empty(num_examples)
         self.norm_N = np.empty(num_examples)
         for k, rows in chunks_of_tasks(self._store):
             g_ND, phi_ND = self._read(self._store, rows)
             g, phi = self._inside(g_ND), self._inside(phi_ND)
             self._H_KRR[k] += (phi * self.share_N[rows, None]).T @ phi
-            self._g_NR[rows], self._phi_NR[rows] = g, phi
+            self.g_NR[rows], self.phi_NR[rows] = g, phi
             self.norm_N[rows] = np.linalg.norm(g, axis=1)
-            self._outer_response_N[rows] = g_ND @ outer_target_b_D
+            self.outer_response_N[rows] = g_ND @ outer_target_b_D
             contribution_N = tokens_N[rows] / self.tokens_per_row_K[k]
             weights_N = contribution_N**2 / self.counts_K[k]
             self._moment_KRR[k] += (g * weights_N[:, None]).T @ g
             self._outer_moment_K[k] += weights_N @ ((g_ND**2).sum(1) - (g**2).sum(1))
-        self._outer_response_K = self.b_KD @ outer_target_b_D
+        self.outer_response_K = self.b_KD @ outer_target_b_D
         self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
-        self._captured_H_KRR = self._H_KRR
+        self.captured_H_KRR = self._H_KRR
 
     def _agreeing_with_gradients(self, ahead: Ahead) -> Array:
         """Curvature of the tasks [K, R, R] that agrees with how their gradients change."""
         delta_KR = self._inside(ahead.second_points_KD)
         change_KR = self._inside(ahead.gradient_changes_KD)
         missed_KR = change_KR.copy()
-        result_KRR = self._captured_H_KRR.copy()
+        result_KRR = self.captured_H_KRR.copy()
         for k, added in enumerate(self._trace_K / self._dim):
             added_RR = added * np.eye(self.rank)
             H_RR = result_KRR[k] - added_RR
@@ -514,7 +345,7 @@ class QuadraticModel:
 
     def _agreeing_with_losses(self, ahead: Ahead) -> Array:
         """Curvature of the target [R, R] that agrees with how its losses change."""
-        linear_TE = np.empty((len(self._omega_T), len(ahead.ends_ED)))
+        linear_TE = np.empty((len(self.omega_T), len(ahead.ends_ED)))
         for _, rows in chunks_of_tasks(self._store.target):
             linear_TE[rows] = self._read(self._store.target, rows)[0] @ ahead.ends_ED.T
         ends_ER = self._inside(ahead.ends_ED)
@@ -530,8 +361,8 @@ class QuadraticModel:
 
     def _read_again(self, count: int) -> tuple[Array, Array]:
         """Which examples of the target were read a second time, and their shares in the mean."""
-        read = evenly_spread(len(self._omega_T), count)
-        return read, self._omega_T[read] / max(self._omega_T[read].sum(), 1e-300)
+        read = evenly_spread(len(self.omega_T), count)
+        return read, self.omega_T[read] / max(self.omega_T[read].sum(), 1e-300)
 
     def _loss_given_up(self) -> float:
         """What training up to the anchor has taken from the target's loss, if it restarts."""
@@ -539,7 +370,7 @@ class QuadraticModel:
         if initial_T is None:
             return 0.0
         read, omega_T = self._read_again(len(initial_T))
-        return float(omega_T @ (initial_T - self._losses_T[read]))
+        return float(omega_T @ (initial_T - self.losses_T[read]))
 
     def _reduce_target(self, vectors_VD: Array, trace: float) -> None:
         """Turn the target into the axes, and keep its inner products outside of them."""
@@ -548,60 +379,15 @@ class QuadraticModel:
         outer_SD = self._outside(np.vstack([self.b_KD, vectors_VD]))
         self._outer_gram_SS = outer_SD @ outer_SD.T
         self._target_outer_TS = np.empty((len(target), len(outer_SD)))
-        self._target_g_TR = np.empty((len(target), self.rank))
-        self._target_phi_TR = np.empty((len(target), self.rank))
+        self.target_g_TR = np.empty((len(target), self.rank))
+        self.target_phi_TR = np.empty((len(target), self.rank))
         for _, rows in chunks_of_tasks(target):
             g_TD, phi_TD = self._read(target, rows)
-            self._target_g_TR[rows], self._target_phi_TR[rows] = (
+            self.target_g_TR[rows], self.target_phi_TR[rows] = (
                 self._inside(g_TD),
                 self._inside(phi_TD),
             )
             self._target_outer_TS[rows] = g_TD @ outer_SD.T
-        self._target_H_RR = (self._target_phi_TR * self._omega_T[:, None]).T @ self._target_phi_TR
+        self._target_H_RR = (self.target_phi_TR * self.omega_T[:, None]).T @ self.target_phi_TR
         self._target_outer_curvature = self._curvature_left(self._target_H_RR, trace)
         self._target_H_RR -= trace / self._dim * np.eye(self.rank)
-
-
-def unit(vectors: Array) -> Array:
-    """Rows divided by their lengths; zeros stay."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-
-
-def check_options(rank: int | None, model_error: float) -> None:
-    """Raise ValueError unless these options make sense; see :class:`QuadraticModel`."""
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
-    if not model_error >= 0:
-        raise ValueError(f"model_error must not be negative, got {model_error}.")
-
-
-class FittedQuadratic(FittedEstimator):
-    """An estimator whose estimate is that of a displacement in a quadratic model."""
-
-    curvature_share: ClassVar[float]
-    """See :class:`Effects`."""
-    _store: GradientStore
-    _model: QuadraticModel
-    _model_error: float
-
-    @abstractmethod
-    def _effects(self, rows_MK: Array) -> Effects:
-        """What training on mixtures does, given the share of each task in their rows."""
-
-    def estimate(self, weights: ArrayLike) -> Estimate:
-        return self._estimate(weights)
-
-    def difference(self, weights: ArrayLike, reference: ArrayLike) -> Estimate:
-        reference_1K = normalize_mixtures(np.asarray(reference)[None], self._store.task_sizes)
-        return self._estimate(weights, reference_1K[0])
-
-    def _estimate(self, weights: ArrayLike, reference_K: Array | None = None) -> Estimate:
-        return self._model.estimate(
-            normalize_mixtures(weights, self._store.task_sizes),
-            self._effects,
-            size=_MIXTURES_AT_ONCE,
-            curvature_share=self.curvature_share,
-            model_error=self._model_error,
-            reference_K=reference_K,
-        )
