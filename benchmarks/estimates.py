@@ -28,7 +28,7 @@ from sklearn.linear_model import LogisticRegression
 
 from hf_auxselect import GradExLogistic, GradientStore, LinearizedTraining
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.per_example import SCALARS, forward_label_logits
+from hf_auxselect.scalars import SCALARS, forward_label_logits
 from hf_auxselect.store import Arrays
 
 RESULTS = Path(__file__).resolve().parent / "results" / "estimates.json"

@@ -52,14 +52,8 @@ from truth import warm_up
 from hf_auxselect import AbstractEstimator, Estimate, FittedEstimator, GradientStore
 from hf_auxselect.estimators import normalize_mixtures
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.per_example import (
-    SCALARS,
-    GradientHooks,
-    at_least_float32,
-    check_per_example_gradients,
-    evaluation_mode,
-    forward_label_logits,
-)
+from hf_auxselect.per_example import GradientHooks, check_per_example_gradients, evaluation_mode
+from hf_auxselect.scalars import SCALARS, at_least_float32, forward_label_logits
 from hf_auxselect.seeds import random_words
 from hf_auxselect.switch import collate_function
 

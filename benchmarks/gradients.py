@@ -55,8 +55,8 @@ from hf_auxselect import LinearizedTraining
 from hf_auxselect.files import to_json, write_atomically
 from hf_auxselect.gradients import AT_OPTIMIZER, _Capture  # the pass without its store
 from hf_auxselect.optimizer_state import read_optimizer
-from hf_auxselect.per_example import IGNORE_INDEX, SCALARS, Batch, forward_label_logits
 from hf_auxselect.projection import CountSketch
+from hf_auxselect.scalars import IGNORE_INDEX, SCALARS, Batch, forward_label_logits
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gradients.json"
 DIM = 512

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from hf_auxselect import switch
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.per_example import SCALARS, GradientHooks, evaluation_mode, forward_label_logits
+from hf_auxselect.per_example import GradientHooks, evaluation_mode
 from hf_auxselect.projection import CountSketch
+from hf_auxselect.scalars import SCALARS, forward_label_logits
 from hf_auxselect.seeds import random_words
 
 RESULTS = Path(__file__).resolve().parent / "results" / "projection.json"

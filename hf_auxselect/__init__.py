@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hf_auxselect.per_example import check_per_example_gradients as check_per_example_gradients
     from hf_auxselect.plan import CostPreview as CostPreview
     from hf_auxselect.report import SelectionReport as SelectionReport
+    from hf_auxselect.scalars import ExampleLoss as ExampleLoss
+    from hf_auxselect.scalars import UnsupportedLossError as UnsupportedLossError
     from hf_auxselect.selectors import AbstractSelector as AbstractSelector
     from hf_auxselect.selectors import BackwardElimination as BackwardElimination
     from hf_auxselect.selectors import ExhaustiveSearch as ExhaustiveSearch
@@ -60,6 +62,7 @@ _MODULES = {
     ),
     "plan": ("CostPreview",),
     "report": ("SelectionReport",),
+    "scalars": ("ExampleLoss", "UnsupportedLossError"),
     "selectors": (
         "AbstractSelector",
         "BackwardElimination",

@@ -174,6 +174,7 @@ class TaskSelectionCallback(TrainerCallback):
         self._plan: Plan | None = None
         self._batches: switch.BatchSource | None = None
         self._decision: checkpoints.Decision | None = None
+        self._notes: list[str] = []
 
     def attach(self, trainer: Trainer) -> TaskSelectionCallback:
         """Add the callback to a trainer that was made without it; before ``trainer.train()``."""
@@ -216,7 +217,7 @@ class TaskSelectionCallback(TrainerCallback):
             warn_of_leaked_target(plan)
             switch.warn_of_differences(trainer, is_rewritten=self.after != "observe")
             if self._needs_estimates:
-                self._gradient_pass(trainer, plan).check()
+                self._notes = self._gradient_pass(trainer, plan).check()
         resumed = state.global_step > 0
         self._plan = self._resume_plan(plan) if resumed else self._start_plan(plan)
         if self.after == "restart":
@@ -331,6 +332,7 @@ class TaskSelectionCallback(TrainerCallback):
         )
         if store is not None and fitted is not None:
             report.add_estimates(fitted, selection, store, seed=self._plan.seed)
+            report.warnings += self._notes
         return report
 
     def _verify(
@@ -454,6 +456,7 @@ class TaskSelectionCallback(TrainerCallback):
         return GradientPass(
             trainer=trainer,
             plan=plan,
+            target=self.target,
             estimator=self.estimator,
             projection_dim=self.projection_dim,
             batch_size=self.batch_size,

@@ -15,12 +15,14 @@ from hf_auxselect import switch
 from hf_auxselect.distributed import computed_once
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDS
+from hf_auxselect.evaluation import compare_evaluation
 from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_seconds
 from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead_seconds
 from hf_auxselect.optimizer_state import is_supported
-from hf_auxselect.per_example import Batch, check_per_example_gradients
+from hf_auxselect.per_example import check_per_example_gradients
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.projection import CountSketch
+from hf_auxselect.scalars import Batch
 from hf_auxselect.store import GradientStore, add_vectors
 
 
@@ -30,28 +32,40 @@ class GradientPass:
 
     trainer: Trainer
     plan: Plan
+    target: str | None
     estimator: AbstractEstimator
     projection_dim: int
     batch_size: int | None
     one_by_one: bool
 
-    def check(self) -> None:
-        """Capture two examples now, so that an unsupported model raises before it is trained."""
+    def check(self) -> list[str]:
+        """Capture two examples now, so that an unsupported model raises before it is trained.
+
+        Returns:
+            Sentences for the report on how the estimated loss differs from the logged one.
+        """
         if needs_optimizer(self.estimator) and not is_supported(self.trainer.optimizer):
             raise ValueError(
                 f"{type(self.estimator).__name__} models the steps of torch's AdamW, Adam and "
                 f"SGD, not of optim={str(self.trainer.args.optim)!r}. Use optim='adamw_torch', or "
                 "pass estimator=GradExLogistic()."
             )
-        if self.one_by_one:
-            return
+        dataset = switch.target_dataset(self.trainer, self.target)
+        notes = [
+            *self.plan.loss.notes,
+            *compare_evaluation(self.trainer, dataset, self.plan.loss),
+        ]
+        if self.one_by_one or self.plan.loss.of_example.of_batch is not None:
+            return notes
         tasks = (self.plan.examples[0], self.plan.target)
         with self.trainer.compute_loss_context_manager():
             check_per_example_gradients(
                 self.trainer.model,
                 [task.rows[task.example_ids[0]] for task in tasks],
                 self._collate_fn,
+                loss=self.plan.loss.of_example,
             )
+        return notes
 
     def preview(self) -> CostPreview:
         """Time batches and predict the cost."""
@@ -66,6 +80,7 @@ class GradientPass:
                 batch_size=self._batch_size,
                 scalars=self.estimator.scalars,
                 one_by_one=self.one_by_one,
+                loss=plan.loss.of_example,
             )
             if self.estimator.look_ahead:
                 seconds += predict_look_ahead_seconds(
@@ -75,6 +90,7 @@ class GradientPass:
                     self._collate_fn,
                     num_ends=NUM_ENDS,
                     batch_size=self._batch_size,
+                    loss=plan.loss.of_example,
                 )
         sketch = CountSketch(self.projection_dim, plan.seed)
         sizes = [p.numel() for p in self.trainer.model.parameters() if p.requires_grad]
@@ -115,6 +131,7 @@ class GradientPass:
                     trainer, plan.switch_step, restarts=initial is not None
                 ),
                 one_by_one=self.one_by_one,
+                loss=plan.loss.of_example,
                 progress=progress,
             )
             if initial is not None:
@@ -124,6 +141,7 @@ class GradientPass:
                     self._collate_fn,
                     initial,
                     batch_size=self._batch_size,
+                    loss=plan.loss.of_example,
                 )
                 computed_once(lambda: add_vectors(directory, {"initial_losses": losses_T}))
                 store = store.with_vectors({"initial_losses": losses_T})
@@ -140,6 +158,7 @@ class GradientPass:
                 directory=directory,
                 optimizer=trainer.optimizer,
                 batch_size=self._batch_size,
+                loss=plan.loss.of_example,
                 progress=progress,
             )
 

@@ -26,17 +26,22 @@ from hf_auxselect.distributed import computed_once, gather, process_rank
 from hf_auxselect.files import JsonDict
 from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.per_example import (
-    SCALARS,
     CollateFn,
     GradientHooks,
-    LabelLogits,
     NonFiniteError,
-    at_least_float32,
     check_per_example_gradients,
     evaluation_mode,
-    forward_label_logits,
 )
 from hf_auxselect.projection import PROJECTION_VERSION, CountSketch
+from hf_auxselect.scalars import (
+    NEXT_TOKEN_LOSS,
+    SCALARS,
+    ExampleLoss,
+    LabelLogits,
+    at_least_float32,
+    forward_label_logits,
+    match_model_loss,
+)
 from hf_auxselect.seeds import random_words
 from hf_auxselect.store import Arrays, GradientStore, ShardSpec, StoreWriter
 
@@ -74,6 +79,7 @@ def capture_gradients(
     optimizer: torch.optim.Optimizer | None = None,
     scalars: Sequence[str] | None = None,
     one_by_one: bool = False,
+    loss: ExampleLoss | None = None,
     progress: bool = True,
 ) -> GradientStore:
     """Capture the projected gradient of every example of every task and of the target.
@@ -101,6 +107,8 @@ def capture_gradients(
             the optimizer is a plain gradient step. The first is the store's default. None: what the
             estimators of this package need, with the optimizer if it is given.
         one_by_one: run each example alone, without hooks: slow, but right for any model.
+        loss: how the loss of an example follows from the model; None: found by comparing with the
+            loss that the model itself returns for labels.
         progress: show a progress bar.
 
     Returns:
@@ -108,6 +116,7 @@ def capture_gradients(
 
     Raises:
         ValueError: no task, an empty task or target, an unknown scalar, an unsupported optimizer.
+        UnsupportedLossError: the model's own loss is no negative log-likelihood of its labels.
         UnsupportedModuleError, GradientCheckError: see :func:`check_per_example_gradients`.
         NonFiniteError: a loss or gradient is NaN or infinite; names task and row.
 
@@ -120,6 +129,10 @@ def capture_gradients(
         scalars = ("margin",)
         if optimizer is not None:
             scalars += ("loss", "loss@optimizer", "sampled_loss@optimizer")
+
+    if loss is None and len(target):
+        with evaluation_mode(model):
+            loss = match_model_loss(model, collate_fn([target[0]]))
 
     def examples_of(name: str, rows: Sequence[Any]) -> TaskExamples:
         return TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))
@@ -136,6 +149,7 @@ def capture_gradients(
         scalars=scalars,
         optimizer=optimizer,
         one_by_one=one_by_one,
+        loss=loss or NEXT_TOKEN_LOSS,
         progress=progress,
     )
 
@@ -154,6 +168,7 @@ def capture_examples(
     optimizer: torch.optim.Optimizer | None = None,
     training: JsonDict | None = None,
     one_by_one: bool = False,
+    loss: ExampleLoss = NEXT_TOKEN_LOSS,
     progress: bool = True,
 ) -> GradientStore:
     """:func:`capture_gradients` for chosen rows of each task, shared among the processes of a run.
@@ -164,6 +179,7 @@ def capture_examples(
 
     Args beyond those of :func:`capture_gradients`:
         training: what is known of the training to come, kept in the metadata.
+        loss: how the loss of an example is computed.
     """
     for task in (*tasks, target):
         if not len(task.example_ids):
@@ -183,11 +199,17 @@ def capture_examples(
     by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
     state = None if optimizer is None else read_optimizer(model, optimizer)
     sketch = CountSketch(projection_dim, seed)
-    capture = _Capture(model, collate_fn, sketch, scalars, seed, state, one_by_one=one_by_one)
+    one_by_one = one_by_one or loss.of_batch is not None
+    capture = _Capture(
+        model, collate_fn, sketch, scalars, seed, state, one_by_one=one_by_one, loss=loss
+    )
     if not one_by_one:
         with contextlib.suppress(NonFiniteError):  # the pass itself names task and row
             error = check_per_example_gradients(
-                model, [task.rows[task.example_ids[0]] for task in (tasks[0], target)], collate_fn
+                model,
+                [task.rows[task.example_ids[0]] for task in (tasks[0], target)],
+                collate_fn,
+                loss=loss,
             )
             logger.info("captured gradients agree with autograd; relative error %.1e", error)
     metadata = capture.metadata | {"batch_size": batch_size, "training": training or {}}
@@ -255,11 +277,13 @@ def predict_seconds(
     batch_size: int,
     scalars: Sequence[str],
     one_by_one: bool = False,
+    loss: ExampleLoss = NEXT_TOKEN_LOSS,
 ) -> float:
     """Seconds that one process needs for the pass: the middle one of its batches, timed.
 
     The pass takes that batch's time times the ratio of the tokens, padding included.
     """
+    one_by_one = one_by_one or loss.of_batch is not None
     limits = BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
     by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
     batches: list[list[Any]] = []
@@ -270,7 +294,9 @@ def predict_seconds(
     # Coordinates cost one more product per entry; the optimizer may not exist yet.
     scalars = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in scalars))
     sketch = CountSketch(projection_dim, 0)
-    capture = _Capture(model, collate_fn, sketch, scalars, 0, None, one_by_one=one_by_one)
+    capture = _Capture(
+        model, collate_fn, sketch, scalars, 0, None, one_by_one=one_by_one, loss=loss
+    )
     with capture:
         return seconds_of_batches(batches, lambda rows: capture.batch("", list(enumerate(rows))))
 
@@ -335,7 +361,9 @@ class _Capture:
         optimizer: OptimizerState | None,
         *,
         one_by_one: bool = False,
+        loss: ExampleLoss = NEXT_TOKEN_LOSS,
     ) -> None:
+        self._loss = loss
         self._model = model
         self._collate_fn = collate_fn
         self._sketch = sketch
@@ -358,6 +386,11 @@ class _Capture:
             "projection_version": PROJECTION_VERSION,
             "projection_dim": self._sketch.dim,
             "seed": self._seed,
+            "loss": {
+                "shift": self._loss.shift,
+                "per_token": self._loss.per_token,
+                "of_labels": self._loss.of_batch is None,
+            },
             "optimizer": state
             and {
                 "name": state.name,
@@ -434,13 +467,14 @@ class _Capture:
         """Losses, label tokens, outputs and projected gradients of numbered examples of a task."""
         if self._hooks is not None:
             self._hooks.batch_size = len(rows)
-        output = forward_label_logits(self._model, self._collate_fn([row for _, row in rows]))
+        batch = self._collate_fn([row for _, row in rows])
+        output = forward_label_logits(self._model, batch, self._loss)
         names = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in self._scalars))
         if "sampled_loss" in names:
             output = replace(output, uniforms=self._uniforms(stream, [i for i, _ in rows], output))
         arrays = {
             "losses": SCALARS["loss"](output).detach().float().cpu().numpy(),
-            "num_label_tokens": output.num_label_tokens.cpu().numpy(),
+            "num_label_tokens": self._loss.count(output.num_label_tokens).cpu().numpy(),
         }
         for position, name in enumerate(names):
             values = SCALARS[name](output)

@@ -27,14 +27,15 @@ from hf_auxselect.gradients import (
     seconds_of_batches,
 )
 from hf_auxselect.optimizer_state import read_optimizer
-from hf_auxselect.per_example import (
+from hf_auxselect.per_example import CollateFn, evaluation_mode
+from hf_auxselect.projection import CountSketch
+from hf_auxselect.scalars import (
+    NEXT_TOKEN_LOSS,
     SCALARS,
     Batch,
-    CollateFn,
-    evaluation_mode,
+    ExampleLoss,
     forward_label_logits,
 )
-from hf_auxselect.projection import CountSketch
 from hf_auxselect.store import GradientStore, add_vectors, evenly_spread
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def look_ahead(
     directory: str | Path,
     optimizer: torch.optim.Optimizer,
     batch_size: int,
+    loss: ExampleLoss = NEXT_TOKEN_LOSS,
     progress: bool = True,
 ) -> GradientStore:
     """Measure by how much the tasks' mean gradients and the target's losses change on the way.
@@ -82,6 +84,7 @@ def look_ahead(
         directory: where the store is; the result is added to it.
         optimizer: that of the store.
         batch_size: as for ``capture_gradients``.
+        loss: how the loss of an example is computed.
         progress: show a progress bar.
 
     Returns:
@@ -96,8 +99,8 @@ def look_ahead(
     """
     state = read_optimizer(model, optimizer)
     sketch = CountSketch(store.metadata["projection_dim"], store.metadata["seed"])
-    reader = _TaskReader(model, collate_fn, tasks, store, batch_size)
-    target_reader = _TargetReader(model, collate_fn, target, batch_size)
+    reader = _TaskReader(model, collate_fn, tasks, store, batch_size, loss)
+    target_reader = _TargetReader(model, collate_fn, target, batch_size, loss)
     gradients_ND = store.scalar("loss@optimizer")[1]
     before_KD = np.stack([reader.mean_of_task(k, gradients_ND) for k in range(len(tasks))])
     sources = np.vstack([store.vectors["momentum"].astype(np.float64), before_KD])
@@ -158,6 +161,7 @@ def losses_at(
     values: Values,
     *,
     batch_size: int,
+    loss: ExampleLoss = NEXT_TOKEN_LOSS,
 ) -> np.ndarray:
     """The target's losses with other values of the trainable parameters.
 
@@ -169,11 +173,12 @@ def losses_at(
         collate_fn: as for ``capture_gradients``.
         values: of the trainable parameters, by name.
         batch_size: as for ``capture_gradients``.
+        loss: how the loss of an example is computed.
 
     Returns:
         float64 [T], nats per label token of each example.
     """
-    reader = _TargetReader(model, collate_fn, target, batch_size)
+    reader = _TargetReader(model, collate_fn, target, batch_size, loss)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with evaluation_mode(model), _restored(parameters):
         with torch.no_grad():
@@ -190,19 +195,20 @@ def predict_look_ahead_seconds(
     *,
     num_ends: int,
     batch_size: int,
+    loss: ExampleLoss = NEXT_TOKEN_LOSS,
 ) -> float:
     """Seconds that one process needs: the middle batch of tasks and target, timed."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def batches(of: Sequence[TaskExamples]) -> list[list[object]]:
         read = [_read_again(task) for task in of]
-        return [[read[k].rows[i] for i in ids] for k, ids, _ in _batches(read, batch_size)]
+        return [[read[k].rows[i] for i in ids] for k, ids, _ in _batches(read, batch_size, loss)]
 
     def forward_and_backward(rows: list[object]) -> None:
-        _gradients(model, parameters, collate_fn(rows), np.ones(len(rows)))
+        _gradients(model, parameters, collate_fn(rows), np.ones(len(rows)), loss)
 
     def forward(rows: list[object]) -> None:
-        _losses(model, collate_fn(rows))
+        _losses(model, collate_fn(rows), loss)
 
     with evaluation_mode(model):
         seconds = 2 * seconds_of_batches(batches(tasks), forward_and_backward)
@@ -216,10 +222,10 @@ def _read_again(task: TaskExamples) -> TaskExamples:
 
 
 def _batches(
-    tasks: Sequence[TaskExamples], batch_size: int
+    tasks: Sequence[TaskExamples], batch_size: int, loss: ExampleLoss
 ) -> Iterator[tuple[int, list[int], np.ndarray]]:
     """Of each batch: its task, its examples, and their places among those of the task."""
-    limits = BatchLimits.of(batch_size, tasks)
+    limits = BatchLimits.of(batch_size if loss.of_batch is None else 1, tasks)
     for k, task in enumerate(tasks):
         for places in limits.cut(np.array([row_length(task.rows[i]) for i in task.example_ids])):
             yield k, [task.example_ids[i] for i in places], places
@@ -234,12 +240,17 @@ class _TargetReader:
     """
 
     def __init__(
-        self, model: nn.Module, collate_fn: CollateFn, target: TaskExamples, batch_size: int
+        self,
+        model: nn.Module,
+        collate_fn: CollateFn,
+        target: TaskExamples,
+        batch_size: int,
+        loss: ExampleLoss,
     ) -> None:
-        self._model, self._collate_fn = model, collate_fn
+        self._model, self._collate_fn, self._loss = model, collate_fn, loss
         self._target = _read_again(target)
         rank, world_size = process_rank()
-        self._batches = list(_batches([self._target], batch_size))[rank::world_size]
+        self._batches = list(_batches([self._target], batch_size, loss))[rank::world_size]
         self.num_examples = sum(len(ids) for _, ids, _ in self._batches)
         self.advance: Callable[[int], object] = lambda count: None
 
@@ -248,7 +259,7 @@ class _TargetReader:
         losses_T = np.zeros(len(self._target.example_ids))
         for _, ids, places in self._batches:
             batch = self._collate_fn([self._target.rows[i] for i in ids])
-            losses_T[places] = _losses(self._model, batch).double().cpu().numpy()
+            losses_T[places] = _losses(self._model, batch, self._loss).double().cpu().numpy()
             self.advance(len(ids))
         return losses_T
 
@@ -269,8 +280,9 @@ class _TaskReader:
         tasks: Sequence[TaskExamples],
         store: GradientStore,
         batch_size: int,
+        loss: ExampleLoss,
     ) -> None:
-        self._model, self._collate_fn = model, collate_fn
+        self._model, self._collate_fn, self._loss = model, collate_fn, loss
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.advance: Callable[[int], object] = lambda count: None
         self._rows_of_store: list[np.ndarray] = []
@@ -287,7 +299,7 @@ class _TaskReader:
             for task, own in zip(tasks, self._rows_of_store, strict=True)
         ]
         rank, world_size = process_rank()
-        self._batches = list(_batches(self._tasks, batch_size))[rank::world_size]
+        self._batches = list(_batches(self._tasks, batch_size, loss))[rank::world_size]
         self.num_examples = sum(len(ids) for _, ids, _ in self._batches)
 
     def mean_of_task(self, k: int, vectors_ND: np.ndarray) -> np.ndarray:
@@ -301,7 +313,9 @@ class _TaskReader:
             if task == k:
                 batch = self._collate_fn([self._tasks[k].rows[i] for i in ids])
                 shares = self._shares[k][places]
-                for name, value in _gradients(self._model, self.parameters, batch, shares).items():
+                for name, value in _gradients(
+                    self._model, self.parameters, batch, shares, self._loss
+                ).items():
                     scaled = value.flatten().float() * scales[name]
                     total[name] = total[name] + scaled if name in total else scaled
                 self.advance(len(ids))
@@ -309,10 +323,10 @@ class _TaskReader:
 
 
 def _gradients(
-    model: nn.Module, parameters: Values, batch: Batch, shares: np.ndarray
+    model: nn.Module, parameters: Values, batch: Batch, shares: np.ndarray, loss: ExampleLoss
 ) -> dict[str, Tensor]:
     """Of a weighted sum of the losses of a batch's examples, by parameter."""
-    losses = SCALARS["loss"](forward_label_logits(model, batch))
+    losses = SCALARS["loss"](forward_label_logits(model, batch, loss))
     weights = torch.as_tensor(shares, dtype=losses.dtype, device=losses.device)
     values = torch.autograd.grad(losses @ weights, list(parameters.values()), allow_unused=True)
     return {
@@ -320,10 +334,10 @@ def _gradients(
     }
 
 
-def _losses(model: nn.Module, batch: Batch) -> Tensor:
+def _losses(model: nn.Module, batch: Batch, loss: ExampleLoss) -> Tensor:
     """Of a batch's examples, nats per label token."""
     with torch.no_grad():
-        return SCALARS["loss"](forward_label_logits(model, batch))
+        return SCALARS["loss"](forward_label_logits(model, batch, loss))
 
 
 @contextmanager

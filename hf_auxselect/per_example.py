@@ -10,7 +10,6 @@ Shapes: B examples of a batch, S positions, V vocabulary, L label tokens of a ba
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-Batch = Mapping[str, Any]
+from hf_auxselect.scalars import (
+    NEXT_TOKEN_LOSS,
+    SCALARS,
+    Batch,
+    ExampleLoss,
+    at_least_float32,
+    forward_label_logits,
+)
+
 CollateFn = Callable[[list[Any]], Batch]
 ReceiveFn = Callable[[str, Tensor], None]
 Rule = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
-
-IGNORE_INDEX = -100
-"""Label of positions that carry no loss, in all of Transformers."""
 
 _HALF = (torch.float16, torch.bfloat16)
 _FULL = (torch.float32, torch.float64)
@@ -46,11 +50,6 @@ class GradientCheckError(RuntimeError):
 
 class NonFiniteError(ValueError):
     """A loss or gradient of an example that is NaN or infinite; names task and row."""
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision as float32; anything else as it is."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 def _autocast_dtype(output: Any) -> torch.dtype | None:
@@ -313,106 +312,6 @@ class GradientHooks:
             self._receive(name, gradients[local])
 
 
-@dataclass(frozen=True)
-class LabelLogits:
-    """Logits at the label positions of a batch."""
-
-    logits: Tensor
-    """[L, V], at least float32."""
-    labels: Tensor
-    """int64 [L]."""
-    examples: Tensor
-    """int64 [L], row of the batch that each label token belongs to."""
-    num_label_tokens: Tensor
-    """int64 [B]."""
-    uniforms: Tensor | None = None
-    """float32 [L] in [0, 1): the random numbers by which labels are drawn, for ``sampled_loss``."""
-
-    def mean_over_tokens(self, values: Tensor) -> Tensor:
-        """Mean over each example's label tokens [B] of per-token values [L]; 0 without any."""
-        sums = values.new_zeros(len(self.num_label_tokens)).index_add(0, self.examples, values)
-        return sums / self.num_label_tokens.clamp(min=1)
-
-
-def forward_label_logits(model: nn.Module, batch: Batch) -> LabelLogits:
-    """Run the model on a batch and keep the logits that predict a label.
-
-    The head runs at the positions where some example has a label, if the model's forward takes
-    ``logits_to_keep``: with a large vocabulary it would otherwise dominate the pass.
-
-    Args:
-        model: a model whose forward returns ``logits`` [B, S, V].
-        batch: its keyword arguments, with ``labels`` int64 [B, S]; -100 carries no loss. Labels
-            are shifted (position s predicts label s + 1), except for encoder-decoder models.
-    """
-    base: Any = getattr(model, "get_base_model", lambda: model)()  # below a PEFT wrapper
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    labels = batch["labels"]
-    config = getattr(base, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
-    else:
-        labels = labels[:, 1:]
-    if getattr(config, "use_cache", False):
-        inputs["use_cache"] = False
-    is_label = labels != IGNORE_INDEX
-    # Prompt tuning and its like put virtual tokens before the others.
-    virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    if not virtual and "logits_to_keep" in inspect.signature(type(base).forward).parameters:
-        positions = is_label.any(0).nonzero().squeeze(1)
-        labels, is_label = labels[:, positions], is_label[:, positions]
-        inputs["logits_to_keep"] = positions
-    examples, columns = is_label.nonzero(as_tuple=True)
-    logits = model(**inputs).logits[:, -batch["labels"].shape[1] :]
-    return LabelLogits(
-        logits=at_least_float32(logits[examples, columns]),
-        labels=labels[examples, columns],
-        examples=examples,
-        num_label_tokens=is_label.sum(1),
-    )
-
-
-def token_margins(output: LabelLogits) -> Tensor:
-    """Log-odds of each label token [L]: log p - log(1 - p), in nats.
-
-    Computed as ``z_y - logsumexp(z_j for j != y)``, which is exact where p is near 0 or 1. The
-    token's loss is ``-log p = softplus(-margin)``.
-    """
-    gold = output.labels.unsqueeze(1)
-    others = output.logits.scatter(1, gold, -torch.inf).logsumexp(1)
-    return output.logits.gather(1, gold).squeeze(1) - others
-
-
-def _sampled_loss(output: LabelLogits) -> Tensor:
-    """Loss of labels drawn from the model itself, scaled for the Fisher matrix [B].
-
-    With n label tokens of an example and drawn labels y, it is the sum of -log p(y) over the tokens
-    divided by sqrt(n). Its gradient phi has mean 0, and E[phi phi^T] is the mean over the tokens of
-    their Fisher matrices, which is the Gauss-Newton matrix of the example's loss (the mean over
-    its label tokens): the cross terms of independent draws vanish.
-
-    Source: Martens, "New Insights and Perspectives on the Natural Gradient Method" (JMLR 2020),
-    sections 5 and 9.
-    """
-    assert output.uniforms is not None
-    with torch.no_grad():
-        cumulative = output.logits.softmax(-1).cumsum(-1)
-        drawn = torch.searchsorted(cumulative, output.uniforms.to(cumulative).unsqueeze(1))
-        drawn = drawn.clamp(max=cumulative.shape[-1] - 1).squeeze(1)
-    losses = nn.functional.cross_entropy(output.logits, drawn, reduction="none")
-    return output.mean_over_tokens(losses) * output.num_label_tokens.sqrt()
-
-
-SCALARS: dict[str, Callable[[LabelLogits], Tensor]] = {
-    # The paper's output f(s): the mean over label tokens of log p/(1 - p) (section 3).
-    "margin": lambda output: output.mean_over_tokens(token_margins(output)),
-    # The training loss of the example, nats per label token.
-    "loss": lambda output: output.mean_over_tokens(nn.functional.softplus(-token_margins(output))),
-    "sampled_loss": _sampled_loss,
-}
-"""Scalars of an example [B] that the pass can differentiate, by name."""
-
-
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off, gradients on; every module's mode is put back."""
@@ -427,7 +326,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def gradients_one_by_one(
-    model: nn.Module, examples: Sequence[Any], collate_fn: CollateFn, *, scalar: str = "margin"
+    model: nn.Module,
+    examples: Sequence[Any],
+    collate_fn: CollateFn,
+    *,
+    scalar: str = "margin",
+    loss: ExampleLoss = NEXT_TOKEN_LOSS,
 ) -> Iterator[dict[str, Tensor]]:
     """Autograd's gradient of each example, run alone: slow, obviously right, for any model.
 
@@ -436,6 +340,7 @@ def gradients_one_by_one(
         examples: rows for ``collate_fn``.
         collate_fn: turns a list of examples into the model's keyword arguments with labels.
         scalar: what is differentiated, a key of ``SCALARS``.
+        loss: how labels and logits belong together.
 
     Yields:
         For each example, the gradient of every trainable parameter, of its shape, by name.
@@ -445,12 +350,17 @@ def gradients_one_by_one(
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for row in examples:
-        value = SCALARS[scalar](forward_label_logits(model, collate_fn([row]))).sum()
+        value = SCALARS[scalar](forward_label_logits(model, collate_fn([row]), loss)).sum()
         yield _autograd_gradients(value, trainable)
 
 
 def check_per_example_gradients(
-    model: nn.Module, examples: Sequence[Any], collate_fn: CollateFn, *, scalar: str = "margin"
+    model: nn.Module,
+    examples: Sequence[Any],
+    collate_fn: CollateFn,
+    *,
+    scalar: str = "margin",
+    loss: ExampleLoss = NEXT_TOKEN_LOSS,
 ) -> float:
     """Compare the captured gradients of a batch with autograd's, one example at a time.
 
@@ -463,6 +373,7 @@ def check_per_example_gradients(
         examples: rows for ``collate_fn``.
         collate_fn: turns a list of examples into the model's keyword arguments with labels.
         scalar: what is differentiated, a key of ``SCALARS``.
+        loss: how labels and logits belong together.
 
     Returns:
         The largest relative error |captured - autograd| / |autograd| of an example's gradient
@@ -486,9 +397,11 @@ def check_per_example_gradients(
     with evaluation_mode(model):
         with GradientHooks(model, receive) as hooks:
             hooks.batch_size = len(examples)
-            output = forward_label_logits(model, collate_fn(list(examples)))
+            output = forward_label_logits(model, collate_fn(list(examples)), loss)
             _autograd_gradients(SCALARS[scalar](output).sum(), trainable)
-        references = list(gradients_one_by_one(model, examples, collate_fn, scalar=scalar))
+        references = list(
+            gradients_one_by_one(model, examples, collate_fn, scalar=scalar, loss=loss)
+        )
 
     largest, largest_of_parameter, culprit = 0.0, 0.0, ""
     for row, reference in enumerate(references):

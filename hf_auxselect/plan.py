@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from hf_auxselect import __version__, switch
 from hf_auxselect.estimators import Estimate
+from hf_auxselect.evaluation import TrainerLoss, evaluation_weights, settle_loss
 from hf_auxselect.files import JsonDict
 from hf_auxselect.gradients import TaskExamples
 from hf_auxselect.mixture import TaskRows
@@ -44,6 +45,8 @@ class Plan:
     examples: tuple[TaskExamples, ...]
     """Of each auxiliary task, what the gradient pass reads."""
     target: TaskExamples
+    loss: TrainerLoss
+    """How the loss of an example is computed, in agreement with the trainer."""
     switch_step: int
     """Optimizer steps of warm-up; the selection follows the last of them."""
     seed: int
@@ -165,7 +168,8 @@ def make_plan(
         return tuple(sorted(examples[order[:examples_per_task]].tolist()))
 
     target_ids = draw(np.arange(len(target_rows)), "the target")
-    target_weights = switch.evaluation_weights(trainer, target_rows, target_ids)
+    loss = settle_loss(trainer, train_rows, target_rows)
+    target_weights = evaluation_weights(trainer, target, target_rows, target_ids, loss)
     if not sum(target_weights) > 0:
         raise ValueError(
             f"the target has no label tokens: in all {len(target_ids)} examples of eval_dataset "
@@ -191,6 +195,7 @@ def make_plan(
             num_rows=len(target_set),
             example_weights=tuple(target_weights),
         ),
+        loss=loss,
         switch_step=switch_step,
         seed=seed,
         fingerprint={

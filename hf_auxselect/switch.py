@@ -7,6 +7,7 @@ Everything here was checked against the source of transformers 5.23, trl 1.16 an
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import random
@@ -24,7 +25,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, get_scheduler
 
 from hf_auxselect.mixture import MixtureSampler, TaskRows, joined_tasks
-from hf_auxselect.per_example import IGNORE_INDEX, Batch
+from hf_auxselect.per_example import evaluation_mode
+from hf_auxselect.scalars import Batch
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -73,6 +75,47 @@ def preserved_rng() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+@contextlib.contextmanager
+def preserved_counters(trainer: Trainer) -> Iterator[None]:
+    """Put back what a trainer counts and gathers for its log (SFTTrainer: in ``_metrics``)."""
+    before = {
+        name: copy.deepcopy(value)
+        for name, value in vars(trainer).items()
+        if name == "_metrics" or isinstance(value, int | float)
+    }
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(trainer, name, value)
+
+
+@contextlib.contextmanager
+def undisturbed(trainer: Trainer) -> Iterator[None]:
+    """Run evaluation steps, model in evaluation mode, of which the run never hears.
+
+    Callbacks are not called; random states, counters, the modes of modules and the trainer's own
+    evaluation loaders are put back.
+    """
+    handler, missing = trainer.callback_handler, object()
+    callbacks, handler.callbacks = handler.callbacks, []
+    loader = handler.eval_dataloader
+    kept = {
+        name: vars(trainer).pop(name, missing) for name in ("_eval_dataloaders", "gather_function")
+    }
+    if kept["gather_function"] is not missing:
+        trainer.gather_function = kept["gather_function"]
+    try:
+        with preserved_rng(), preserved_counters(trainer), evaluation_mode(trainer.model):
+            yield
+    finally:
+        handler.callbacks, handler.eval_dataloader = callbacks, loader
+        for name, value in kept.items():
+            vars(trainer).pop(name, None)
+            if value is not missing:
+                setattr(trainer, name, value)
+
+
 def refuse_unsupported(trainer: Trainer) -> None:
     """Raise for settings under which the selection would be wrong or impossible.
 
@@ -110,19 +153,10 @@ def refuse_unsupported(trainer: Trainer) -> None:
             f"{kind} shards parameters, whose per-example gradients cannot be captured. Use DDP "
             "(torchrun or `accelerate launch --multi_gpu`); a LoRA adapter seldom needs sharding."
         )
-    if trainer.compute_loss_func is not None:
-        raise ValueError(
-            "compute_loss_func replaces the token loss that the estimates are about; remove it."
-        )
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} changes the eval loss, which "
-            "the estimates take for the mean negative log-likelihood; set it to 0."
-        )
     if getattr(args, "loss_type", "nll") != "nll":
         raise ValueError(
-            f"loss_type={args.loss_type!r} changes the eval loss, which the estimates take for the "
-            "mean negative log-likelihood; set loss_type='nll'."
+            f"loss_type={args.loss_type!r} is a loss whose gradient is not that of its value, so "
+            "the value after training cannot be estimated; set loss_type='nll'."
         )
 
 
@@ -139,13 +173,6 @@ def warn_of_differences(trainer: Trainer, *, is_rewritten: bool) -> None:
             "train_sampling_strategy=%r rules the warm-up; the mixture after it is drawn at "
             "random, in the shares of the selection.",
             strategy,
-        )
-    owner = next(c for c in type(trainer).__mro__ if "compute_loss" in vars(c))
-    if owner.__module__.partition(".")[0] not in ("transformers", "trl"):
-        logger.warning(
-            "%s.compute_loss replaces the trainer's; the estimates are about the model's own mean "
-            "negative log-likelihood per label token.",
-            owner.__name__,
         )
 
 
@@ -244,6 +271,11 @@ class ModelRows(Sequence[Any]):
         else:
             self.packed_rows = np.arange(len(dataset))
 
+    @property
+    def dataset(self) -> Any:
+        """The dataset as the trainer reads it, with rows that are still packed."""
+        return self._dataset
+
     def __len__(self) -> int:
         return len(self.packed_rows)
 
@@ -253,6 +285,11 @@ class ModelRows(Sequence[Any]):
             return row
         part = slice(self._starts[index], self._starts[index] + self._lengths[index])
         return {name: row[name][part] for name in ("input_ids", "labels") if name in row}
+
+
+def own_collate_function(trainer: Trainer) -> Callable[[list[Any]], Batch]:
+    """Batches just as the trainer makes them."""
+    return trainer._get_collator_with_removed_columns(trainer.data_collator)
 
 
 def collate_function(trainer: Trainer) -> Callable[[list[Any]], Batch]:
@@ -272,43 +309,6 @@ def collate_function(trainer: Trainer) -> Callable[[list[Any]], Batch]:
         return trainer._prepare_inputs(batch)
 
     return collate
-
-
-def count_label_tokens(trainer: Trainer, batch: Batch) -> np.ndarray:
-    """int64 [B]: positions of each row of a batch that carry loss."""
-    labels = batch["labels"]
-    if not trainer.model.config.is_encoder_decoder:
-        labels = labels[:, 1:]
-    return (labels != IGNORE_INDEX).sum(1).cpu().numpy()
-
-
-def evaluation_weights(
-    trainer: Trainer, rows: ModelRows, example_ids: Sequence[int]
-) -> list[float]:
-    """Weight of each example in the eval loss that the trainer logs, up to a common factor.
-
-    The trainer averages over label tokens within an evaluation batch, and over batches by their
-    number of rows: an example with n label tokens in a batch of b rows with n_b label tokens has
-    the weight b * n / n_b.
-    """
-    collate, size = collate_function(trainer), trainer.args.eval_batch_size
-    if trainer.args.train_sampling_strategy == "group_by_length":
-        size = len(rows)  # evaluation batches are then drawn at random
-    weights = []
-    counts: np.ndarray | None = None
-    first = -1
-    for example in example_ids:
-        if counts is None or example >= first + len(counts):
-            first = example - example % size
-            chunk = range(first, min(first + size, len(rows)))
-            counts = np.concatenate(
-                [
-                    count_label_tokens(trainer, collate([rows[i] for i in chunk[j : j + 64]]))
-                    for j in range(0, len(chunk), 64)
-                ]
-            )
-        weights.append(float(counts[example - first] * len(counts) / max(counts.sum(), 1)))
-    return weights
 
 
 class MixtureBatches:

@@ -19,6 +19,7 @@ from transformers import Trainer
 from hf_auxselect import switch
 from hf_auxselect.distributed import computed_once
 from hf_auxselect.estimators import FittedEstimator, normalize_mixtures
+from hf_auxselect.evaluation import evaluation_loss
 from hf_auxselect.mixture import TaskRows
 from hf_auxselect.report import Measurement
 from hf_auxselect.selectors import RandomEnsemble
@@ -65,7 +66,7 @@ class RestOfRun:
                 self._train(batches, shares, progress)
             finally:
                 batches.close()
-            return self._evaluate()
+            return evaluation_loss(trainer, self.target)
 
     def _train(
         self, batches: switch.MixtureBatches, shares: np.ndarray, progress: tqdm | None
@@ -108,13 +109,6 @@ class RestOfRun:
         if not (accelerator.optimizer_step_was_skipped or is_plateau):
             trainer.lr_scheduler.step()
         model.zero_grad()
-
-    def _evaluate(self) -> float:
-        trainer = self.trainer
-        output = trainer.evaluation_loop(
-            trainer.get_eval_dataloader(self.target), "verification", prediction_loss_only=True
-        )
-        return float(output.metrics["eval_loss"])
 
 
 def mixtures_to_verify(
@@ -218,7 +212,7 @@ def _preserved(trainer: Trainer) -> Iterator[None]:
     """Put everything back that training and evaluating change."""
     model, state = trainer.model, trainer.state
     optimizer = switch.torch_optimizer(trainer)
-    handler, scaler = trainer.callback_handler, trainer.accelerator.scaler
+    scaler = trainer.accelerator.scaler
     tensors = {
         name: tensor.detach().clone()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -231,23 +225,13 @@ def _preserved(trainer: Trainer) -> Iterator[None]:
     ]
     schedule = copy.deepcopy(trainer.lr_scheduler.state_dict())
     scale = copy.deepcopy(scaler.state_dict()) if scaler is not None else None
-    # SFTTrainer gathers what it logs in attributes of its own.
-    gathered = {
-        name: copy.deepcopy(value)
-        for name, value in vars(trainer).items()
-        if name == "_metrics" or isinstance(value, int | float)
-    }
     best = state.best_metric, state.best_global_step, state.best_model_checkpoint
-    callbacks, handler.callbacks = handler.callbacks, []
     was_training = model.training
     try:
-        with switch.preserved_rng():
+        with switch.undisturbed(trainer):
             yield
     finally:
-        handler.callbacks = callbacks
         state.best_metric, state.best_global_step, state.best_model_checkpoint = best
-        for name, value in gathered.items():
-            setattr(trainer, name, value)
         if scaler is not None and scale is not None:
             scaler.load_state_dict(scale)
         trainer.lr_scheduler.load_state_dict(schedule)

@@ -15,7 +15,12 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 
-from hf_auxselect import FixedSelection, TaskSelectionCallback, capture_gradients
+from hf_auxselect import (
+    FixedSelection,
+    GradExLogistic,
+    TaskSelectionCallback,
+    capture_gradients,
+)
 from hf_auxselect.gradients import TaskExamples
 from hf_auxselect.look_ahead import look_ahead
 from hf_auxselect.switch import preserved_rng
@@ -61,6 +66,22 @@ def main(output: Path) -> None:
         "weights": callback.report.weights,
         "rows": [row.loss for row in callback.report.rows],
     }
+
+    # Evaluation batches that differ in label tokens, and a part of one.
+    result["anchor"], result["logged"] = {}, {}
+    for kind, make in tiny.TRAINERS.items():
+        rows = tiny.sums(11, 9)
+        callback = TaskSelectionCallback(warmup=4, projection_dim=16, estimator=GradExLogistic())
+        trainer = make(
+            output / f"anchor-{kind}",
+            callback,
+            learning_rate=0,
+            eval_dataset=rows if kind == "SFTTrainer" else tiny.tokenize(rows),
+            per_device_eval_batch_size=2,
+        )
+        trainer.train()
+        result["anchor"][kind] = callback.report.row("no further training").loss
+        result["logged"][kind] = trainer.evaluate()["eval_loss"]
 
     # Uneven shards: the pass of both processes against that of one, on the same model.
     model = get_peft_model(tiny.llama(), tiny.lora())

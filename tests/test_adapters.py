@@ -24,12 +24,8 @@ from transformers import (
 )
 
 from hf_auxselect import UnsupportedModuleError, check_per_example_gradients
-from hf_auxselect.per_example import (
-    SCALARS,
-    GradientHooks,
-    forward_label_logits,
-    gradients_one_by_one,
-)
+from hf_auxselect.per_example import GradientHooks, gradients_one_by_one
+from hf_auxselect.scalars import SCALARS, forward_label_logits
 
 SIZES = {
     "vocab_size": len(tiny.VOCABULARY),

@@ -502,15 +502,8 @@ class TestRefusals:
             model=tiny.gpt2(),
         )
 
-    def test_losses_other_than_the_token_loss(self, run_dir):
-        self.refuse("label_smoothing_factor=0.1", directory=run_dir, label_smoothing_factor=0.1)
+    def test_a_loss_whose_gradient_is_not_that_of_its_value(self, run_dir):
         self.refuse("loss_type='dft'", directory=run_dir, loss_type="dft")
-        self.refuse(
-            "compute_loss_func",
-            make=tiny.plain_trainer,
-            directory=run_dir,
-            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.loss,
-        )
 
     def test_an_unwritable_directory(self, run_dir, tmp_path):
         file = tmp_path / "file"

@@ -14,8 +14,8 @@ from hf_auxselect import (
     capture_gradients,
     check_per_example_gradients,
 )
-from hf_auxselect.per_example import SCALARS, LabelLogits, forward_label_logits
 from hf_auxselect.projection import CountSketch
+from hf_auxselect.scalars import SCALARS, LabelLogits, forward_label_logits
 
 
 class TestScalars:

@@ -12,12 +12,8 @@ import torch
 from reference import per_example_gradients
 
 from hf_auxselect import FixedSelection, TaskSelectionCallback, concatenate_tasks
-from hf_auxselect.per_example import (
-    SCALARS,
-    GradientHooks,
-    evaluation_mode,
-    forward_label_logits,
-)
+from hf_auxselect.per_example import GradientHooks, evaluation_mode
+from hf_auxselect.scalars import SCALARS, forward_label_logits
 from hf_auxselect.switch import ModelRows, collate_function, consumed_batches, find_trainer
 
 TESTS = Path(__file__).parent
@@ -248,6 +244,11 @@ class TestTwoProcesses:
     def test_verification_measures_what_the_run_ends_with(self, two_processes):
         for run in two_processes:
             assert run["measured at the switch"] == run["measured at the end"]
+
+    @pytest.mark.parametrize("kind", tiny.TRAINERS)
+    def test_the_anchors_estimate_is_the_logged_loss(self, two_processes, kind):
+        for run in two_processes:
+            assert run["anchor"][kind] == pytest.approx(run["logged"][kind], rel=1e-5)
 
     def test_weights_stay_in_step(self, two_processes):
         one, other = (run["weights"] for run in two_processes)
