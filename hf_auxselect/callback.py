@@ -332,7 +332,7 @@ class TaskSelectionCallback(TrainerCallback):
         )
         if store is not None and fitted is not None:
             report.add_estimates(fitted, selection, store, seed=self._plan.seed)
-            report.warnings += self._notes
+            report.warnings += [*self._notes, *self._plan.target_sample_note()]
         return report
 
     def _verify(

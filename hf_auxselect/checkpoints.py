@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -51,9 +52,12 @@ def guard_resumption(trainer: Trainer) -> None:
     """
     if "train" in vars(trainer):
         return
+    reference = weakref.ref(trainer)  # a strong one would keep the trainer alive in a cycle
 
     @functools.wraps(type(trainer).train)
     def train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        trainer = reference()
+        assert trainer is not None, "a method outlives the trainer that it is called on"
         checkpoint = resolve(trainer, resume_from_checkpoint)
         return type(trainer).train(trainer, checkpoint, *args, **kwargs)
 

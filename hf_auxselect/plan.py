@@ -57,6 +57,16 @@ class Plan:
     def num_examples(self) -> int:
         return sum(len(task.example_ids) for task in (*self.examples, self.target))
 
+    def target_sample_note(self) -> list[str]:
+        """A sentence for the report if the target's loss is that of some of its examples."""
+        read, present = len(self.target.example_ids), len(self.target.rows)
+        if read == present:
+            return []
+        return [
+            f"estimates are about {read} of the target's {present} examples; the logged loss is "
+            "that of all. examples_per_task=None reads all."
+        ]
+
     def reads_per_row(
         self, weights: Mapping[str, float], max_steps: int, rows_per_step: int
     ) -> dict[str, float]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import Trainer, get_scheduler
@@ -123,6 +124,21 @@ def refuse_unsupported(trainer: Trainer) -> None:
         ValueError: names the setting, and what to do.
     """
     args = trainer.args
+    of_trl = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
+    if of_trl and "SFTTrainer" not in of_trl:
+        raise ValueError(
+            f"{type(trainer).__name__} trains on preferences, rewards or generated answers, not on "
+            "a mean of losses of label tokens, which is what is estimated. Use SFTTrainer or "
+            "Trainer: select there with the preferred answers as the target, and give "
+            f"{type(trainer).__name__} the tasks that were selected."
+        )
+    sharded = [name for name, p in trainer.model.named_parameters() if isinstance(p, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"the model's parameter {sharded[0]!r} is sharded over processes (a DTensor, as "
+            "distributed_config or tp_plan in from_pretrained make it), so one process cannot "
+            "capture gradients alone. Load the model whole on each process and launch with DDP."
+        )
     if trainer.train_dataset is None:
         raise ValueError("the trainer has no train_dataset; there are no tasks to select from.")
     if isinstance(trainer.train_dataset, IterableDataset) or not hasattr(

@@ -1,8 +1,10 @@
 """The run as a user sees it: phases, files, and what is refused."""
 
+import gc
 import json
 import logging
 import socket
+import weakref
 
 import numpy as np
 import pytest
@@ -367,6 +369,19 @@ class TestMeetingTheTrainer:
         assert set("".join(seen[:4])) > {"d"}
         assert set("".join(seen[4:])) == {"d"}
 
+    def test_a_trainer_is_freed_when_it_is_out_of_use(self, run_dir):
+        """At once, not at the next collection of cycles: it holds a model."""
+        cb = callback()
+        trainer = tiny.plain_trainer(run_dir, cb)
+        trainer.train()
+        freed = weakref.ref(trainer)
+        gc.disable()
+        try:
+            del trainer
+            assert freed() is None
+        finally:
+            gc.enable()
+
 
 class TestPreview:
     def test_it_counts_examples_and_changes_nothing(self, run_dir):
@@ -504,6 +519,48 @@ class TestRefusals:
 
     def test_a_loss_whose_gradient_is_not_that_of_its_value(self, run_dir):
         self.refuse("loss_type='dft'", directory=run_dir, loss_type="dft")
+
+    def test_a_trainer_of_preferences(self, run_dir):
+        """One sentence, and not about an option that it lacks."""
+        from trl import DPOConfig, DPOTrainer
+
+        pairs = concatenate_tasks(
+            {
+                name: Dataset.from_list([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}] * 6)
+                for name in ("a", "b")
+            }
+        )
+        arguments = tiny.ARGUMENTS | {"max_steps": 6}
+        trainer = DPOTrainer(
+            tiny.llama(),
+            args=DPOConfig(str(run_dir), **arguments),
+            train_dataset=pairs,
+            eval_dataset=pairs.select(range(3)),
+            processing_class=tiny.tokenizer(),
+            peft_config=tiny.lora(),
+            callbacks=[callback()],
+        )
+        with pytest.raises(ValueError, match=r"DPOTrainer trains on preferences.*Use SFTTrainer"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+    def test_a_model_that_was_sharded_when_it_was_loaded(self, run_dir):
+        import torch.distributed as dist
+        from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+        cb = callback()
+        trainer = tiny.plain_trainer(run_dir, cb)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            head = trainer.model.get_base_model().lm_head
+            head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh))
+            with pytest.raises(
+                ValueError, match=r"lm_head.weight' is sharded.*Load the model whole"
+            ):
+                cb.preview(trainer)
+        finally:
+            dist.destroy_process_group()
 
     def test_an_unwritable_directory(self, run_dir, tmp_path):
         file = tmp_path / "file"
