@@ -104,16 +104,17 @@ def settle_loss(trainer: Trainer, train_rows: ModelRows, target_rows: ModelRows)
         probes = [*_probes(trainer, train_rows), *_probes(trainer, target_rows)]
         if not probes:  # the plan says which rows have no labels
             return TrainerLoss()
+        if not np.isfinite(gather([probe.own for probe in probes])).all():
+            return TrainerLoss()  # the gradient pass names the row
         candidates = [
             ExampleLoss(shift=shift, per_token=per_token)
             for per_token in (True, False)
             for shift in _shifts(trainer, probes[0])
         ]
-        for loss in candidates:
-            pools = _agreement(trainer, probes, loss)
-            if pools is not None:
-                _refuse_dependent_examples(trainer, probes, loss)
-                return TrainerLoss(of_example=loss, pools_processes=pools)
+        found = _closest(trainer, probes, candidates)
+        if found is not None:
+            _refuse_dependent_examples(trainer, probes, found.of_example)
+            return found
         return _settle_other_loss(trainer, probes, candidates)
 
 
@@ -121,32 +122,37 @@ def _settle_other_loss(
     trainer: Trainer, probes: Sequence[_Probe], candidates: Sequence[ExampleLoss]
 ) -> TrainerLoss:
     """The rest of :func:`settle_loss`, where no negative log-likelihood is the trainer's loss."""
-    losses = [[_batch_mean(trainer, probe, loss) for probe in probes] for loss in candidates]
-    own = np.array([probe.own for probe in probes])
-    differences = np.abs(np.array(losses) - own).max(1)
-    best = int(differences.argmin())
-    closest, worst = candidates[best], int(np.abs(np.array(losses[best]) - own).argmax())
-    reason = _likely_reason(trainer)
+    own_B = np.array([probe.own for probe in probes])
+    losses_CB = np.array(
+        [[_batch_mean(trainer, probe, loss) for probe in probes] for loss in candidates]
+    )
+    difference_CB = np.abs(losses_CB - own_B) / np.abs(own_B)
+    difference_C = np.max(gather(difference_CB.max(1)), axis=0)
+    best = int(difference_C.argmin())
+    closest, worst = candidates[best], int(difference_CB[best].argmax())
     numbers = (
-        f"the trainer's evaluation loss of some rows is {own[worst]:.4f}, the mean negative "
-        f"log-likelihood of their labels {losses[best][worst]:.4f} ({reason})"
+        f"the trainer's evaluation loss of some rows is {own_B[worst]:.4f}, the mean negative "
+        f"log-likelihood of their labels {losses_CB[best, worst]:.4f} ({_likely_reason(trainer)})"
     )
     # TRL's compute_loss waits for all processes at every call.
-    is_local = trainer.args.world_size == 1 or "trl" not in _module_of_compute_loss(trainer)
-    if is_local:
-        for per_token in (True, False):
-            alone = ExampleLoss(
-                shift=closest.shift, per_token=per_token, of_batch=_own_loss_function(trainer)
+    waits = any(
+        c.__module__.startswith("trl.") and "compute_loss" in vars(c) for c in type(trainer).__mro__
+    )
+    if trainer.args.world_size == 1 or not waits:
+        own_loss = _own_loss_function(trainer)
+        alone = [
+            ExampleLoss(shift=closest.shift, per_token=per_token, of_batch=own_loss)
+            for per_token in (True, False)
+        ]
+        found = _closest(trainer, probes, alone)
+        if found is not None:
+            logger.warning(
+                "%s. The estimates are about the trainer's loss; to split it by example, each "
+                "example runs alone, which takes longer.",
+                numbers,
             )
-            pools = _agreement(trainer, probes, alone)
-            if pools is not None:
-                logger.warning(
-                    "%s. The estimates are about the trainer's loss; to split it by example, each "
-                    "example runs alone, which takes longer.",
-                    numbers,
-                )
-                return TrainerLoss(of_example=alone, pools_processes=pools)
-    if max(gather(float((differences[best] / own).max()))) <= _SMALL_DIFFERENCE:
+            return found
+    if difference_C[best] <= _SMALL_DIFFERENCE:
         note = f"{numbers}; the difference does not split by example and is not estimated."
         logger.warning("%s", note)
         return TrainerLoss(of_example=closest, notes=(note,))
@@ -244,8 +250,12 @@ def compare_evaluation(trainer: Trainer, dataset: Any, loss: TrainerLoss) -> lis
     with switch.undisturbed(trainer), torch.no_grad(), trainer.compute_loss_context_manager():
         own = evaluation_loss(trainer, some)
         weights = evaluation_weights(trainer, some, rows, range(len(rows)), loss)
-        losses = [_losses(trainer, collate([row]), loss.of_example)[0][0] for row in rows]
-    ours = float(np.dot(weights, losses))
+        at_once = trainer.args.eval_batch_size if loss.of_example.of_batch is None else 1
+        losses = [
+            _losses(trainer, collate([rows[i] for i in some]), loss.of_example)[0]
+            for some in np.split(np.arange(len(rows)), range(at_once, len(rows), at_once))
+        ]
+    ours = float(np.concatenate(losses) @ weights)
     if loss.notes or np.isclose(ours, own, rtol=_tolerance(trainer), atol=_tolerance(trainer)):
         return []
     note = (
@@ -374,30 +384,25 @@ def _batch_mean(trainer: Trainer, probe: _Probe, loss: ExampleLoss) -> float:
     return total / max(weight, 1.0)
 
 
-def _agreement(trainer: Trainer, probes: Sequence[_Probe], loss: ExampleLoss) -> bool | None:
-    """Whether a loss agrees with the trainer's, in all processes.
-
-    Returns:
-        False if each process averages over its own batch, True if over those of all processes, and
-        None if the losses do not agree.
-    """
-    sums = np.array([_sums(trainer, probe, loss) for probe in probes])
+def _closest(
+    trainer: Trainer, probes: Sequence[_Probe], candidates: Sequence[ExampleLoss]
+) -> TrainerLoss | None:
+    """The candidate that is closest to the trainer's loss; None if none agrees with it."""
+    errors: dict[TrainerLoss, float] = {}
     own = np.array([probe.own for probe in probes])
-    by_process = gather((sums, own))
-    num_processes = len(by_process)
-    all_weights = np.sum([sums[:, 1] for sums, _ in by_process], axis=0)
-    for pools in (False, True):
-        if all(
-            np.allclose(
-                sums[:, 0] / (all_weights / num_processes if pools else sums[:, 1]).clip(min=1),
-                own,
-                rtol=_tolerance(trainer),
-                atol=_tolerance(trainer),
-            )
-            for sums, own in by_process
-        ):
-            return pools
-    return None
+    for loss in candidates:
+        sums = np.array([_sums(trainer, probe, loss) for probe in probes])
+        by_process = gather((sums, own))
+        # [P, probes]: the trainer's losses, and sums and weights of those of the examples.
+        own_PB = np.array([own for _, own in by_process])
+        sum_PB, weight_PB = np.moveaxis(np.array([sums for sums, _ in by_process]), 2, 0)
+        for pools in (False, True) if len(own_PB) > 1 else (False,):
+            divisor_PB = weight_PB.mean(0) if pools else weight_PB
+            mean_PB = sum_PB / np.maximum(divisor_PB, 1)
+            error_PB = np.abs(mean_PB - own_PB) / (1 + np.abs(own_PB))
+            errors[TrainerLoss(of_example=loss, pools_processes=pools)] = float(error_PB.max())
+    best = min(errors, key=errors.__getitem__)
+    return best if errors[best] <= _tolerance(trainer) else None
 
 
 def _refuse_dependent_examples(
@@ -445,16 +450,6 @@ def _tolerance(trainer: Trainer) -> float:
     full = (torch.float32, torch.float64)
     is_half = any(p.dtype not in full for p in trainer.model.parameters() if p.is_floating_point())
     return _HALF_TOLERANCE if is_half or args.bf16 or args.fp16 else _TOLERANCE
-
-
-def _module_of_compute_loss(trainer: Trainer) -> str:
-    """The package of the class whose ``compute_loss`` the trainer has or calls."""
-    owners = [c.__module__.partition(".")[0] for c in type(trainer).__mro__]
-    return " ".join(
-        name
-        for name, c in zip(owners, type(trainer).__mro__, strict=True)
-        if "compute_loss" in vars(c)
-    )
 
 
 def _likely_reason(trainer: Trainer) -> str:
