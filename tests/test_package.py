@@ -19,6 +19,7 @@ LAYOUT = {
     "__init__": set(),  # names are imported when they are used
     "seeds": set(),
     "files": set(),
+    "fingerprint": set(),
     "distributed": set(),
     "store": {"files"},
     "per_example": set(),
@@ -54,6 +55,7 @@ LAYOUT = {
         "__init__",
         "estimators",
         "files",
+        "fingerprint",
         "gradients",
         "mixture",
         "seeds",
