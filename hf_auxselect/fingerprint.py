@@ -33,6 +33,8 @@ def _plain(value: Any, depth: int) -> Any:
     """A value as None, str, bytes, an array of numbers, a list, or a dict with sorted keys."""
     if value is None or isinstance(value, str | bytes):
         return value
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
     if isinstance(value, bool | int | float | np.ndarray | np.generic):
         return _plain_array(value, depth)
     if isinstance(value, torch.Tensor):
@@ -119,17 +121,18 @@ def _plain_object(value: Any, depth: int) -> Any:
         return sorted(digest(item).hex() for item in value)
     if hasattr(value, "get_palette") and getattr(value, "mode", None) == "P":
         value = value.convert("RGBA")  # its numbers mean nothing without the palette
-    if hasattr(value, "__array__"):
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
         return _plain_array(np.asarray(value), depth)
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if depth < _DEEPEST:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-            return [kind, _plain(fields, depth + 1)]
-        if getattr(type(value), "__repr__", None) is object.__repr__:  # nothing but an address
-            return [kind, _plain(getattr(value, "__dict__", {}), depth + 1)]
+    if depth >= _DEEPEST:
+        return kind
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return [kind, _plain({name: getattr(value, name) for name in names}, depth + 1)]
     text = repr(value)
-    return kind if " at 0x" in text else [kind, text]
+    if " at 0x" not in text:
+        return [kind, text]
+    return [kind, _plain(getattr(value, "__dict__", {}), depth + 1)]
 
 
 def _update(state: Any, value: Any) -> None:
