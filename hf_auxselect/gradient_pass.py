@@ -18,7 +18,6 @@ from hf_auxselect.estimators.base import NUM_ENDS
 from hf_auxselect.gradients import (
     AT_OPTIMIZER,
     capture_examples,
-    examples_to_check,
     predict_seconds,
 )
 from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead_seconds
@@ -53,7 +52,7 @@ class GradientPass:
         with self.trainer.compute_loss_context_manager():
             check_per_example_gradients(
                 self.trainer.model,
-                examples_to_check(self.plan.examples[0], self.plan.target),
+                self.plan.examples_to_check(),
                 self._collate_fn,
             )
 

@@ -21,7 +21,7 @@ from hf_auxselect import __version__, switch
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.files import JsonDict
 from hf_auxselect.fingerprint import digest
-from hf_auxselect.gradients import TaskExamples
+from hf_auxselect.gradients import TaskExamples, examples_to_check
 from hf_auxselect.mixture import TaskRows
 from hf_auxselect.seeds import random_permutation
 from hf_auxselect.selectors import AbstractSelector, EstimateFn, FixedSelection, Selection
@@ -66,6 +66,21 @@ class Plan:
     @property
     def num_examples(self) -> int:
         return sum(len(task.example_ids) for task in (*self.examples, self.target))
+
+    def examples_to_check(self) -> list[Any]:
+        """Two examples whose captured gradients are compared with autograd's before the first step.
+
+        Where some have several images, or none, two of those: a batch then holds more or fewer
+        images than examples.
+        """
+        for task in (*self.examples, self.target):
+            assert isinstance(task.rows, switch.ModelRows)
+            counts = task.rows.num_images(task.example_ids)
+            if (counts != 1).any():
+                place = int(np.argmax(np.abs(counts - 1)))
+                other = 0 if place else len(counts) - 1
+                return [task.rows[task.example_ids[i]] for i in {place, other}]
+        return examples_to_check(self.examples[0], self.target)
 
     def reads_per_row(
         self, weights: Mapping[str, float], max_steps: int, rows_per_step: int

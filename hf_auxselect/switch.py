@@ -400,6 +400,20 @@ class ModelRows(Sequence[Any]):
         chosen = for_model if for_model - others else columns - {task_column}
         return sorted(chosen) if chosen - others else []
 
+    def num_images(self, ids: Sequence[int]) -> np.ndarray:
+        """int64: how many images each of some examples has in its list ``images``; 1 without one.
+
+        Of a table, images are not decoded.
+        """
+        if "images" not in self.columns:
+            return np.ones(len(ids), np.int64)
+        if self.is_table:
+            table = self._dataset.select_columns(["images"]).with_format("arrow")
+            rows = [table[int(self.packed_rows[i])].column("images").to_pylist()[0] for i in ids]
+        else:
+            rows = [self[i]["images"] for i in ids]
+        return np.array([len(images) if isinstance(images, list) else 1 for images in rows])
+
     def stored(self, ids: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Consecutive examples, for comparing: of a table as they are stored, media undecoded."""
         if not self.is_table:

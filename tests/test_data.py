@@ -14,12 +14,20 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
+from peft import LoraConfig
 from tiny import callback, trained
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from transformers import BatchEncoding, BatchFeature, DataCollatorWithFlattening
 
-from hf_auxselect import FixedSelection, concatenate_tasks, plan, switch
+from hf_auxselect import (
+    FixedSelection,
+    UnsupportedModuleError,
+    concatenate_tasks,
+    plan,
+    switch,
+)
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.mixture import TaskRows
 from hf_auxselect.seeds import random_permutation
@@ -533,12 +541,17 @@ class TestColumnsAndTransforms:
         assert cb.report.to_dict()["rows"] == plain[1]
 
     def test_a_transform_without_the_task(self, plain, run_dir):
-        text, tokenized = tiny.tasks(), tiny.tokenize
-        target = tiny.sums(16, 9)
+        text, target = tiny.tasks(), tiny.sums(16, 9)
+        encoded = {
+            (row["prompt"], row["completion"]): tokens
+            for rows in (text, target)
+            for row, tokens in zip(rows, tiny.tokenize(rows), strict=True)
+        }
 
         def encode(batch):
-            rows = Dataset.from_dict({k: batch[k] for k in ("prompt", "completion")})
-            return tokenized(rows)[:]
+            rows = [encoded[key] for key in zip(batch["prompt"], batch["completion"], strict=True)]
+            names = ("input_ids", "attention_mask", "labels")
+            return {name: [row[name] for row in rows] for name in names}
 
         self.same_run(
             plain,
@@ -651,3 +664,90 @@ def test_a_fixed_subset_pools_rows_whether_it_is_estimated_or_not(run_dir):
         weights.append(cb.report.weights)
     assert weights[0] == pytest.approx({"a": 2 / 3, "b": 1 / 3, "c": 0, "d": 0})
     assert weights[1] == pytest.approx(weights[0], rel=1e-12)
+
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] + ' ' }}{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] }}"
+    "{% endfor %}{% endif %} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def vision_trainer(directory, modules, *callbacks):
+    """SFTTrainer of a tiny LLaVA; every other row has two images instead of one."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from trl import SFTConfig, SFTTrainer
+
+    words = ["<pad>", "<eos>", "<unk>", "<image>", "user", "assistant", "red", "blue"]
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    marks = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, **marks, additional_special_tokens=["<image>"]
+    )
+    size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(**size),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    width = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    width |= {"num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, **width),
+            text_config=transformers.LlamaConfig(vocab_size=8, pad_token_id=0, **width),
+            image_token_index=3,
+        )
+    )
+
+    def rows(num_rows, seed):
+        rng = np.random.default_rng(seed)
+        turn = [{"role": Value("string"), "content": Value("string")}]
+        return Dataset.from_list(
+            [
+                {
+                    "images": [
+                        rng.integers(0, 255, (8, 8, 3)).astype(np.uint8) for _ in range(1 + i % 2)
+                    ],
+                    "prompt": [{"role": "user", "content": "red"}],
+                    "completion": [{"role": "assistant", "content": "blue " * (1 + i % 3)}],
+                }
+                for i in range(num_rows)
+            ],
+            features=Features({"images": List(Image()), "prompt": turn, "completion": turn}),
+        )
+
+    options = {"max_steps": 2, "max_length": None, "eval_strategy": "steps", "eval_steps": 1}
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(str(directory), **tiny.ARGUMENTS | options),
+        train_dataset=concatenate_tasks({"a": rows(4, 1), "b": rows(4, 2)}),
+        eval_dataset=rows(4, 3),
+        processing_class=processor,
+        peft_config=LoraConfig(r=2, target_modules=modules),
+        callbacks=[*callbacks],
+    )
+
+
+class TestSeveralImagesInARow:
+    def test_an_adapter_of_the_language_model_is_captured(self, run_dir):
+        cb = callback(warmup=1, after="observe")
+        trainer = vision_trainer(run_dir, r".*language_model.*(q_proj|v_proj)", cb)
+        trainer.train()
+        logged = next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e)
+        assert cb.report.row("no further training").loss == pytest.approx(logged, rel=1e-5)
+
+    def test_one_of_the_vision_tower_is_refused_before_the_first_step(self, run_dir):
+        modules = r".*vision_tower.*layers\.0.*(q_proj|v_proj)"
+        trainer = vision_trainer(run_dir, modules, callback(warmup=1))
+        with pytest.raises(UnsupportedModuleError, match=r"vision_tower.*one_by_one=True"):
+            trainer.train()
+        assert trainer.state.global_step == 0
