@@ -38,6 +38,7 @@ from hf_auxselect.plan import (
     PlanRecord,
     make_plan,
     require_same_plan,
+    select,
     warn_of_leaked_target,
 )
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
@@ -61,8 +62,9 @@ class TaskSelectionCallback(TrainerCallback):
     target's loss after training on any subset of tasks, and goes on with the chosen one.
 
     Args:
-        target: None: the trainer's ``eval_dataset`` is the target. A string: that key of an
-            ``eval_dataset`` dict. What is minimised is the loss that the trainer logs for it.
+        target: None: the trainer's ``eval_dataset`` is the target, or the only one of an
+            ``eval_dataset`` dict. A string: that key of the dict. What is minimised is the loss
+            that the trainer logs for it.
         task_column: column of the training set that names each row's task.
         warmup: share of the run's steps in (0, 1), or number of optimizer steps (int >= 1), that
             are trained on all tasks before the selection.
@@ -214,7 +216,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.report = self._plan = self._batches = self._decision = None
         with switch.preserved_rng():
             plan = self._make_plan(trainer, state.max_steps)
-            warn_of_leaked_target(plan)
+            warn_of_leaked_target(plan, self.task_column)
             switch.warn_of_differences(trainer, is_rewritten=self.after != "observe")
             if self._needs_estimates:
                 self._notes = self._gradient_pass(trainer, plan).check()
@@ -305,10 +307,9 @@ class TaskSelectionCallback(TrainerCallback):
         fitted: FittedEstimator | None,
     ) -> SelectionReport:
         assert self._plan is not None
-        names = self._plan.tasks.names
         # Without a fitted estimator the selection is fixed and asks for no estimate.
         estimate = fitted.estimate if fitted is not None else _no_estimate
-        selection = self.selector.select(estimate, names, keep=self.keep)
+        selection = select(self.selector, estimate, self._plan.tasks, self.keep)
         report = SelectionReport(
             weights=selection.weights,
             scores=selection.scores,
@@ -348,7 +349,11 @@ class TaskSelectionCallback(TrainerCallback):
     def _rest_of_run(self, trainer: Trainer) -> RestOfRun:
         assert self._plan is not None
         return RestOfRun(
-            trainer, self._plan.tasks, self.target, self._plan.seed, self._restart_from
+            trainer,
+            self._plan.tasks,
+            switch.target_key(trainer, self.target),
+            self._plan.seed,
+            self._restart_from,
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hf_auxselect.report import SelectionReport, printable
@@ -24,9 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what_if.add_argument(
         "--tasks",
         action="append",
-        required=True,
+        default=[],
         metavar="a,b,c",
         help="a subset (names) or mixture (name=weight), separated by commas; may be repeated",
+    )
+    what_if.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME[=WEIGHT]",
+        help="one task of one subset or mixture, repeated for each of its tasks: for names with "
+        "commas or =",
     )
     what_if.set_defaults(run=_what_if)
 
@@ -44,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.set_defaults(run=_verify)
 
     options = parser.parse_args(arguments)
+    if options.run is _what_if and not (options.tasks or options.task):
+        what_if.error("give --tasks a,b,c, or --task NAME once for each task")
     try:
         options.run(options)
     except (OSError, ValueError) as error:
@@ -60,7 +70,13 @@ def _report(options: argparse.Namespace) -> None:
 
 def _what_if(options: argparse.Namespace) -> None:
     report = SelectionReport.load(options.directory)
-    choices = [(text, _parse_tasks(text)) for text in options.tasks]
+    names = set(report.weights)
+    choices = [
+        (text, _parse_tasks([part.strip() for part in text.split(",")], names, f"--tasks {text!r}"))
+        for text in options.tasks
+    ]
+    if options.task:
+        choices.append((", ".join(options.task), _parse_tasks(options.task, names, "--task")))
     estimates = [(text, report.estimate(tasks)) for text, tasks in choices]
     width = max(len(printable(text)) for text, _ in estimates)
     for text, estimate in estimates:
@@ -77,21 +93,34 @@ def _verify(options: argparse.Namespace) -> None:
     _show(report.to_text())
 
 
-def _parse_tasks(text: str) -> list[str] | dict[str, float]:
-    """``a,b`` is a subset, ``a=2,b=1`` a mixture."""
-    parts = [part.strip() for part in text.split(",")]
-    if not any("=" in part for part in parts):
-        return parts
-    weights = {}
-    for part in parts:
-        name, _, weight = part.rpartition("=")
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            raise ValueError(
-                f"--tasks {text!r}: {part!r} is not name=weight; give names, or a weight to each."
-            ) from None
-    return weights
+def _parse_tasks(
+    parts: Sequence[str], known: Collection[str], option: str
+) -> list[str] | dict[str, float]:
+    """``a``, ``b`` is a subset; ``a=2``, ``b=1`` a mixture. A task's whole name is the task.
+
+    Args:
+        parts: names, or names with weights.
+        known: the run's tasks.
+        option: what an error calls the parts.
+    """
+    if all(part in known or "=" not in part for part in parts):
+        names = list(parts)
+        weights = None
+    else:
+        names, weights = [], []
+        for part in parts:
+            name, _, weight = part.rpartition("=")
+            try:
+                weights.append(float(weight))
+            except ValueError:
+                raise ValueError(
+                    f"{option}: {part!r} is not name=weight; give names, or a weight to each."
+                ) from None
+            names.append(name)
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{option} names the task {twice[0]!r} more than once.")
+    return names if weights is None else dict(zip(names, weights, strict=True))
 
 
 def _show(text: str) -> None:

@@ -57,11 +57,10 @@ class GradientPass:
         ]
         if self.one_by_one or self.plan.loss.of_example.of_batch is not None:
             return notes
-        tasks = (self.plan.examples[0], self.plan.target)
         with self.trainer.compute_loss_context_manager():
             check_per_example_gradients(
                 self.trainer.model,
-                [task.rows[task.example_ids[0]] for task in tasks],
+                self.plan.examples_to_check(),
                 self._collate_fn,
                 loss=self.plan.loss.of_example,
             )

@@ -66,6 +66,15 @@ class TaskExamples:
     """Share of each example in the task's loss; None: in proportion to its label tokens."""
 
 
+def examples_to_check(task: TaskExamples, target: TaskExamples) -> list[Any]:
+    """Two examples that one batch may hold: of the task and of the target, if their keys agree."""
+    one, other = (of.rows[of.example_ids[0]] for of in (task, target))
+    keys = [set(row) if isinstance(row, Mapping) else None for row in (one, other)]
+    if keys[0] == keys[1]:
+        return [one, other]
+    return [task.rows[i] for i in task.example_ids[:2]]
+
+
 def capture_gradients(
     model: nn.Module,
     tasks: Mapping[str, Sequence[Any]],
@@ -206,10 +215,7 @@ def capture_examples(
     if not one_by_one:
         with contextlib.suppress(NonFiniteError):  # the pass itself names task and row
             error = check_per_example_gradients(
-                model,
-                [task.rows[task.example_ids[0]] for task in (tasks[0], target)],
-                collate_fn,
-                loss=loss,
+                model, examples_to_check(tasks[0], target), collate_fn, loss=loss
             )
             logger.info("captured gradients agree with autograd; relative error %.1e", error)
     metadata = capture.metadata | {"batch_size": batch_size, "training": training or {}}

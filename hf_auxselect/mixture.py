@@ -6,7 +6,9 @@ Shapes: N rows of the training set, K tasks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,14 @@ from hf_auxselect.seeds import random_permutation
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
 _TASKS_MARK = "hf_auxselect tasks: "
+
+GROUP_EACH_TASK = (
+    "Tokenize and group the texts of each task by itself, then join the tasks: "
+    "concatenate_tasks({name: dataset.map(group_texts, batched=True), ...})."
+)
 
 MIN_SHARE = 1e-6
 """Smallest share of a task in a mixture; a smaller one would be read less than once in a run."""
@@ -31,7 +40,9 @@ def concatenate_tasks(
     """Join the datasets of several tasks into one training set that remembers each row's task.
 
     Args:
-        tasks: task name -> dataset, or (name, dataset) pairs. Columns and their types must agree.
+        tasks: task name -> dataset, or (name, dataset) pairs. Columns of the same name must have
+            the same type. As in ``datasets.concatenate_datasets``, a column that a task lacks, or
+            has without any value (of type null), is filled with None; a warning says so.
         task_column: name of the string column that is added.
 
     Returns:
@@ -39,8 +50,10 @@ def concatenate_tasks(
 
     Raises:
         ValueError: no task, an empty task, a name that is empty or used twice, an existing
-            column ``task_column``, or columns that differ (the message names tasks and columns).
-        TypeError: a value is not a ``datasets.Dataset``, or a name not a string.
+            column ``task_column``, or columns whose types differ (the message names tasks and
+            columns).
+        TypeError: a value is not a ``datasets.Dataset`` (of a ``DatasetDict`` the message names the
+            splits), or a name not a string.
 
     Example:
         >>> from datasets import Dataset
@@ -51,10 +64,7 @@ def concatenate_tasks(
     """
     from datasets import Dataset, Features, Value, concatenate_datasets
 
-    pairs = list(tasks.items() if isinstance(tasks, Mapping) else tasks)
-    if not pairs:
-        raise ValueError("tasks is empty; expected a mapping from task names to datasets.")
-    first_name, first = pairs[0]
+    pairs = _pairs_of(tasks)
     seen: set[str] = set()
     labelled = []
     for name, dataset in pairs:
@@ -64,6 +74,8 @@ def concatenate_tasks(
             problem = "used twice" if name in seen else "empty"
             raise ValueError(f"tasks: the name {name!r} is {problem}; give each task its own name.")
         seen.add(name)
+        if isinstance(dataset, Mapping):
+            raise _is_several(name, dataset)
         if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"tasks[{name!r}] must be a datasets.Dataset, got {type(dataset).__name__}. "
@@ -76,11 +88,10 @@ def concatenate_tasks(
                 f"tasks[{name!r}] already has a column {task_column!r}; rename it, or pass another "
                 "task_column here and to TaskSelectionCallback."
             )
-        _require_equal_columns(first_name, first, name, dataset)
         features = Features({**dataset.features, task_column: Value("string")})
-        column = dataset.add_column(task_column, [name] * len(dataset))
-        labelled.append(column.cast(features).select_columns([*first.column_names, task_column]))
-    joined = concatenate_datasets(labelled)
+        labelled.append(dataset.add_column(task_column, [name] * len(dataset)).cast(features))
+    columns = _common_columns(dict(pairs))
+    joined = concatenate_datasets(labelled).select_columns([*columns, task_column])
     # The description outlives map and filter, and tells later which tasks have lost all their rows.
     joined.info.description = _TASKS_MARK + json.dumps([name for name, _ in pairs])
     return joined
@@ -94,19 +105,132 @@ def joined_tasks(dataset: Any) -> list[str]:
     )
 
 
-def _require_equal_columns(first_name: str, first: Dataset, name: str, dataset: Dataset) -> None:
-    columns = sorted({*first.column_names, *dataset.column_names})
-    differing = [c for c in columns if first.features.get(c) != dataset.features.get(c)]
-    if differing:
+def _pairs_of(tasks: Any) -> list[tuple[Any, Any]]:
+    """Names and datasets, as they were given."""
+    pairs = list(tasks.items() if isinstance(tasks, Mapping) else tasks)
+    if not pairs:
+        raise ValueError("tasks is empty; expected a mapping from task names to datasets.")
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise TypeError(
+            "tasks must be a mapping from task names to datasets, or (name, dataset) pairs; got "
+            f"a {type(tasks).__name__} of {type(pairs[0]).__name__}. Pass "
+            "{'name': dataset, ...}."
+        )
+    return [(name, dataset) for name, dataset in pairs]
+
+
+def _is_several(name: str, datasets: Mapping[Any, Any]) -> TypeError:
+    """The error for a task that is given as several datasets, such as the splits of a download."""
+    kind, keys = type(datasets).__name__, list(datasets)
+    splits = "splits" if kind.endswith("DatasetDict") else "keys"
+    first = "train" if "train" in keys else keys[0] if keys else "train"
+    return TypeError(
+        f"tasks[{name!r}] is a {kind} with the {splits} {keys}; pass one of its datasets, such as "
+        f"tasks[{name!r}][{first!r}]."
+    )
+
+
+def _common_columns(tasks: Mapping[str, Dataset]) -> list[str]:
+    """The columns of all tasks, in order of first appearance; says which will be filled with None.
+
+    Raises:
+        ValueError: tasks have a column in types that ``datasets`` does not join.
+    """
+    columns = list(dict.fromkeys(c for dataset in tasks.values() for c in dataset.column_names))
+    clashes: list[tuple[str, str, Any, str, Any]] = []
+    fills: list[tuple[str, list[str]]] = []
+    for column in columns:
+        having = {name: data for name, data in tasks.items() if column in data.column_names}
+        different: list[str] = []  # tasks that have it in types of their own
+        for name, data in having.items():
+            feature = data.features[column]
+            if any(feature == tasks[other].features[column] for other in different):
+                continue
+            clashes += [
+                (column, other, tasks[other].features[column], name, feature)
+                for other in different
+                if not _can_be_joined(tasks[other], data, column)
+            ]
+            different.append(name)
+        filled = [name for name in tasks if name not in having]
+        if len(different) > 1:
+            filled += [name for name, data in having.items() if _is_null(data.features[column])]
+        if filled:
+            fills.append((column, filled))
+    if clashes:
+        _, one, _, other, _ = clashes[0]
         details = "; ".join(
-            f"{column!r} is {first.features.get(column, 'missing')} in {first_name!r} and "
-            f"{dataset.features.get(column, 'missing')} in {name!r}"
-            for column in differing
+            f"{column!r} is {feature} in {first!r} and {other_feature} in {name!r}"
+            for column, first, feature, name, other_feature in clashes
         )
         raise ValueError(
-            f"tasks {first_name!r} and {name!r} differ in the columns {differing}: {details}. "
-            "Rename, remove or cast columns so that all tasks agree."
+            f"tasks {one!r} and {other!r} differ in the columns "
+            f"{list(dict.fromkeys(clash[0] for clash in clashes))}: {details}. Rename, remove or "
+            "cast columns so that all tasks agree."
         )
+    for column, filled in fills:
+        logger.warning(
+            "concatenate_tasks fills the column %r with None in the tasks that have no value in "
+            "it: %s. If training reads that column, let all tasks have it.",
+            column,
+            ", ".join(map(repr, filled)),
+        )
+    return columns
+
+
+def _is_null(feature: Any) -> bool:
+    """Whether a column's type holds nothing but None."""
+    return getattr(feature, "dtype", None) == "null"
+
+
+def _can_be_joined(one: Dataset, other: Dataset, column: str) -> bool:
+    """Whether ``datasets`` joins a column of two datasets whose types differ."""
+    from datasets import concatenate_datasets
+
+    try:
+        concatenate_datasets([data.select_columns([column]).select([0]) for data in (one, other)])
+    except (ValueError, TypeError, NotImplementedError):  # of Arrow, too
+        return False
+    return True
+
+
+def task_name(label: Any, class_names: Sequence[str] | None) -> str | None:
+    """The name of the task that a label stands for; None if it stands for none."""
+    if isinstance(label, str):
+        return str.__str__(label) if label.strip() else None  # of a member of an enumeration, too
+    if getattr(label, "shape", None) == () and hasattr(label, "item"):
+        label = label.item()  # of an array or tensor without dimensions
+    if not isinstance(label, int) or isinstance(label, bool):
+        return None
+    if class_names is None:
+        return str(int(label))
+    return class_names[label] if 0 <= label < len(class_names) else None
+
+
+def _no_task(label: Any, row: int, column: str) -> ValueError:
+    advice = "Let each row have its task's name: a string, an integer, or a class of a ClassLabel"
+    if isinstance(label, list | tuple):
+        advice = (
+            "A map over batches, such as group_texts of run_clm, chains the column into lists. "
+            + GROUP_EACH_TASK
+        )
+    elif label is None or isinstance(label, str | int):
+        advice += "; or leave the rows without one out (dataset.filter)."
+    else:
+        advice += "."
+    return ValueError(
+        f"row {row} of train_dataset names no task in its column {column!r}: got "
+        f"{reprlib.repr(label)} ({type(label).__name__}). {advice}"
+    )
+
+
+def are_characters_of(names: Sequence[str], tasks: Sequence[str]) -> bool:
+    """Whether some names are no tasks' names, but single characters of them."""
+    return (
+        not set(names) & set(tasks)
+        and all(len(name) == 1 for name in names)
+        and set(names) <= set("".join(tasks))
+    )
 
 
 @dataclass(frozen=True)
@@ -119,10 +243,31 @@ class TaskRows:
     """int64 [N]: position in ``names`` of each row's task."""
 
     @classmethod
-    def from_labels(cls, labels: Iterable[str]) -> TaskRows:
-        """From the label of each row, as in the training set's task column."""
+    def from_labels(
+        cls,
+        labels: Iterable[Any],
+        *,
+        class_names: Sequence[str] | None = None,
+        column: str = "task",
+    ) -> TaskRows:
+        """From the label of each row, as in the training set's task column.
+
+        Args:
+            labels: strings; or integers, whose tasks are named by their class, or by their digits
+                where there are no classes.
+            class_names: names of a ``ClassLabel`` column.
+            column: what an error calls the column.
+
+        Raises:
+            ValueError: a label is neither (None, a float, a list, ...); names the row.
+        """
         positions: dict[str, int] = {}
-        ids = [positions.setdefault(str(label), len(positions)) for label in labels]
+        ids = []
+        for row, label in enumerate(labels):
+            name = task_name(label, class_names)
+            if name is None:
+                raise _no_task(label, row, column)
+            ids.append(positions.setdefault(name, len(positions)))
         return cls(tuple(positions), np.array(ids, np.int64))
 
     @cached_property

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypedDict
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from transformers import Trainer
 
@@ -17,12 +21,21 @@ from hf_auxselect import __version__, switch
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.evaluation import TrainerLoss, evaluation_weights, settle_loss
 from hf_auxselect.files import JsonDict
-from hf_auxselect.gradients import TaskExamples
+from hf_auxselect.fingerprint import digest
+from hf_auxselect.gradients import TaskExamples, examples_to_check
 from hf_auxselect.mixture import TaskRows
 from hf_auxselect.seeds import random_permutation
-from hf_auxselect.selectors import AbstractSelector
+from hf_auxselect.selectors import AbstractSelector, EstimateFn, FixedSelection, Selection
 
 logger = logging.getLogger(__name__)
+
+SECONDS_TO_COMPARE = 30.0
+"""For which training rows are compared with the target's, before the first step."""
+_CHUNK = 1000
+_TOO_OPTIMISTIC = (
+    "the estimates are about rows that are trained on, too optimistic for new ones. Hold rows out "
+    "for the target."
+)
 
 
 class PlanRecord(TypedDict):
@@ -66,6 +79,21 @@ class Plan:
             f"estimates are about {read} of the target's {present} examples; the logged loss is "
             "that of all. examples_per_task=None reads all."
         ]
+
+    def examples_to_check(self) -> list[Any]:
+        """Two examples whose captured gradients are compared with autograd's before the first step.
+
+        Where some have several images, or none, two of those: a batch then holds more or fewer
+        images than examples.
+        """
+        for task in (*self.examples, self.target):
+            assert isinstance(task.rows, switch.ModelRows)
+            counts = task.rows.num_images(task.example_ids)
+            if (counts != 1).any():
+                place = int(np.argmax(np.abs(counts - 1)))
+                other = 0 if place else len(counts) - 1
+                return [task.rows[task.example_ids[i]] for i in {place, other}]
+        return examples_to_check(self.examples[0], self.target)
 
     def reads_per_row(
         self, weights: Mapping[str, float], max_steps: int, rows_per_step: int
@@ -159,7 +187,8 @@ def make_plan(
     """
     switch.refuse_unsupported(trainer)
     tasks = switch.read_tasks(trainer, task_column)
-    _dry_run(selector, tasks.names, keep)
+    _dry_run(selector, tasks, keep)
+    target = switch.target_key(trainer, target)
     target_set = switch.target_dataset(trainer, target)
     switch_step = warmup if isinstance(warmup, int) else max(1, round(warmup * max_steps))
     if switch_step + must_train_on > max_steps:
@@ -210,9 +239,9 @@ def make_plan(
         seed=seed,
         fingerprint={
             "tasks": dict(zip(tasks.names, tasks.counts.tolist(), strict=True)),
-            "training rows": _digest(tasks.ids.tolist(), _sample(train_rows)),
-            "target rows": _digest(len(target_rows), _sample(target_rows)),
-            "trainable parameters": _digest(
+            "training rows": _digest_of_rows(train_rows, tasks),
+            "target rows": _digest_of_rows(target_rows),
+            "trainable parameters": _digest_of_repr(
                 *(
                     (n, tuple(p.shape))
                     for n, p in trainer.model.named_parameters()
@@ -226,16 +255,60 @@ def make_plan(
     )
 
 
-def warn_of_leaked_target(plan: Plan) -> None:
-    """Warn if the target is one of the training tasks, row for row."""
-    target = plan.target.rows
-    for task, own in zip(plan.examples, plan.tasks.rows, strict=True):
-        if len(own) == len(target) and all(task.rows[i] == target[j] for j, i in enumerate(own)):
+def warn_of_leaked_target(plan: Plan, task_column: str) -> None:
+    """Warn if rows of the target are trained on: of which tasks, and how many.
+
+    Rows are compared by the values of the columns that both sets have and the model reads (see
+    :func:`hf_auxselect.fingerprint.digest`). Training rows are looked at for ``SECONDS_TO_COMPARE``
+    at most, in chunks from all over the training set.
+    """
+    train, target = plan.examples[0].rows, plan.target.rows
+    assert isinstance(train, switch.ModelRows) and isinstance(target, switch.ModelRows)
+    columns = train.input_columns(train.columns & target.columns, task_column)
+    if not columns:
+        return
+    copies = collections.Counter(_hashes(target, range(len(target)), columns))
+    found: list[set[bytes]] = [set() for _ in plan.tasks.names]
+    found_rows = np.zeros(len(found), np.int64)
+    starts = range(0, len(train), _CHUNK)
+    end, num_read = time.monotonic() + SECONDS_TO_COMPARE, 0
+    for chunk in random_permutation(len(starts), plan.seed, "rows compared with the target"):
+        ids = range(starts[chunk], min(starts[chunk] + _CHUNK, len(train)))
+        for i, row_hash in zip(ids, _hashes(train, ids, columns), strict=True):
+            if row_hash in copies:
+                task = plan.tasks.ids[train.packed_rows[i]]
+                found[task].add(row_hash)
+                found_rows[task] += 1
+            num_read += 1
+            if time.monotonic() > end:
+                break
+        if time.monotonic() > end:
+            break
+    counts = [sum(copies[row_hash] for row_hash in own) for own in found]
+    for name, count, rows, size in zip(
+        plan.tasks.names, counts, found_rows, plan.tasks.counts, strict=True
+    ):
+        if count == len(target) == rows == size:
             logger.warning(
-                "the target equals the training task %r row for row: the estimates are about rows "
-                "that are trained on, too optimistic for new ones. Hold rows out for the target.",
-                task.name,
+                "the target equals the training task %r row for row: %s", name, _TOO_OPTIMISTIC
             )
+            return
+    if any(counts):
+        total = sum(copies[row_hash] for row_hash in set().union(*found))
+        logger.warning(
+            "%d of the target's %d rows are also rows of training tasks (%s)%s: %s",
+            total,
+            len(target),
+            ", ".join(
+                f"{count} of task {name!r}"
+                for name, count in zip(plan.tasks.names, counts, strict=True)
+                if count
+            ),
+            f", of whose {len(train)} rows {num_read} were looked at"
+            if num_read < len(train)
+            else "",
+            _TOO_OPTIMISTIC,
+        )
 
 
 def require_same_plan(plan: Plan, on_disk: PlanRecord, path: Any) -> None:
@@ -245,10 +318,11 @@ def require_same_plan(plan: Plan, on_disk: PlanRecord, path: Any) -> None:
         ValueError: names each thing that changed.
     """
     before = on_disk["fingerprint"]
+    older = _older_fingerprint(plan) if _has_older_digests(before) else {}
     changed = [
         f"{what} ({before.get(what)} before, {now} now)"
         for what, now in plan.fingerprint.items()
-        if before.get(what) != now
+        if before.get(what) not in (now, older.get(what, now))
     ]
     if changed:
         raise ValueError(
@@ -258,19 +332,75 @@ def require_same_plan(plan: Plan, on_disk: PlanRecord, path: Any) -> None:
         )
 
 
-def _dry_run(selector: AbstractSelector, task_names: Sequence[str], keep: Sequence[str]) -> None:
+def select(
+    selector: AbstractSelector, estimate: EstimateFn, tasks: TaskRows, keep: Sequence[str]
+) -> Selection:
+    """Ask a selector for a mixture of the tasks."""
+    if isinstance(selector, FixedSelection):
+        sizes = tasks.counts.tolist()
+        return selector.select(estimate, tasks.names, keep=keep, task_sizes=sizes)
+    return selector.select(estimate, tasks.names, keep=keep)
+
+
+def _dry_run(selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str]) -> None:
     """Let the selector meet its tasks, so that options that do not fit raise now."""
 
     def nothing(weights: ArrayLike) -> Estimate:
         zeros = np.zeros(len(np.asarray(weights)))
         return Estimate(loss=zeros, low=zeros, high=zeros)
 
-    selector.select(nothing, task_names, keep=keep)
+    select(selector, nothing, tasks, keep)
 
 
-def _digest(*values: Any) -> str:
+def _hashes(rows: switch.ModelRows, ids: range, columns: Sequence[str]) -> Iterator[bytes]:
+    """Of consecutive examples, by the values of some columns."""
+    for row in rows.stored(ids, columns):
+        yield digest(*(row.get(name) for name in columns))
+
+
+def _digest_of_rows(rows: switch.ModelRows, tasks: TaskRows | None = None) -> str:
+    """A hash of 64 or more rows, spread out, and of which task each row belongs to.
+
+    Rows that a map-style dataset makes at random are read from the same random states in every
+    process. If they still differ when they are read twice, their number alone is hashed.
+    """
+    ids = None if tasks is None else tasks.ids
+
+    def read() -> bytes:
+        hashes = []
+        for i in _spread_out(rows):
+            random.seed(0)
+            np.random.seed(0)
+            torch.manual_seed(0)
+            hashes.append(digest(rows.without_format(i)))
+        return b"".join(hashes)
+
+    with switch.preserved_rng():
+        first = read()
+        known = first if rows.is_stored or read() == first else b""
+    return digest(len(rows), ids, known).hex()
+
+
+def _spread_out(rows: switch.ModelRows) -> range:
+    return range(0, len(rows), max(1, len(rows) // 64))
+
+
+def _has_older_digests(fingerprint: JsonDict) -> bool:
+    """Whether a plan was written by version 0.1, which hashed the ``repr`` of rows."""
+    return any(len(str(fingerprint.get(what))) == 16 for what in ("training rows", "target rows"))
+
+
+def _older_fingerprint(plan: Plan) -> JsonDict:
+    """What version 0.1 wrote for the rows of this plan."""
+    train, target = plan.examples[0].rows, plan.target.rows
+    assert isinstance(train, switch.ModelRows) and isinstance(target, switch.ModelRows)
+    return {
+        "training rows": _digest_of_repr(
+            plan.tasks.ids.tolist(), [train[i] for i in _spread_out(train)]
+        ),
+        "target rows": _digest_of_repr(len(target), [target[i] for i in _spread_out(target)]),
+    }
+
+
+def _digest_of_repr(*values: Any) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
-
-
-def _sample(rows: switch.ModelRows) -> list[Any]:
-    return [rows[i] for i in range(0, len(rows), max(1, len(rows) // 64))]

@@ -351,12 +351,13 @@ class SelectionReport(_Content):
             ],
         )
         if self.tasks and self.target:
+            key = "" if self.target.name == "target" else f"{self.target.name} "
             lines += ["", "## What the gradient pass saw", ""]
             lines += _table(
                 ["task", "rows", "captured", "label tokens", "loss before the switch"],
                 [
                     [t.name, str(t.rows), str(t.captured), str(t.label_tokens), f"{t.loss:.4f}"]
-                    for t in [*self.tasks, dataclasses.replace(self.target, name="(target)")]
+                    for t in [*self.tasks, dataclasses.replace(self.target, name=f"{key}(target)")]
                 ],
             )
         for title, record in [

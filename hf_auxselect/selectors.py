@@ -309,8 +309,19 @@ class FixedSelection(AbstractSelector):
         object.__setattr__(self, "estimate", estimate)
 
     def select(
-        self, estimate: EstimateFn, task_names: Sequence[str], *, keep: Sequence[str] = ()
+        self,
+        estimate: EstimateFn,
+        task_names: Sequence[str],
+        *,
+        keep: Sequence[str] = (),
+        task_sizes: Sequence[int] | None = None,
     ) -> Selection:
+        """As :meth:`AbstractSelector.select`.
+
+        Args beyond those:
+            task_sizes: rows of each task [K], in proportion to which the tasks of a subset are
+                shared out if nothing is estimated; an estimate knows them itself.
+        """
         _positions(self.tasks, task_names, "FixedSelection")
         _positions(keep, task_names, "keep")
         left_out = sorted(set(keep) - set(self.tasks))
@@ -320,10 +331,18 @@ class FixedSelection(AbstractSelector):
             weights = np.array([[float(self.tasks.get(name, 0.0)) for name in task_names]])
         else:
             weights = np.array([[name in self.tasks for name in task_names]])
-        if not self.estimate:
-            return Selection(weights=_shares(weights, None, task_names))
-        result = estimate(weights)
-        return Selection(weights=_shares(weights, result.weights, task_names), estimate=result)
+        if self.estimate:
+            result = estimate(weights)
+            return Selection(weights=_shares(weights, result.weights, task_names), estimate=result)
+        if not isinstance(self.tasks, Mapping) and weights.sum() > 1:
+            if task_sizes is None:
+                raise ValueError(
+                    "task_sizes is missing: FixedSelection(names, estimate=False) pools the rows "
+                    "of its tasks, and must know how many each has. Pass the number of rows of "
+                    "each task, or give FixedSelection a mapping from names to weights."
+                )
+            weights = weights * np.asarray(task_sizes, float)
+        return Selection(weights=_shares(weights, None, task_names))
 
 
 SELECTORS: dict[str, type[AbstractSelector]] = {

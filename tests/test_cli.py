@@ -1,4 +1,6 @@
+import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,12 +45,54 @@ def test_what_if(directory, capsys):
     assert mixture.split()[:2] == ["a=1,b=3", f"{fitted.estimate([[1, 3, 0, 0]]).loss[0]:.4f}"]
 
 
+class TestNamesWithCommas:
+    """And with equality signs; the report is of tasks "a,b", "x=1", "x" and "d"."""
+
+    @pytest.fixture
+    def renamed(self, directory, tmp_path):
+        copy = tmp_path / "renamed"
+        shutil.copytree(directory, copy)
+        names = dict(zip("abcd", ["a,b", "x=1", "x", "d"], strict=True))
+        for path in (copy / "report" / "report.json", copy / "gradients" / "index.json"):
+            content = json.loads(path.read_text())
+
+            def rename(value):
+                if isinstance(value, dict):
+                    return {names.get(k, k): rename(v) for k, v in value.items()}
+                if isinstance(value, list):
+                    return [rename(v) for v in value]
+                return names.get(value, value) if isinstance(value, str) else value
+
+            path.write_text(json.dumps(rename(content)))
+        return copy
+
+    @pytest.mark.parametrize(
+        ("arguments", "weights"),
+        [
+            (["--task", "a,b"], [True, False, False, False]),
+            (["--task", "a,b", "--task", "d"], [True, False, False, True]),
+            (["--task", "x=1", "--task", "x"], [False, True, True, False]),
+            (["--task", "x=1=3", "--task", "x=2"], [0, 3, 2, 0]),
+            (["--task", "a,b=1", "--task", "d=3"], [1, 0, 0, 3]),
+            (["--tasks", "x=1,d"], [False, True, False, True]),
+        ],
+    )
+    def test_each_is_given_by_itself(self, arguments, weights, renamed, directory, capsys):
+        assert main(["what-if", str(renamed), *arguments]) == 0
+        fitted = LinearizedTraining().fit(GradientStore.load(directory / "gradients"))
+        expected = fitted.estimate([weights]).loss[0]
+        assert f"  {expected:.4f}  [" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["report", "nowhere"], "no selection report in 'nowhere'"),
         (["what-if", "{}", "--tasks", "a,x"], "unknown task 'x'"),
         (["what-if", "{}", "--tasks", "a=1,b"], "'b' is not name=weight"),
+        (["what-if", "{}", "--task", "a,c"], "unknown task 'a,c'"),
+        (["what-if", "{}", "--task", "a", "--task", "c=2"], "--task: 'a' is not name=weight"),
+        (["what-if", "{}", "--task", "a", "--task", "a"], "--task names the task 'a' more than"),
     ],
 )
 def test_a_failure_is_one_line_and_exit_code_1(arguments, reason, directory, capsys):

@@ -1,8 +1,17 @@
+import enum
 from collections import Counter
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Value
+import torch
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDatasetDict,
+    Value,
+    concatenate_datasets,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,10 +37,41 @@ class TestConcatenateTasks:
     def test_the_column_may_have_another_name(self):
         assert "source" in concatenate_tasks({"a": texts("1")}, task_column="source").column_names
 
-    def test_differing_columns_are_named_with_both_tasks(self):
-        other = Dataset.from_dict({"text": ["1"], "level": [3]})
-        with pytest.raises(ValueError, match=r"'a' and 'b' differ.*'level'.*missing"):
-            concatenate_tasks({"a": texts("1"), "b": other})
+    @pytest.mark.parametrize("order", ["ab", "ba"])
+    @pytest.mark.parametrize("lacking", [{}, {"level": [None]}], ids=["missing", "of type null"])
+    def test_columns_without_values_are_filled_and_said(self, lacking, order, caplog):
+        """As ``datasets.concatenate_datasets`` does."""
+        tasks = {
+            "a": Dataset.from_dict({"text": ["1"]} | lacking),
+            "b": Dataset.from_dict({"text": ["2", "3"], "level": [3, 4]}),
+        }
+        tasks = {name: tasks[name] for name in order}
+        joined = concatenate_tasks(tasks)
+        assert joined.remove_columns("task")[:] == concatenate_datasets([*tasks.values()])[:]
+        assert joined.column_names == ["text", "level", "task"]
+        assert joined["task"][:] == sorted("abb", reverse=order == "ba")
+        assert "fills the column 'level' with None" in caplog.text
+        assert "no value in it: 'a'." in caplog.text
+
+    def test_lists_that_are_empty_everywhere_take_the_type_of_the_others(self):
+        one, other = (Dataset.from_dict({"tools": [tools]}) for tools in ([], ["add"]))
+        joined = concatenate_tasks({"a": one, "b": other})
+        assert joined["tools"][:] == [[], ["add"]]
+
+    def test_a_column_that_no_task_has_values_in_is_not_said(self, caplog):
+        empty = Dataset.from_dict({"text": ["1"], "note": [None]})
+        assert concatenate_tasks({"a": empty, "b": empty})["note"][:] == [None, None]
+        assert not caplog.records
+
+    def test_types_that_datasets_does_not_join_are_named_with_both_tasks(self):
+        features = [Features({"text": Value("string"), "x": Value(t)}) for t in ("int32", "int64")]
+        row = {"text": ["1"], "x": [1]}
+        one, other = (Dataset.from_dict(row, features=f) for f in features)
+        empty = Dataset.from_dict({"text": ["1"], "x": [None]})
+        with pytest.raises(
+            ValueError, match=r"'a' and 'b' differ.*'x' is .*int32.*'a'.*int64.*'b'"
+        ):
+            concatenate_tasks({"none": empty, "a": one, "b": other})
 
     def test_differing_types_are_named(self):
         number = Dataset.from_dict({"text": [1]}, features=Features({"text": Value("int64")}))
@@ -48,6 +88,20 @@ class TestConcatenateTasks:
             ({1: texts("1")}, TypeError, "names must be strings"),
             ({"a": ["1"]}, TypeError, r"tasks\['a'\] must be a datasets.Dataset, got list"),
             ({"a": texts("1").to_iterable_dataset()}, TypeError, "Materialise"),
+            (
+                {"a": DatasetDict(train=texts("1"), test=texts("2"))},
+                TypeError,
+                r"tasks\['a'\] is a DatasetDict with the splits \['train', 'test'\]; pass one of "
+                r"its datasets, such as tasks\['a'\]\['train'\]",
+            ),
+            (
+                {"a": IterableDatasetDict(test=texts("1").to_iterable_dataset())},
+                TypeError,
+                r"IterableDatasetDict with the splits \['test'\].*tasks\['a'\]\['test'\]",
+            ),
+            ({"a": {"x": texts("1")}}, TypeError, r"a dict with the keys \['x'\]"),
+            ([texts("1"), texts("2")], TypeError, "got a list of Dataset"),
+            (texts("1"), TypeError, "got a Dataset of dict"),
             (
                 {"a": texts("1").add_column("task", ["x"])},
                 ValueError,
@@ -128,6 +182,53 @@ class TestMixtureSampler:
         one, other = (list(MixtureSampler(tasks, np.ones(1), s, length=20)) for s in (1, 2))
         assert one != other
         assert sorted(one) == sorted(other)
+
+
+class Language(str, enum.Enum):  # noqa: UP042 -- as many scripts have it
+    PYTHON = "python"
+
+
+class TestTaskNames:
+    @pytest.mark.parametrize(
+        ("labels", "names"),
+        [
+            (["x", np.str_("y"), Language.PYTHON], ("x", "y", "python")),
+            ([7, 0], ("7", "0")),
+            ([np.int8(7), np.array(3), torch.tensor(5)], ("7", "3", "5")),
+        ],
+    )
+    def test_strings_and_integers(self, labels, names):
+        assert TaskRows.from_labels(labels).names == names
+
+    def test_classes_have_their_names(self):
+        tasks = TaskRows.from_labels([1, torch.tensor(0), 1], class_names=["gsm", "code"])
+        assert tasks.names == ("code", "gsm")
+        assert tasks.ids.tolist() == [0, 1, 0]
+
+    @pytest.mark.parametrize(
+        ("label", "message"),
+        [
+            (None, r"got None \(NoneType\).*leave the rows without one out"),
+            ("", "got '' .*leave the rows"),
+            (1.0, r"got 1.0 \(float\)\. Let each row have its task's name"),
+            (np.float32(1), "got "),
+            (torch.tensor(1.0), "got "),
+            (True, "got True"),
+            (np.bool_(True), "got "),
+            (["t", "a", "s", "k"], r"got \['t', 'a', .*group_texts.*each task by itself"),
+            (torch.tensor([1, 2]), "got "),
+            ({"name": "x"}, "got {'name'"),
+            (b"x", "got b'x'"),
+        ],
+    )
+    def test_others_are_refused_with_their_row(self, label, message):
+        with pytest.raises(ValueError, match=f"row 1 of train_dataset names no task.*{message}"):
+            TaskRows.from_labels(["a", label])
+
+    @pytest.mark.parametrize("label", [-1, 2])
+    def test_so_are_classes_that_there_are_not(self, label):
+        with pytest.raises(ValueError, match="row 0 of train_dataset names no task"):
+            TaskRows.from_labels([label], class_names=["a", "b"])
 
 
 def test_tasks_are_numbered_in_order_of_appearance():

@@ -19,6 +19,7 @@ LAYOUT = {
     "__init__": set(),  # names are imported when they are used
     "seeds": set(),
     "files": set(),
+    "fingerprint": set(),
     "distributed": set(),
     "store": {"files"},
     "scalars": set(),
@@ -59,6 +60,7 @@ LAYOUT = {
         "estimators",
         "evaluation",
         "files",
+        "fingerprint",
         "gradients",
         "mixture",
         "seeds",

@@ -218,6 +218,16 @@ class TestFixedSelection:
         assert selection.selected == ["b"]
         assert selection.estimate is None
 
+    def test_without_an_estimate_the_rows_of_a_subset_are_pooled(self):
+        sizes = [10, 20, 30, 40, 50]
+        subset = FixedSelection(["b", "e"], estimate=False)
+        weights = subset.select(None, NAMES, task_sizes=sizes).weights
+        assert weights == pytest.approx({"a": 0, "b": 2 / 7, "c": 0, "d": 0, "e": 5 / 7})
+        mixture = FixedSelection({"b": 1, "e": 1}, estimate=False)
+        assert mixture.select(None, NAMES, task_sizes=sizes).weights["b"] == 0.5
+        with pytest.raises(ValueError, match="task_sizes is missing"):
+            subset.select(None, NAMES)
+
     @pytest.mark.parametrize(
         ("tasks", "keep", "error", "message"),
         [
