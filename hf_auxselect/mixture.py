@@ -51,6 +51,8 @@ def concatenate_tasks(
     """
     from datasets import Dataset, Features, Value, concatenate_datasets
 
+    from hf_auxselect.packing import TaskDataset
+
     pairs = list(tasks.items() if isinstance(tasks, Mapping) else tasks)
     if not pairs:
         raise ValueError("tasks is empty; expected a mapping from task names to datasets.")
@@ -80,7 +82,7 @@ def concatenate_tasks(
         features = Features({**dataset.features, task_column: Value("string")})
         column = dataset.add_column(task_column, [name] * len(dataset))
         labelled.append(column.cast(features).select_columns([*first.column_names, task_column]))
-    joined = concatenate_datasets(labelled)
+    joined = TaskDataset.of(concatenate_datasets(labelled), task_column)
     # The description outlives map and filter, and tells later which tasks have lost all their rows.
     joined.info.description = _TASKS_MARK + json.dumps([name for name, _ in pairs])
     return joined

@@ -31,12 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PACKING_RECIPE = (
-    "Set packing=False; or pack each task by itself before making the trainer: "
-    "trl.pack_dataset(tokenized, max_length, 'bfd') for each task, concatenate_tasks(...), and "
-    "SFTConfig(packing=False, padding_free=True, max_length=None)."
-)
-
 
 def callers() -> Iterator[FrameType]:
     """The frames of the call stack, the innermost first."""
@@ -87,16 +81,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
     ):
         raise ValueError(
             "train_dataset is an iterable dataset; rows of a dropped task could not be left out. "
-            "Materialise the tasks (Dataset.from_list(list(stream.take(n)))) and join them with "
-            "concatenate_tasks."
-        )
-    if getattr(args, "packing", False):
-        raise ValueError(
-            f"packing=True mixes tasks within a row and drops the task column. {PACKING_RECIPE}"
-        )
-    if getattr(args, "eval_packing", False):
-        raise ValueError(
-            "eval_packing=True packs the target's examples into rows. Set eval_packing=False."
+            "Join the tasks' streams with concatenate_tasks({name: stream, ...}, take=n), which "
+            "reads the first n rows of each."
         )
     if trainer.hp_search_backend is not None:
         raise ValueError(
@@ -168,6 +154,14 @@ def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
         )
     elif task_column in columns:
         labels = dataset[task_column]
+    if task_column not in columns and getattr(trainer.args, "packing", False):
+        raise ValueError(
+            "packing=True has packed rows of all tasks together and dropped their column "
+            f"{task_column!r}. Make train_dataset with concatenate_tasks({{name: dataset, ...}}), "
+            "whose tasks are packed each by itself, also after map, filter and the like (what "
+            "datasets.concatenate_datasets or load_from_disk return is a plain Dataset); or set "
+            "packing=False."
+        )
     if task_column not in columns:
         raise ValueError(
             f"train_dataset has no column {task_column!r} (it has {list(columns)}). Join the tasks "
@@ -216,7 +210,10 @@ def target_dataset(trainer: Trainer, target: str | None) -> Any:
     else:
         dataset = datasets
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError("the target's eval_dataset is an iterable dataset; materialise it first.")
+        raise ValueError(
+            "the target's eval_dataset is an iterable dataset, of which no example can be read "
+            "twice. Pass its first rows: Dataset.from_list(list(stream.take(n)))."
+        )
     if len(dataset) == 0:
         raise ValueError("the target's eval_dataset has no rows.")
     return dataset
@@ -225,8 +222,9 @@ def target_dataset(trainer: Trainer, target: str | None) -> Any:
 class ModelRows(Sequence[Any]):
     """Rows of a dataset with the columns that the trainer hands to its collator.
 
-    Rows that were packed within their task (``seq_lengths``) are taken apart: an example is then
-    one document, and ``packed_rows`` tells the row that each came from.
+    Where documents that were packed into a row (``seq_lengths``) do not attend to each other, as
+    under ``padding_free``, an example is one document, and ``packed_rows`` tells the row that each
+    came from. Else an example is a whole row.
     """
 
     def __init__(self, trainer: Trainer, dataset: Any) -> None:
@@ -236,7 +234,8 @@ class ModelRows(Sequence[Any]):
             columns = dataset.column_names
         self._dataset = dataset
         self._starts: np.ndarray | None = None
-        if columns is not None and "seq_lengths" in columns:
+        is_padding_free = getattr(trainer.data_collator, "padding_free", False)
+        if is_padding_free and columns is not None and "seq_lengths" in columns:
             lengths = dataset["seq_lengths"]
             self.packed_rows = np.repeat(np.arange(len(dataset)), [len(row) for row in lengths])
             self._lengths = np.concatenate([np.asarray(row, np.int64) for row in lengths])
@@ -252,7 +251,9 @@ class ModelRows(Sequence[Any]):
         if self._starts is None:
             return row
         part = slice(self._starts[index], self._starts[index] + self._lengths[index])
-        return {name: row[name][part] for name in ("input_ids", "labels") if name in row}
+        # In older versions of TRL a document has masks instead of labels.
+        names = ("input_ids", "labels", "completion_mask", "assistant_masks")
+        return {name: row[name][part] for name in names if name in row}
 
 
 def collate_function(trainer: Trainer) -> Callable[[list[Any]], Batch]:
@@ -289,25 +290,30 @@ def evaluation_weights(
 
     The trainer averages over label tokens within an evaluation batch, and over batches by their
     number of rows: an example with n label tokens in a batch of b rows with n_b label tokens has
-    the weight b * n / n_b.
+    the weight b * n / n_b. Where examples are packed, b counts packed rows.
     """
     collate, size = collate_function(trainer), trainer.args.eval_batch_size
+    num_rows = int(rows.packed_rows[-1]) + 1
     if trainer.args.train_sampling_strategy == "group_by_length":
-        size = len(rows)  # evaluation batches are then drawn at random
+        size = num_rows  # evaluation batches are then drawn at random
     weights = []
     counts: np.ndarray | None = None
-    first = -1
+    first = last = -1
     for example in example_ids:
-        if counts is None or example >= first + len(counts):
-            first = example - example % size
-            chunk = range(first, min(first + size, len(rows)))
+        if counts is None or example >= last:
+            first_row = int(rows.packed_rows[example]) // size * size
+            last_row = min(first_row + size, num_rows)
+            first, last = np.searchsorted(rows.packed_rows, (first_row, last_row)).tolist()
             counts = np.concatenate(
                 [
-                    count_label_tokens(trainer, collate([rows[i] for i in chunk[j : j + 64]]))
-                    for j in range(0, len(chunk), 64)
+                    count_label_tokens(
+                        trainer, collate([rows[i] for i in range(j, min(j + 64, last))])
+                    )
+                    for j in range(first, last, 64)
                 ]
             )
-        weights.append(float(counts[example - first] * len(counts) / max(counts.sum(), 1)))
+        num_rows_of_batch = last_row - first_row
+        weights.append(float(counts[example - first] * num_rows_of_batch / max(counts.sum(), 1)))
     return weights
 
 

@@ -25,7 +25,8 @@ LAYOUT = {
     "doubts": set(),
     "optimizer_state": set(),
     "projection": {"seeds"},
-    "mixture": {"seeds"},
+    "mixture": {"packing", "seeds"},
+    "packing": set(),
     "selectors": {"seeds"},
     "estimators": {"files", "seeds", "store"},
     "gradients": {
