@@ -44,6 +44,8 @@ class Plan:
     examples: tuple[TaskExamples, ...]
     """Of each auxiliary task, what the gradient pass reads."""
     target: TaskExamples
+    examples_per_row: dict[str, float]
+    """Of each task, mean examples in a packed row; empty if every row is one example."""
     switch_step: int
     """Optimizer steps of warm-up; the selection follows the last of them."""
     seed: int
@@ -173,6 +175,7 @@ def make_plan(
             "completions."
         )
     task_of_example = tasks.ids[train_rows.packed_rows]
+    examples_per_row = np.bincount(task_of_example) / tasks.counts
     return Plan(
         tasks=tasks,
         examples=tuple(
@@ -188,8 +191,13 @@ def make_plan(
             name=target or "target",
             rows=target_rows,
             example_ids=target_ids,
-            num_rows=len(target_set),
+            num_rows=len(target_rows),
             example_weights=tuple(target_weights),
+        ),
+        examples_per_row=(
+            {}
+            if (examples_per_row == 1).all()
+            else dict(zip(tasks.names, examples_per_row.tolist(), strict=True))
         ),
         switch_step=switch_step,
         seed=seed,
