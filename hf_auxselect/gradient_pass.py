@@ -98,9 +98,7 @@ class GradientPass:
             initial: trainable parameters at step 0 if training restarts there, else None.
         """
         trainer, plan = self.trainer, self.plan
-        training = switch.training_to_come(
-            trainer, plan.switch_step, restarts=initial is not None
-        )
+        training = switch.training_to_come(trainer, plan.switch_step, restarts=initial is not None)
         if plan.examples_per_row:
             training["examples_per_row"] = plan.examples_per_row
         progress = not trainer.args.disable_tqdm

@@ -29,9 +29,9 @@ class TaskDataset(Dataset):
     ``datasets.load_from_disk`` return is a plain ``Dataset``.
     """
 
-    _task_column: str | None = None
-    _rows_with_task: TaskDataset | None = None
+    rows_with_task: TaskDataset | None = None
     """The same rows with their task column, where ``select_columns`` has left it out."""
+    _task_column: str = ""
     _is_just_packed = False
 
     @classmethod
@@ -42,7 +42,7 @@ class TaskDataset(Dataset):
 
     def map(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """``Dataset.map``; TRL's packing functions are mapped over each task by itself."""
-        with_task = self if self._rows_with_task is None else self._rows_with_task
+        with_task = self if self.rows_with_task is None else self.rows_with_task
         feature = with_task.features.get(self._task_column)
         if len(self) and _is_packing(function) and isinstance(feature, Value | ClassLabel):
             return self._packed_by_task(function, *args, **kwargs)
@@ -57,8 +57,8 @@ class TaskDataset(Dataset):
                 )
         kwargs["fn_kwargs"] = {"pack": pack, "options": kwargs.get("fn_kwargs") or {}}
         name, rows, with_task = self._task_column, self, self
-        if self._rows_with_task is not None:
-            with_task = self._rows_with_task
+        if self.rows_with_task is not None:
+            with_task = self.rows_with_task
         else:
             rows = Dataset.remove_columns(self, name)
         rows_of: dict[Any, list[int]] = {}
@@ -76,7 +76,7 @@ class TaskDataset(Dataset):
     def select_columns(self, column_names: str | list[str], *args: Any, **kwargs: Any) -> Any:
         """``Dataset.select_columns``; if the task column is left out, packing still knows it."""
         result = Dataset.select_columns(self, column_names, *args, **kwargs)
-        with_task = self if self._rows_with_task is None else self._rows_with_task
+        with_task = self if self.rows_with_task is None else self.rows_with_task
         is_left_out = self._task_column not in result.column_names
         return _become(result, self._task_column, with_task if is_left_out else None)
 
@@ -89,7 +89,7 @@ class TaskDataset(Dataset):
         return self._reordered(Dataset.select, *args, **kwargs)
 
     def _reordered(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with_task = self._rows_with_task
+        with_task = self.rows_with_task
         if with_task is None:
             return self._like_self(method(self, *args, **kwargs))
         # The order is given to the rows with their task, so that the two stay the same rows.
@@ -108,7 +108,7 @@ class TaskDataset(Dataset):
         if self._is_just_packed and columns is not None and self._task_column not in columns:
             columns = [*columns, self._task_column]
         result = Dataset.with_format(self, type, columns, *args, **kwargs)
-        return _become(result, self._task_column, self._rows_with_task)
+        return _become(result, self._task_column, self.rows_with_task)
 
     def rename_column(
         self, original_column_name: str, new_column_name: str, *args: Any, **kwargs: Any
@@ -131,17 +131,15 @@ class TaskDataset(Dataset):
         return result
 
 
-def _become(
-    dataset: Any, task_column: str | None, rows_with_task: TaskDataset | None = None
-) -> Any:
+def _become(dataset: Any, task_column: str, rows_with_task: TaskDataset | None = None) -> Any:
     """Make a dataset, which nobody else holds, one of ours; if it has no tasks, a plain one."""
     has_tasks = rows_with_task is not None or task_column in dataset.column_names
     dataset.__class__ = TaskDataset if has_tasks else Dataset
-    for name in ("_task_column", "_rows_with_task", "_is_just_packed"):
+    for name in ("_task_column", "rows_with_task", "_is_just_packed"):
         vars(dataset).pop(name, None)  # those of the dataset that it is a copy of
     if has_tasks:
         dataset._task_column = task_column
-        dataset._rows_with_task = rows_with_task
+        dataset.rows_with_task = rows_with_task
     return dataset
 
 

@@ -145,6 +145,9 @@ def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
         ValueError: there is no task column, or fewer than two tasks are left.
     """
     dataset = trainer.train_dataset
+    with_task = getattr(dataset, "rows_with_task", None)
+    if with_task is not None:  # concatenate_tasks, then select_columns without the task column
+        dataset = with_task
     columns = getattr(dataset, "column_names", None)
     if columns is None:  # a map-style dataset of PyTorch
         first = dataset[0] if len(dataset) else {}

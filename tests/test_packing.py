@@ -1,7 +1,6 @@
 """Packing: every row holds documents of one task, whatever was done to the training set before."""
 
 import copy
-import json
 import pickle
 import shutil
 
@@ -17,7 +16,7 @@ from trl import pack_dataset
 
 from hf_auxselect import FixedSelection, GradExLogistic, GradientStore, concatenate_tasks
 from hf_auxselect.packing import TaskDataset
-from hf_auxselect.switch import ModelRows
+from hf_auxselect.switch import ModelRows, read_tasks
 
 STRATEGIES = ["bfd", "bfd_split", "wrapped"]
 
@@ -261,9 +260,9 @@ def test_every_row_of_the_trainer_holds_one_task(strategy, shuffled, run_dir):
     names = trainer.train_dataset["task"][:]
     rows = ["".join(characters[i] for i in ids) for ids in trainer.train_dataset["input_ids"]]
     assert len(rows) < sum(n for n, _ in TASKS.values()) / 2
-    assert [{c for c in row if c in TASKS} - {name} for row, name in zip(rows, names, strict=True)] == (
-        [set()] * len(rows)
-    )
+    assert [
+        {c for c in row if c in TASKS} - {name} for row, name in zip(rows, names, strict=True)
+    ] == ([set()] * len(rows))
     assert (names != sorted(names)) == shuffled
 
 
@@ -325,7 +324,7 @@ EVALUATIONS = {
     "packed": {"eval_packing": True},
     "packed alone": {"eval_packing": True, "packing": False},
 }
-"""Packed documents attend to each other in the last of them: TRL masks them for training alone."""
+"""In the last, packed documents attend to each other: TRL keeps them apart under packing=True."""
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -380,18 +379,22 @@ def test_a_packed_run_is_resumed_as_if_it_had_not_been_stopped(strategy, run_dir
         assert tiny.same(tiny.weights(whole), tiny.weights(run(resumed, True))), step
 
 
-def test_mixtures_that_are_fine_tuned_for_real(run_dir):
-    cb = callback(verify=1, after="observe", selector=FixedSelection(["a", "b", "c"]))
-    cb.estimator = GradExLogistic()
-    options = {"eval_strategy": "steps", "eval_steps": 10, "lr_scheduler_type": "constant"}
-    trained(
-        tiny.sft_trainer,
-        run_dir,
-        cb,
-        train_dataset=concatenate_tasks(documents()),
-        **PACKED | options,
-    )
-    print(cb.report.measurements)
+def test_a_packed_mixture_that_is_fine_tuned_for_real_is_the_run(run_dir):
+    cb = callback(verify=1, selector=FixedSelection(["a", "c"]), estimator=GradExLogistic())
+    trainer = tiny.sft_trainer(run_dir, cb, train_dataset=concatenate_tasks(documents()), **PACKED)
+    trainer.train()
+    (chosen,) = cb.report.verification
+    assert chosen.measured == trainer.evaluate()["eval_loss"]
+
+
+def test_a_task_column_that_was_not_selected_is_remembered(run_dir):
+    """As SFTTrainer of TRL 1.2 selects columns under use_liger_kernel."""
+    data = tiny.tokenize(concatenate_tasks(documents()))
+    narrow = data.select_columns(["input_ids", "attention_mask", "labels"]).shuffle(seed=1)
+    trainer = tiny.plain_trainer(run_dir, train_dataset=narrow)
+    tasks = read_tasks(trainer, "task")
+    first = [tiny.CHARACTERS[row["input_ids"][0] - 2] for row in trainer.train_dataset]
+    assert [tasks.names[k] for k in tasks.ids] == first
 
 
 def test_tasks_of_a_plain_dataset_are_refused(run_dir):
@@ -434,5 +437,5 @@ class TestStreams:
 
     def test_other_rows_are_noticed(self, run_dir):
         self.run(run_dir)
-        with pytest.raises(ValueError, match="cannot resume.*training rows"):
+        with pytest.raises(ValueError, match=r"cannot resume.*training rows"):
             self.run(run_dir, str(run_dir / "checkpoint-3"), first=1)

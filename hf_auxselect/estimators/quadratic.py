@@ -329,15 +329,11 @@ class QuadraticModel:
             weights_N = contribution_N**2 / self.counts_K[k] * self.examples_per_row_K[k]
             self._moment_KRR[k] += (g * weights_N[:, None]).T @ g
             self._outer_moment_K[k] += weights_N @ ((g_ND**2).sum(1) - (g**2).sum(1))
-        # A row of m examples, drawn independently, has m such terms; and m (m - 1) pairs of them,
-        # each of which has the mean b / m twice.
+        # A row is a sum of m examples. They are taken as independent, each with the mean b / m: so
+        # the products of two different ones are (m - 1) / m of b b^T in expectation.
         pairs_K = 1 - 1 / self.examples_per_row_K
-        self._moment_KRR += (
-            pairs_K[:, None, None] * self.b_KR[:, :, None] * self.b_KR[:, None, :]
-        )
-        self._outer_moment_K += pairs_K * (
-            (self.b_KD**2).sum(1) - (self.b_KR**2).sum(1)
-        )
+        self._moment_KRR += pairs_K[:, None, None] * self.b_KR[:, :, None] * self.b_KR[:, None, :]
+        self._outer_moment_K += pairs_K * ((self.b_KD**2).sum(1) - (self.b_KR**2).sum(1))
         self.outer_response_K = self.b_KD @ outer_target_b_D
         self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
         self.captured_H_KRR = self._H_KRR
