@@ -113,6 +113,9 @@ class GradientPass:
             initial: trainable parameters at step 0 if training restarts there, else None.
         """
         trainer, plan = self.trainer, self.plan
+        training = switch.training_to_come(trainer, plan.switch_step, restarts=initial is not None)
+        if plan.examples_per_row:
+            training["examples_per_row"] = plan.examples_per_row
         progress = not trainer.args.disable_tqdm
         with trainer.compute_loss_context_manager():
             store = capture_examples(
@@ -126,9 +129,7 @@ class GradientPass:
                 seed=plan.seed,
                 scalars=self.estimator.scalars,
                 optimizer=trainer.optimizer if needs_optimizer(self.estimator) else None,
-                training=switch.training_to_come(
-                    trainer, plan.switch_step, restarts=initial is not None
-                ),
+                training=training,
                 one_by_one=self.one_by_one,
                 loss=plan.loss.of_example,
                 progress=progress,

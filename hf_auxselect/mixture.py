@@ -11,6 +11,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils.data import Sampler
 from hf_auxselect.seeds import random_permutation
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,11 @@ MIN_SHARE = 1e-6
 
 
 def concatenate_tasks(
-    tasks: Mapping[str, Dataset] | Iterable[tuple[str, Dataset]], *, task_column: str = "task"
+    tasks: Mapping[str, Dataset | IterableDataset]
+    | Iterable[tuple[str, Dataset | IterableDataset]],
+    *,
+    task_column: str = "task",
+    take: int | Mapping[str, int] | None = None,
 ) -> Dataset:
     """Join the datasets of several tasks into one training set that remembers each row's task.
 
@@ -43,17 +48,24 @@ def concatenate_tasks(
         tasks: task name -> dataset, or (name, dataset) pairs. Columns of the same name must have
             the same type. As in ``datasets.concatenate_datasets``, a column that a task lacks, or
             has without any value (of type null), is filled with None; a warning says so.
+            A ``datasets.IterableDataset`` (a stream) needs ``take``.
         task_column: name of the string column that is added.
+        take: so many rows of each task are taken, its first ones, or all if there are fewer; from
+            streams they are read here and kept. A mapping (task name -> number) takes from the
+            tasks that it names, and must name every stream. None: all rows; no task is a stream.
+            A resumed run reads the same rows if the streams are deterministic, and is refused if
+            they were not (shuffle a stream with a seed).
 
     Returns:
-        The rows of all tasks, task after task and in their own order.
+        The rows of all tasks, task after task and in their own order. Where TRL packs them, as
+        ``SFTConfig(packing=True)`` lets it, the rows of each task are packed by themselves.
 
     Raises:
         ValueError: no task, an empty task, a name that is empty or used twice, an existing
-            column ``task_column``, or columns whose types differ (the message names tasks and
-            columns).
+            column ``task_column``, columns whose types differ (the message names tasks and
+            columns), or a ``take`` that is no positive number or names what is not a task.
         TypeError: a value is not a ``datasets.Dataset`` (of a ``DatasetDict`` the message names the
-            splits), or a name not a string.
+            splits), or is a stream without ``take``, or a name is not a string.
 
     Example:
         >>> from datasets import Dataset
@@ -64,7 +76,9 @@ def concatenate_tasks(
     """
     from datasets import Dataset, Features, Value, concatenate_datasets
 
-    pairs = _pairs_of(tasks)
+    from hf_auxselect.packing import TaskDataset
+
+    pairs = _first_rows(_pairs_of(tasks), take)
     seen: set[str] = set()
     labelled = []
     for name, dataset in pairs:
@@ -78,8 +92,8 @@ def concatenate_tasks(
             raise _is_several(name, dataset)
         if not isinstance(dataset, Dataset):
             raise TypeError(
-                f"tasks[{name!r}] must be a datasets.Dataset, got {type(dataset).__name__}. "
-                "Materialise a stream with Dataset.from_generator or Dataset.from_list first."
+                f"tasks[{name!r}] must be a datasets.Dataset, got {type(dataset).__name__} (of a "
+                "datasets.IterableDataset, take=n reads the first rows)."
             )
         if len(dataset) == 0:
             raise ValueError(f"tasks[{name!r}] has no rows; leave the task out.")
@@ -91,10 +105,74 @@ def concatenate_tasks(
         features = Features({**dataset.features, task_column: Value("string")})
         labelled.append(dataset.add_column(task_column, [name] * len(dataset)).cast(features))
     columns = _common_columns(dict(pairs))
-    joined = concatenate_datasets(labelled).select_columns([*columns, task_column])
+    joined = TaskDataset.of(
+        concatenate_datasets(labelled).select_columns([*columns, task_column]), task_column
+    )
     # The description outlives map and filter, and tells later which tasks have lost all their rows.
     joined.info.description = _TASKS_MARK + json.dumps([name for name, _ in pairs])
     return joined
+
+
+def _first_rows(
+    pairs: list[tuple[str, Any]], take: int | Mapping[str, int] | None
+) -> list[tuple[str, Any]]:
+    """The tasks, of which ``take`` names some, with their first rows alone, and without streams."""
+    from datasets import Dataset, IterableDataset
+
+    names = [name for name, _ in pairs]
+    if isinstance(take, Mapping):
+        unknown = [name for name in take if name not in names]
+        if unknown:
+            raise ValueError(f"take names {unknown}, which are not among the tasks {names}.")
+        number_of = dict(take)
+    else:
+        number_of = {} if take is None else dict.fromkeys(names, take)
+    for name, number in number_of.items():
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+            what = f"take[{name!r}]" if isinstance(take, Mapping) else "take"
+            raise ValueError(f"{what} must be a number of rows, 1 or more; got {number!r}.")
+    for name, dataset in pairs:
+        if isinstance(dataset, IterableDataset) and name not in number_of:
+            raise TypeError(
+                f"tasks[{name!r}] is a stream (datasets.IterableDataset); rows of a dropped task "
+                "could not be left out. Pass take=n, which reads the first n rows of each task, or "
+                "take={name: n, ...}."
+            )
+
+    def shortened(name: str, dataset: Any) -> Any:
+        number, is_stream = number_of.get(name), isinstance(dataset, IterableDataset)
+        if number is None or not isinstance(dataset, Dataset | IterableDataset):
+            return dataset
+        if is_stream:
+            first = _read_stream(dataset, int(number))
+        else:
+            first = dataset.select(range(min(number, len(dataset))))
+        if is_stream and len(first) < number:
+            logger.warning(
+                "tasks[%r]: the stream ended after %d rows; take asks for %d.",
+                name,
+                len(first),
+                number,
+            )
+        else:
+            logger.info("tasks[%r]: took the first %d rows.", name, len(first))
+        return first
+
+    return [(name, shortened(name, dataset)) for name, dataset in pairs]
+
+
+def _read_stream(stream: IterableDataset, number: int) -> Dataset:
+    """The first rows, as they are stored, with the stream's features, else those of the rows."""
+    from datasets import Dataset
+
+    features = stream.features
+    if features is not None and hasattr(stream, "decode"):
+        stream = stream.decode(False)  # images and sound stay the bytes that they are
+    rows = list(stream.with_format(None).take(number))
+    columns = features or dict.fromkeys(column for row in rows for column in row)
+    return Dataset.from_dict(
+        {column: [row.get(column) for row in rows] for column in columns}, features=features
+    )
 
 
 def joined_tasks(dataset: Any) -> list[str]:

@@ -60,6 +60,8 @@ class Plan:
     target: TaskExamples
     loss: TrainerLoss
     """How the loss of an example is computed, in agreement with the trainer."""
+    examples_per_row: dict[str, float]
+    """Of each task, mean examples in a packed row; empty if every row is one example."""
     switch_step: int
     """Optimizer steps of warm-up; the selection follows the last of them."""
     seed: int
@@ -216,6 +218,7 @@ def make_plan(
             "completions."
         )
     task_of_example = tasks.ids[train_rows.packed_rows]
+    examples_per_row = np.bincount(task_of_example) / tasks.counts
     return Plan(
         tasks=tasks,
         examples=tuple(
@@ -231,10 +234,15 @@ def make_plan(
             name=target or "target",
             rows=target_rows,
             example_ids=target_ids,
-            num_rows=len(target_set),
+            num_rows=len(target_rows),
             example_weights=tuple(target_weights),
         ),
         loss=loss,
+        examples_per_row=(
+            {}
+            if (examples_per_row == 1).all()
+            else dict(zip(tasks.names, examples_per_row.tolist(), strict=True))
+        ),
         switch_step=switch_step,
         seed=seed,
         fingerprint={

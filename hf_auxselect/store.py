@@ -205,6 +205,12 @@ class GradientStore:
             raise AttributeError("this is the store of a target; it has no target of its own.")
         return self._target
 
+    @property
+    def examples_per_row(self) -> np.ndarray:
+        """float64 [K]: mean examples in a row that training draws; 1 but where rows are packed."""
+        packed = (self.metadata.get("training") or {}).get("examples_per_row") or {}
+        return np.array([float(packed.get(name, 1.0)) for name in self.task_names])
+
     @cached_property
     def task_losses(self) -> np.ndarray:
         """float64 [K]: loss of each task at the anchor, nats per label token."""

@@ -43,12 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PACKING_RECIPE = (
-    "Set packing=False; or pack each task by itself before making the trainer: "
-    "trl.pack_dataset(tokenized, max_length, 'bfd') for each task, concatenate_tasks(...), and "
-    "SFTConfig(packing=False, padding_free=True, max_length=None)."
-)
-
 
 def callers() -> Iterator[FrameType]:
     """The frames of the call stack, the innermost first."""
@@ -155,16 +149,8 @@ def refuse_unsupported(trainer: Trainer) -> None:
     ):
         raise ValueError(
             "train_dataset is an iterable dataset; rows of a dropped task could not be left out. "
-            "Materialise the tasks (Dataset.from_list(list(stream.take(n)))) and join them with "
-            "concatenate_tasks."
-        )
-    if getattr(args, "packing", False):
-        raise ValueError(
-            f"packing=True mixes tasks within a row and drops the task column. {PACKING_RECIPE}"
-        )
-    if getattr(args, "eval_packing", False):
-        raise ValueError(
-            "eval_packing=True packs the target's examples into rows. Set eval_packing=False."
+            "Join the tasks' streams with concatenate_tasks({name: stream, ...}, take=n), which "
+            "reads the first n rows of each."
         )
     if trainer.hp_search_backend is not None:
         raise ValueError(
@@ -213,6 +199,18 @@ def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
             the trainer's preparation, or fewer than two tasks are left.
     """
     dataset = trainer.train_dataset
+    with_task = getattr(dataset, "rows_with_task", None)
+    if with_task is not None:  # concatenate_tasks, then select_columns without the task column
+        dataset = with_task
+    columns = getattr(dataset, "column_names", None) or [task_column]
+    if task_column not in columns and getattr(trainer.args, "packing", False):
+        raise ValueError(
+            "packing=True has packed rows of all tasks together and dropped their column "
+            f"{task_column!r}. Make train_dataset with concatenate_tasks({{name: dataset, ...}}), "
+            "whose tasks are packed each by itself, also after map, filter and the like (what "
+            "datasets.concatenate_datasets or load_from_disk return is a plain Dataset); or set "
+            "packing=False."
+        )
     labels, class_names = _task_labels(dataset, task_column)
     tasks = TaskRows.from_labels(labels, class_names=class_names, column=task_column)
     joined = joined_tasks(dataset)
@@ -222,7 +220,7 @@ def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
             f"{list(tasks.names)} of the tasks' names {joined}: a map over batches, such as "
             f"group_texts of run_clm, has chained it. {GROUP_EACH_TASK}"
         )
-    _note_missing_tasks(trainer, task_column, tasks, class_names)
+    _note_missing_tasks(trainer, dataset, task_column, tasks, class_names)
     if len(tasks.names) < 2:
         raise ValueError(
             f"train_dataset holds {len(tasks.names)} task(s) {list(tasks.names)} in its column "
@@ -279,7 +277,11 @@ def _no_task_column(column: str, columns: Sequence[str], row: int | None = None)
 
 
 def _note_missing_tasks(
-    trainer: Trainer, column: str, tasks: TaskRows, class_names: Sequence[str] | None
+    trainer: Trainer,
+    dataset: Any,
+    column: str,
+    tasks: TaskRows,
+    class_names: Sequence[str] | None,
 ) -> None:
     """Refuse if the trainer has dropped all rows of a task; say which tasks were left out before.
 
@@ -287,7 +289,7 @@ def _note_missing_tasks(
     given, which writes a table of just those rows, and then filters it: what is in the table and
     not shown was dropped by the trainer.
     """
-    dataset, args = trainer.train_dataset, trainer.args
+    args = trainer.args
     if not isinstance(dataset, Dataset):
         return
     hidden: list[str] = []
@@ -364,7 +366,10 @@ def target_dataset(trainer: Trainer, target: str | None) -> Any:
     else:
         dataset = datasets
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError("the target's eval_dataset is an iterable dataset; materialise it first.")
+        raise ValueError(
+            "the target's eval_dataset is an iterable dataset, of which no example can be read "
+            "twice. Pass its first rows: Dataset.from_list(list(stream.take(n)))."
+        )
     if len(dataset) == 0:
         raise ValueError("the target's eval_dataset has no rows.")
     return dataset
@@ -373,8 +378,9 @@ def target_dataset(trainer: Trainer, target: str | None) -> Any:
 class ModelRows(Sequence[Any]):
     """Rows of a dataset with the columns that the trainer hands to its collator.
 
-    Rows that were packed within their task (``seq_lengths``) are taken apart: an example is then
-    one document, and ``packed_rows`` tells the row that each came from.
+    Where documents that were packed into a row (``seq_lengths``) do not attend to each other, as
+    under ``padding_free``, an example is one document, and ``packed_rows`` tells the row that each
+    came from. Else an example is a whole row.
     """
 
     def __init__(self, trainer: Trainer, dataset: Any) -> None:
@@ -387,7 +393,9 @@ class ModelRows(Sequence[Any]):
         self._only_signature = trainer.args.remove_unused_columns
         self._dataset = dataset
         self._starts: np.ndarray | None = None
-        if isinstance(dataset, Dataset) and "seq_lengths" in dataset.column_names:
+        is_padding_free = getattr(trainer.data_collator, "padding_free", False)
+        is_packed = isinstance(dataset, Dataset) and "seq_lengths" in dataset.column_names
+        if is_padding_free and is_packed:
             lengths = dataset.with_format(None).select_columns(["seq_lengths"])[:]["seq_lengths"]
             self.packed_rows = np.repeat(np.arange(len(dataset)), [len(row) for row in lengths])
             self._lengths = np.concatenate([np.asarray(row, np.int64) for row in lengths])
@@ -411,7 +419,9 @@ class ModelRows(Sequence[Any]):
         if self._starts is None:
             return row
         part = slice(self._starts[index], self._starts[index] + self._lengths[index])
-        return {name: row[name][part] for name in ("input_ids", "labels") if name in row}
+        # In older versions of TRL a document has masks instead of labels.
+        names = ("input_ids", "labels", "completion_mask", "assistant_masks")
+        return {name: row[name][part] for name in names if name in row}
 
     def without_format(self, index: int) -> Any:
         """An example as it is stored, whatever the dataset's format and transform."""

@@ -468,19 +468,21 @@ class TestRefusals:
             eval_dataset=masked,
         )
 
-    def test_packing(self, run_dir):
-        self.refuse("packing=True.*pack each task by itself", directory=run_dir, packing=True)
-
-    def test_packing_of_the_target(self, run_dir):
-        self.refuse("eval_packing=True", directory=run_dir, eval_packing=True)
-
     def test_an_iterable_dataset(self, run_dir):
         stream = tiny.tasks().to_iterable_dataset()
-        self.refuse("iterable dataset.*Materialise", directory=run_dir, train_dataset=stream)
+        self.refuse(
+            r"iterable dataset.*concatenate_tasks\(.*take=n",
+            directory=run_dir,
+            train_dataset=stream,
+        )
 
     def test_an_iterable_target(self, run_dir):
         stream = tiny.sums(8, 1).to_iterable_dataset()
-        self.refuse("iterable dataset; materialise", directory=run_dir, eval_dataset=stream)
+        self.refuse(
+            r"iterable dataset.*Dataset.from_list\(list\(stream.take\(n",
+            directory=run_dir,
+            eval_dataset=stream,
+        )
 
     def test_a_warm_up_longer_than_the_run(self, run_dir):
         self.refuse(

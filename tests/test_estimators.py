@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from hf_auxselect.estimators.base import (
     random_subsets,
     rank_correlation,
 )
+from hf_auxselect.estimators.quadratic import QuadraticModel
 from hf_auxselect.estimators.recursion import Recursion
 from hf_auxselect.mixture import MixtureSampler, TaskRows
 
@@ -692,3 +694,83 @@ class TestDifferencesOfQuadraticModels:
         added = [(e.high - e.loss)[0] / 1.6448536 / 0.3 for e in estimates]
         assert added[1] ** 2 - added[0] ** 2 == pytest.approx(given_up**2, rel=1e-5)
         assert estimates[1].high[1] == estimates[1].low[1]  # no training, no restart
+
+
+class TestPackedRows:
+    """A row of several examples is one draw of the trainer's, and several of the store's."""
+
+    PER_ROW = (2, 1, 3)
+
+    @pytest.fixture
+    def store(self):
+        store = random_store(3, counts=(4, 5, 3))
+        packed = {f"task{k}": float(m) for k, m in enumerate(self.PER_ROW)}
+        training = store.metadata["training"] | {"examples_per_row": packed}
+        return rebuilt(
+            store,
+            task_sizes=[2, 5, 1],
+            metadata=store.metadata | {"training": training},
+        )
+
+    def test_a_row_has_the_label_tokens_of_its_examples(self, store):
+        model = QuadraticModel(store, _read_loss, rank=None)
+        tokens = [store.num_label_tokens[store.task_ids == k].mean() for k in range(3)]
+        share = np.array([0.5, 0.3, 0.2]) * self.PER_ROW * tokens
+        weights = model.token_weights(np.array([[0.5, 0.3, 0.2]]))
+        assert weights[0] == pytest.approx(share / share.sum(), rel=1e-12)
+
+    def test_a_row_varies_as_a_sum_of_examples_does(self, store):
+        """Against all rows that could be made of the captured examples."""
+        model = QuadraticModel(store, _read_loss, rank=6)
+        gradients = store.scalar("loss")[1].astype(float)
+        rows = np.array([[0.5, 0.3, 0.2]])
+        moments = []
+        for k, m in enumerate(self.PER_ROW):
+            own = np.flatnonzero(store.task_ids == k)
+            sums = [
+                (store.num_label_tokens[list(row), None] * gradients[list(row)]).sum(0)
+                for row in itertools.product(own, repeat=m)
+            ]
+            moments.append(np.mean([np.outer(s, s) for s in sums], 0))
+        tokens = rows[0] @ model.tokens_per_row_K
+        w = model.token_weights(rows)
+        b = w[0] @ model.b_KD
+        expected = np.tensordot(rows[0], moments, 1) / tokens**2 - np.outer(b, b)
+        covariance = model.row_covariance(rows, w).inner[0]
+        axes = model.outwards(np.eye(model.rank))
+        assert axes.T @ covariance @ axes == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+    def test_nothing_is_missing_where_all_examples_of_the_rows_were_captured(self, store):
+        model = QuadraticModel(store, _read_loss, rank=None)
+        assert model.missing_K.tolist() == [0, 0, 0]
+        half = rebuilt(store, task_sizes=[4, 10, 2])
+        model = QuadraticModel(half, _read_loss, rank=None)
+        assert model.missing_K.tolist() == [0.5, 0.5, 0.5]
+        plain = random_store(3, counts=(4, 5, 3))
+        unpacked = QuadraticModel(rebuilt(plain, task_sizes=[8, 10, 6]), _read_loss, rank=None)
+        w = np.array([[0.2, 0.5, 0.3]])
+        for one, other in zip(
+            model.capture_covariance(w), unpacked.capture_covariance(w), strict=True
+        ):
+            assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
+
+    def test_the_logistic_model_weighs_examples_not_rows(self, store):
+        fitted = GradExLogistic(regularization=0.05).fit(store)
+        shares = np.array([0.5, 0.3, 0.2]) * self.PER_ROW
+        plain = GradExLogistic(regularization=0.05).fit(random_store(3, counts=(4, 5, 3)))
+        assert fitted.estimate([[0.5, 0.3, 0.2]]).loss == pytest.approx(
+            plain.estimate([shares]).loss, rel=1e-9
+        )
+
+    def test_clipping_is_that_of_batches_of_all_examples_of_their_rows(self, store):
+        fitted = LinearizedTraining().fit(store)
+        assert fitted._batch_size == round(4 * (2 * 2 + 5 * 1 + 1 * 3) / 8)
+        rows = normalize_mixtures([[True, True, True]], store.task_sizes)
+        drawn = fitted._batches(rows)[1]
+        share = np.bincount(drawn.ravel(), minlength=3) / drawn.size
+        assert share == pytest.approx(np.array([4, 5, 3]) / 12, abs=0.01)
+
+
+def _read_loss(store, rows):
+    g = store.scalar("loss")[1][rows].astype(float)
+    return g, g

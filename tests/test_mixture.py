@@ -1,13 +1,17 @@
 import enum
+import logging
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from datasets import (
+    ClassLabel,
     Dataset,
     DatasetDict,
     Features,
+    Image,
+    IterableDataset,
     IterableDatasetDict,
     Value,
     concatenate_datasets,
@@ -16,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_auxselect import concatenate_tasks
-from hf_auxselect.mixture import MixtureSampler, TaskRows
+from hf_auxselect.mixture import MixtureSampler, TaskRows, joined_tasks
 
 
 def texts(*values):
@@ -87,7 +91,7 @@ class TestConcatenateTasks:
             ({" ": texts("1")}, ValueError, "is empty"),
             ({1: texts("1")}, TypeError, "names must be strings"),
             ({"a": ["1"]}, TypeError, r"tasks\['a'\] must be a datasets.Dataset, got list"),
-            ({"a": texts("1").to_iterable_dataset()}, TypeError, "Materialise"),
+            ({"a": texts("1").to_iterable_dataset()}, TypeError, r"'a'\] is a stream.*take=n"),
             (
                 {"a": DatasetDict(train=texts("1"), test=texts("2"))},
                 TypeError,
@@ -112,6 +116,104 @@ class TestConcatenateTasks:
     def test_bad_input(self, tasks, error, message):
         with pytest.raises(error, match=message):
             concatenate_tasks(tasks)
+
+
+def stream_of(rows):
+    """A stream whose features are not known."""
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+class TestStreams:
+    def test_the_first_rows_are_taken(self, caplog):
+        tasks = {
+            "a": texts("1", "2", "3").to_iterable_dataset(),
+            "b": stream_of([{"text": "4"}, {"text": "5"}]),
+            "c": texts("6", "7", "8"),
+        }
+        with caplog.at_level(logging.INFO, "hf_auxselect"):
+            joined = concatenate_tasks(tasks, take=2)
+        expected = [("1", "a"), ("2", "a"), ("4", "b"), ("5", "b"), ("6", "c"), ("7", "c")]
+        assert list(zip(joined["text"], joined["task"], strict=True)) == expected
+        assert caplog.text.count("took the first 2 rows") == 3
+        assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+        assert joined_tasks(joined) == ["a", "b", "c"]
+
+    def test_each_task_may_have_its_own_number(self):
+        tasks = {"a": texts("1", "2", "3").to_iterable_dataset(), "b": texts("4", "5", "6")}
+        assert concatenate_tasks(tasks, take={"a": 1})["text"][:] == ["1", "4", "5", "6"]
+
+    def test_a_stream_that_ends_early_is_said(self, caplog):
+        tasks = {"a": texts("1", "2").to_iterable_dataset(), "b": texts("3")}
+        with caplog.at_level(logging.WARNING, "hf_auxselect"):
+            assert len(concatenate_tasks(tasks, take=5)) == 3
+        assert [r.getMessage() for r in caplog.records] == [
+            "tasks['a']: the stream ended after 2 rows; take asks for 5."
+        ]
+
+    def test_no_more_rows_are_read_than_are_taken(self):
+        read = []
+
+        def rows():
+            for i in range(100):
+                read.append(i)
+                yield {"text": str(i)}
+
+        concatenate_tasks({"a": IterableDataset.from_generator(rows), "b": texts("x")}, take=3)
+        assert len(read) <= 4
+
+    @pytest.mark.parametrize("form", [None, "torch", "numpy"])
+    def test_types_are_those_of_the_stream(self, form):
+        features = Features(
+            {
+                "label": ClassLabel(names=["no", "yes"]),
+                "n": Value("int32"),
+                "messages": [{"role": Value("string")}],
+            }
+        )
+        rows = {"label": [0, 1], "n": [3, None], "messages": [[{"role": "user"}], []]}
+        stored = Dataset.from_dict(rows, features=features)
+        stream = stored.with_format(form).to_iterable_dataset()
+        joined = concatenate_tasks({"a": stream, "b": stored}, take=9)
+        assert joined.features == Features({**features, "task": Value("string")})
+        assert joined[:2] == joined[2:] | {"task": ["a", "a"]} == {**rows, "task": ["a", "a"]}
+
+    def test_types_are_inferred_where_the_stream_has_none(self):
+        stream = stream_of([{"x": 1}, {"x": None, "y": "later"}])
+        joined = concatenate_tasks({"a": stream}, take=2)
+        assert joined[:] == {"x": [1, None], "y": [None, "later"], "task": ["a", "a"]}
+
+    def test_images_stay_the_bytes_that_they_are(self):
+        png = bytes.fromhex(
+            "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d7"
+            "63f8ffff3f0005fe02fea135812f0000000049454e44ae426082"
+        )
+        features = Features({"image": Image()})
+        stored = Dataset.from_dict({"image": [{"bytes": png, "path": None}]}, features=features)
+        joined = concatenate_tasks({"a": stored.to_iterable_dataset()}, take=1)
+        assert joined.features["image"] == Image()
+        undecoded = joined.cast_column("image", Image(decode=False))
+        assert undecoded[0]["image"]["bytes"] == png
+
+    @pytest.mark.parametrize(
+        ("take", "error", "message"),
+        [
+            (None, TypeError, r"tasks\['a'\] is a stream.*Pass take=n"),
+            ({"b": 1}, TypeError, r"tasks\['a'\] is a stream.*Pass take=n"),
+            ({"a": 1, "z": 1}, ValueError, r"take names \['z'\], which are not among"),
+            (0, ValueError, "take must be a number of rows, 1 or more; got 0"),
+            (1.5, ValueError, "take must be a number of rows, 1 or more; got 1.5"),
+            (True, ValueError, "take must be a number of rows, 1 or more; got True"),
+            ({"a": -1}, ValueError, r"take\['a'\] must be a number of rows, 1 or more; got -1"),
+        ],
+    )
+    def test_bad_input(self, take, error, message):
+        tasks = {"a": texts("1").to_iterable_dataset(), "b": texts("2")}
+        with pytest.raises(error, match=message):
+            concatenate_tasks(tasks, take=take)
+
+    def test_an_empty_stream(self):
+        with pytest.raises(ValueError, match=r"tasks\['a'\] has no rows"):
+            concatenate_tasks({"a": stream_of([])}, take=2)
 
 
 counts = st.lists(st.integers(1, 30), min_size=1, max_size=5)

@@ -210,7 +210,12 @@ class FittedLinearizedTraining(FittedQuadratic):
             self._square_N[rows] = (chunk**2).sum(1)
         self._gram_KK = b_KD @ b_KD.T
         rng = np.random.default_rng(0)
-        size = self._training["examples_per_step"]
+        # Examples of a step: more than rows where these are packed, as in a mixture of all tasks.
+        everything = np.ones((1, len(self._store.task_names)), bool)
+        per_row_1 = normalize_mixtures(everything, self._store.task_sizes) @ (
+            self._model.examples_per_row_K
+        )
+        self._batch_size = size = round(self._training["examples_per_step"] * float(per_row_1[0]))
         num_rows = size * max(_LEAST_BATCHES, _ROWS_OF_BATCHES // size)
         # The same random numbers for every mixture, so that mixtures differ by their shares alone;
         # those that say which task are spread out evenly, over the tasks in the order of names.
@@ -288,11 +293,15 @@ class FittedLinearizedTraining(FittedQuadratic):
         return np.maximum(num_rows_M, np.ceil(1 / smallest_M))
 
     def _batches(self, rows_MK: Array) -> tuple[Array, Array]:
-        """J batches of B rows of each mixture: which rows, and their tasks; int64 [M, J, B]."""
+        """J batches of B examples of each mixture: which, and their tasks; int64 [M, J, B]."""
         counts_K = self._model.counts_K
         first_K = np.cumsum(counts_K) - counts_K
-        size = self._training["examples_per_step"]
+        size = self._batch_size
         shape_MJB = (len(rows_MK), len(self._which_task) // size, size)
+        per_row_K = self._model.examples_per_row_K
+        if (per_row_K != 1).any():
+            rows_MK = rows_MK * per_row_K
+            rows_MK = rows_MK / np.where(rows_MK.any(1), rows_MK.sum(1), 1.0)[:, None]
         place_MJB = np.zeros(shape_MJB, np.int64)
         for m, ends_K in enumerate(np.cumsum(rows_MK[:, self._by_name_K], axis=1)):
             places = np.searchsorted(ends_K, self._which_task, side="right")

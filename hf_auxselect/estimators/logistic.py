@@ -144,7 +144,10 @@ class FittedGradExLogistic(FittedEstimator):
         }
 
     def _example_shares(self, shares_MK: Array) -> Array:
-        return (shares_MK / self._counts_K)[:, self._store.task_ids]
+        examples_MK = shares_MK * self._store.examples_per_row
+        total_M = np.where(shares_MK.any(1), examples_MK.sum(1), 1.0)
+        scale_M = np.where(shares_MK.any(1), shares_MK.sum(1), 1.0) / total_M
+        return (examples_MK * scale_M[:, None] / self._counts_K)[:, self._store.task_ids]
 
     def _estimate_chunk(self, shares_MK: Array) -> tuple[Array, Array]:
         """Loss and its standard deviation, float64 [M] each."""

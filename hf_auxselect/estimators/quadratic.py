@@ -81,9 +81,11 @@ class QuadraticModel:
     Attributes:
         rank: R.
         share_N: share of an example in its task's loss.
-        counts_K, tokens_per_row_K: captured examples of a task, and their mean label tokens.
+        counts_K: captured examples of a task.
+        examples_per_row_K, tokens_per_row_K: mean examples and label tokens in a row of a task;
+            several examples where rows are packed, else one.
         b_KD, b_KR: mean gradients of the tasks, whole and within the axes.
-        missing_K: share of a task's rows that were not captured.
+        missing_K: share of a task's examples that were not captured.
         vectors_VR: the further vectors within the axes.
         g_NR, phi_NR, norm_N: gradients of the examples within the axes (float32); norms of g.
         outer_response_K, outer_response_N: inner products with the target's b outside the axes, of
@@ -118,10 +120,12 @@ class QuadraticModel:
         self.counts_K = np.bincount(store.task_ids)
         tokens_N = store.num_label_tokens.astype(np.float64)
         tokens_K = np.bincount(store.task_ids, tokens_N)
-        self.tokens_per_row_K = tokens_K / self.counts_K
+        self.examples_per_row_K = store.examples_per_row
+        self.tokens_per_row_K = tokens_K / self.counts_K * self.examples_per_row_K
         self.share_N = tokens_N / tokens_K[store.task_ids]
-        self.missing_K = 1 - self.counts_K / np.maximum(store.task_sizes, self.counts_K)
-        self.missing_K[self.counts_K < 2] = 0.0  # one row does not tell how rows differ
+        num_examples_K = store.task_sizes * self.examples_per_row_K
+        self.missing_K = 1 - self.counts_K / np.maximum(num_examples_K, self.counts_K)
+        self.missing_K[self.counts_K < 2] = 0.0  # one does not tell how they differ
         self.b_KD, self._trace_K = self._moments(store, self.share_N)
         self._dim = self.b_KD.shape[1]
 
@@ -209,10 +213,12 @@ class QuadraticModel:
         )
 
     def capture_covariance(self, w_MK: Array) -> Covariance | None:
-        """Of the error of the mean gradient, by which rows were captured; None if all were."""
+        """Of the error of the mean gradient, by which examples were captured; None if all were."""
         if not self.missing_K.any():
             return None
-        w_MK = w_MK**2 * self.missing_K / np.maximum(self.counts_K - 1, 1)
+        # A row of m independent examples has an m-th of the variance of one.
+        per_example_K = self.examples_per_row_K / np.maximum(self.counts_K - 1, 1)
+        w_MK = w_MK**2 * self.missing_K * per_example_K
         outer_K = self._outer_moment_K - (self.b_KD**2).sum(1) + (self.b_KR**2).sum(1)
         moment_MRR = np.tensordot(w_MK, self._moment_KRR, 1)
         return Covariance(
@@ -320,9 +326,14 @@ class QuadraticModel:
             self.norm_N[rows] = np.linalg.norm(g, axis=1)
             self.outer_response_N[rows] = g_ND @ outer_target_b_D
             contribution_N = tokens_N[rows] / self.tokens_per_row_K[k]
-            weights_N = contribution_N**2 / self.counts_K[k]
+            weights_N = contribution_N**2 / self.counts_K[k] * self.examples_per_row_K[k]
             self._moment_KRR[k] += (g * weights_N[:, None]).T @ g
             self._outer_moment_K[k] += weights_N @ ((g_ND**2).sum(1) - (g**2).sum(1))
+        # A row is a sum of m examples. They are taken as independent, each with the mean b / m: so
+        # the products of two different ones are (m - 1) / m of b b^T in expectation.
+        pairs_K = 1 - 1 / self.examples_per_row_K
+        self._moment_KRR += pairs_K[:, None, None] * self.b_KR[:, :, None] * self.b_KR[:, None, :]
+        self._outer_moment_K += pairs_K * ((self.b_KD**2).sum(1) - (self.b_KR**2).sum(1))
         self.outer_response_K = self.b_KD @ outer_target_b_D
         self._outer_curvature_K = self._curvature_left(self._H_KRR, self._trace_K)
         self.captured_H_KRR = self._H_KRR
