@@ -15,7 +15,12 @@ from hf_auxselect import switch
 from hf_auxselect.distributed import computed_once
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDS
-from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_seconds
+from hf_auxselect.gradients import (
+    AT_OPTIMIZER,
+    capture_examples,
+    examples_to_check,
+    predict_seconds,
+)
 from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead_seconds
 from hf_auxselect.optimizer_state import is_supported
 from hf_auxselect.per_example import Batch, check_per_example_gradients
@@ -45,13 +50,9 @@ class GradientPass:
             )
         if self.one_by_one:
             return
-        tasks = (self.plan.examples[0], self.plan.target)
         with self.trainer.compute_loss_context_manager():
-            check_per_example_gradients(
-                self.trainer.model,
-                [task.rows[task.example_ids[0]] for task in tasks],
-                self._collate_fn,
-            )
+            examples = examples_to_check(self.plan.examples, self.plan.target, self._collate_fn)
+            check_per_example_gradients(self.trainer.model, examples, self._collate_fn)
 
     def preview(self) -> CostPreview:
         """Time batches and predict the cost."""

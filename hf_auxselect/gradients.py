@@ -26,13 +26,16 @@ from hf_auxselect.distributed import computed_once, gather, process_rank
 from hf_auxselect.files import JsonDict
 from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.per_example import (
+    IGNORE_INDEX,
     SCALARS,
     CollateFn,
     GradientHooks,
+    InseparableError,
     LabelLogits,
     NonFiniteError,
     at_least_float32,
-    check_per_example_gradients,
+    compare_with_autograd,
+    differentiate,
     evaluation_mode,
     forward_label_logits,
 )
@@ -100,7 +103,8 @@ def capture_gradients(
             with ``"@optimizer"`` behind it, for the gradient in the coordinates in which a step of
             the optimizer is a plain gradient step. The first is the store's default. None: what the
             estimators of this package need, with the optimizer if it is given.
-        one_by_one: run each example alone, without hooks: slow, but right for any model.
+        one_by_one: run each example alone, without hooks: slow, but right for any model. A model
+            whose tensors do not split by example runs so in any case.
         progress: show a progress bar.
 
     Returns:
@@ -183,13 +187,20 @@ def capture_examples(
     by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
     state = None if optimizer is None else read_optimizer(model, optimizer)
     sketch = CountSketch(projection_dim, seed)
-    capture = _Capture(model, collate_fn, sketch, scalars, seed, state, one_by_one=one_by_one)
+    whole: frozenset[str] = frozenset()
     if not one_by_one:
         with contextlib.suppress(NonFiniteError):  # the pass itself names task and row
-            error = check_per_example_gradients(
-                model, [task.rows[task.example_ids[0]] for task in (tasks[0], target)], collate_fn
-            )
-            logger.info("captured gradients agree with autograd; relative error %.1e", error)
+            checked = examples_to_check(tasks, target, collate_fn)
+            found = compare_with_autograd(model, checked, collate_fn)
+            whole = found.whole
+            if found.inseparable is not None:
+                one_by_one = True
+                _warn_of_one_by_one(found.inseparable)
+            else:
+                logger.info("captured gradients agree with autograd; error %.1e", found.error)
+    capture = _Capture(
+        model, collate_fn, sketch, scalars, seed, state, one_by_one=one_by_one, whole=whole
+    )
     metadata = capture.metadata | {"batch_size": batch_size, "training": training or {}}
     writer: StoreWriter | None = None
 
@@ -243,6 +254,35 @@ def capture_examples(
             computed_once(functools.partial(write, round_of_shards, results))
             bar.update(sum(len(shard.example_ids) for shard in round_of_shards[1:]))
     return GradientStore.load(directory)
+
+
+def examples_to_check(
+    tasks: Sequence[TaskExamples], target: TaskExamples, collate_fn: CollateFn
+) -> list[Any]:
+    """An example of the tasks, and one of the target, with label tokens if there are any.
+
+    The first that has two (a first token is predicted by nothing) is taken, of the first 32 of each
+    task; else the first example.
+    """
+    chosen = []
+    for group in (tasks, [target]):
+        rows = [task.rows[i] for task in group for i in task.example_ids[:1]]
+        candidates = (task.rows[i] for task in group for i in task.example_ids[:32])
+        chosen.append(
+            next(
+                (
+                    row
+                    for row in candidates
+                    if (collate_fn([row])["labels"] != IGNORE_INDEX).sum() > 1
+                ),
+                rows[0],
+            )
+        )
+    return chosen
+
+
+def _warn_of_one_by_one(reason: str) -> None:
+    logger.warning("the gradient pass runs each example alone, which is slower: %s.", reason)
 
 
 def predict_seconds(
@@ -335,6 +375,7 @@ class _Capture:
         optimizer: OptimizerState | None,
         *,
         one_by_one: bool = False,
+        whole: frozenset[str] = frozenset(),
     ) -> None:
         self._model = model
         self._collate_fn = collate_fn
@@ -343,7 +384,7 @@ class _Capture:
         self._seed = seed
         self._optimizer = optimizer
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._hooks = None if one_by_one else GradientHooks(model, self._receive)
+        self._hooks = None if one_by_one else GradientHooks(model, self._receive, whole=whole)
         self._projected: dict[str, Tensor] = {}
         self._stack = contextlib.ExitStack()
 
@@ -434,6 +475,17 @@ class _Capture:
         """Losses, label tokens, outputs and projected gradients of numbered examples of a task."""
         if self._hooks is not None:
             self._hooks.batch_size = len(rows)
+            try:
+                return self._hooks.capture(functools.partial(self._run, stream, rows))
+            except InseparableError as error:
+                # The check has seen other examples: not every model uses its parts in each batch.
+                self._hooks.__exit__()
+                self._hooks = None
+                _warn_of_one_by_one(str(error))
+        parts = [self._run(stream, [row]) for row in rows]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _run(self, stream: str, rows: list[tuple[int, Any]]) -> Arrays:
         output = forward_label_logits(self._model, self._collate_fn([row for _, row in rows]))
         names = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in self._scalars))
         if "sampled_loss" in names:
@@ -447,18 +499,13 @@ class _Capture:
             specs = [s for s in self._scalars if s.removesuffix(AT_OPTIMIZER) == name]
             zeros = output.logits.new_zeros(len(rows), self._sketch.dim)
             self._projected = {spec: zeros.clone() for spec in specs}
-            # With hooks, the parameters' own gradients are the price of reaching them, and dropped:
-            # p.grad stays untouched, and no gradient reducer of a distributed wrapper wakes up.
-            gradients = torch.autograd.grad(
-                values.sum(),
-                list(self._trainable.values()),
-                allow_unused=True,
-                retain_graph=position + 1 < len(names),
-            )
-            if self._hooks is None:  # one example alone
-                for parameter, gradient in zip(self._trainable, gradients, strict=True):
-                    if gradient is not None:
-                        self._receive(parameter, at_least_float32(gradient).unsqueeze(0))
+            retain_graph = position + 1 < len(names)
+            if self._hooks is not None:
+                self._hooks.backward(values, retain_graph=retain_graph)
+            else:  # one example alone
+                gradients = differentiate(values.sum(), self._trainable, retain_graph=retain_graph)
+                for parameter, gradient in gradients.items():
+                    self._receive(parameter, at_least_float32(gradient).unsqueeze(0))
             for spec in specs:
                 arrays[f"outputs.{spec}"] = values.detach().float().cpu().numpy()
                 arrays[f"gradients.{spec}"] = self._projected[spec].float().cpu().numpy()
