@@ -12,6 +12,7 @@ Shapes: B examples of a batch, S positions, V vocabulary, L label tokens of a ba
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import math
@@ -140,29 +141,28 @@ def _autograd_gradients(
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A copy of plain tuples, lists and dicts with every tensor in them changed."""
+    """A copy of tuples, lists and dicts, with every tensor in them changed."""
     if isinstance(value, Tensor):
         return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map_tensors(item, change) for item in value)
-    if type(value) is dict:
-        return {name: _map_tensors(item, change) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [_map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        changed = copy.copy(value)  # it may be a ModelOutput
+        for name, item in value.items():
+            changed[name] = _map_tensors(item, change)
+        return changed
     return value
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    """Tensors in order, also those in Transformers' outputs."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        return [tensor for item in value for tensor in _tensors_in(item)]
-    return []
+    found: list[Tensor] = []
+    _map_tensors(value, found.append)
+    return found
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether no tensor can hide where ``_map_tensors`` does not look."""
+    """Whether it is of a type in which no tensor is overlooked."""
     if type(value) in (tuple, list):
         return all(map(_is_plain, value))
     if type(value) is dict:
@@ -510,15 +510,25 @@ class GradientHooks:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Any,
-    ) -> None:
+    ) -> Any:
         if self._replaying or not torch.is_grad_enabled():
-            return
+            return output
         tensors = _tensors_in((args, kwargs))
-        seen = {id(tensor) for tensor in tensors}  # what is handed on, or returned twice
-        for number, value in enumerate(_tensors_in(output)):
-            if not value.requires_grad or id(value) in seen:
-                continue
-            seen.add(id(value))
+        handed_on = {id(tensor) for tensor in tensors}
+        values = _tensors_in(output)
+        numbers = [
+            number
+            for number, value in enumerate(values)
+            if value.requires_grad and id(value) not in handed_on
+        ]
+        if len(numbers) > 1:
+            # One may be computed from another: outside, aliases are used, whose gradients do not
+            # hold those that arrive within the module.
+            values = [v.view_as(v) if n in numbers else v for n, v in enumerate(values)]
+            rest = iter(values)
+            output = _map_tensors(output, lambda _: next(rest))
+        for number in numbers:
+            value = values[number]
             batch_size, lengths = self._batch or (self.batch_size or len(value), frozenset())
             call = _Call(
                 path=path,
@@ -539,6 +549,7 @@ class GradientHooks:
                 # matrix.
                 complaint = self._complaint(call, (args, kwargs), output)
                 value.register_hook(partial(self._complain, path, complaint))
+        return output
 
     def _complain(self, path: str, complaint: str, grad: Tensor) -> None:
         if self._complaints is None:  # not in self.backward
