@@ -259,26 +259,24 @@ def capture_examples(
 def examples_to_check(
     tasks: Sequence[TaskExamples], target: TaskExamples, collate_fn: CollateFn
 ) -> list[Any]:
-    """An example of the tasks, and one of the target, with label tokens if there are any.
+    """An example of the tasks and one of the target: the first that has label tokens.
 
-    The first that has two (a first token is predicted by nothing) is taken, of the first 32 of each
-    task; else the first example.
+    It is looked for among the first 32 of each task.
     """
-    chosen = []
-    for group in (tasks, [target]):
-        rows = [task.rows[i] for task in group for i in task.example_ids[:1]]
+
+    def first(group: Sequence[TaskExamples]) -> Any:
         candidates = (task.rows[i] for task in group for i in task.example_ids[:32])
-        chosen.append(
-            next(
-                (
-                    row
-                    for row in candidates
-                    if (collate_fn([row])["labels"] != IGNORE_INDEX).sum() > 1
-                ),
-                rows[0],
-            )
-        )
-    return chosen
+        chosen = (row for row in candidates if _has_label_tokens(row, collate_fn))
+        return next(chosen, group[0].rows[group[0].example_ids[0]])
+
+    return [first(tasks), first([target])]
+
+
+def _has_label_tokens(row: Any, collate_fn: CollateFn) -> bool:
+    """Whether a token but the first, which nothing predicts, has a label."""
+    has_labels = isinstance(row, Mapping) and "labels" in row
+    labels = np.asarray(row["labels"] if has_labels else collate_fn([row])["labels"].cpu())
+    return bool((labels[..., 1:] != IGNORE_INDEX).any()) if labels.ndim else True
 
 
 def _warn_of_one_by_one(reason: str) -> None:
