@@ -60,7 +60,7 @@ class GradientPass:
         with self.trainer.compute_loss_context_manager():
             check_per_example_gradients(
                 self.trainer.model,
-                self.plan.examples_to_check(),
+                self.plan.examples_to_check(self.trainer.model, self._collate_fn),
                 self._collate_fn,
                 loss=self.plan.loss.of_example,
             )

@@ -28,8 +28,10 @@ from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.per_example import (
     CollateFn,
     GradientHooks,
+    InseparableError,
     NonFiniteError,
-    check_per_example_gradients,
+    compare_with_autograd,
+    differentiate,
     evaluation_mode,
 )
 from hf_auxselect.projection import PROJECTION_VERSION, CountSketch
@@ -39,6 +41,7 @@ from hf_auxselect.scalars import (
     ExampleLoss,
     LabelLogits,
     at_least_float32,
+    count_label_tokens,
     forward_label_logits,
     match_model_loss,
 )
@@ -64,15 +67,6 @@ class TaskExamples:
     """Rows that the task has for training."""
     example_weights: Sequence[float] | None = None
     """Share of each example in the task's loss; None: in proportion to its label tokens."""
-
-
-def examples_to_check(task: TaskExamples, target: TaskExamples) -> list[Any]:
-    """Two examples that one batch may hold: of the task and of the target, if their keys agree."""
-    one, other = (of.rows[of.example_ids[0]] for of in (task, target))
-    keys = [set(row) if isinstance(row, Mapping) else None for row in (one, other)]
-    if keys[0] == keys[1]:
-        return [one, other]
-    return [task.rows[i] for i in task.example_ids[:2]]
 
 
 def capture_gradients(
@@ -115,7 +109,8 @@ def capture_gradients(
             with ``"@optimizer"`` behind it, for the gradient in the coordinates in which a step of
             the optimizer is a plain gradient step. The first is the store's default. None: what the
             estimators of this package need, with the optimizer if it is given.
-        one_by_one: run each example alone, without hooks: slow, but right for any model.
+        one_by_one: run each example alone, without hooks: slow, but right for any model. A model
+            whose tensors do not split by example runs so in any case.
         loss: how the loss of an example follows from the model; None: found by comparing with the
             loss that the model itself returns for labels.
         progress: show a progress bar.
@@ -209,15 +204,28 @@ def capture_examples(
     state = None if optimizer is None else read_optimizer(model, optimizer)
     sketch = CountSketch(projection_dim, seed)
     one_by_one = one_by_one or loss.of_batch is not None
-    capture = _Capture(
-        model, collate_fn, sketch, scalars, seed, state, one_by_one=one_by_one, loss=loss
-    )
+    whole: frozenset[str] = frozenset()
     if not one_by_one:
         with contextlib.suppress(NonFiniteError):  # the pass itself names task and row
-            error = check_per_example_gradients(
-                model, examples_to_check(tasks[0], target), collate_fn, loss=loss
-            )
-            logger.info("captured gradients agree with autograd; relative error %.1e", error)
+            checked = examples_to_check(model, tasks, target, collate_fn, loss)
+            found = compare_with_autograd(model, checked, collate_fn, loss=loss)
+            whole = found.whole
+            if found.inseparable is not None:
+                one_by_one = True
+                _warn_of_one_by_one(found.inseparable)
+            else:
+                logger.info("captured gradients agree with autograd; error %.1e", found.error)
+    capture = _Capture(
+        model,
+        collate_fn,
+        sketch,
+        scalars,
+        seed,
+        state,
+        one_by_one=one_by_one,
+        loss=loss,
+        whole=whole,
+    )
     metadata = capture.metadata | {"batch_size": batch_size, "training": training or {}}
     writer: StoreWriter | None = None
 
@@ -271,6 +279,37 @@ def capture_examples(
             computed_once(functools.partial(write, round_of_shards, results))
             bar.update(sum(len(shard.example_ids) for shard in round_of_shards[1:]))
     return GradientStore.load(directory)
+
+
+def examples_to_check(
+    model: nn.Module,
+    tasks: Sequence[TaskExamples],
+    target: TaskExamples,
+    collate_fn: CollateFn,
+    loss: ExampleLoss,
+) -> list[Any]:
+    """An example of the tasks and one of the target: the first that has label tokens.
+
+    It is looked for among the first 32 of each task. Where the keys of the two rows differ, so that
+    one batch cannot hold both, the second one is of the tasks, too.
+    """
+
+    def with_labels(group: Sequence[TaskExamples]) -> Iterator[Any]:
+        for task in group:
+            for i in task.example_ids[:32]:
+                row = task.rows[i]
+                if count_label_tokens(model, collate_fn([row]), loss).any():
+                    yield row
+
+    of_tasks = with_labels(tasks)
+    one = next(of_tasks, tasks[0].rows[tasks[0].example_ids[0]])
+    other = next(with_labels([target]), target.rows[target.example_ids[0]])
+    keys = [set(row) if isinstance(row, Mapping) else None for row in (one, other)]
+    return [one, other] if keys[0] == keys[1] else [one, next(of_tasks, one)]
+
+
+def _warn_of_one_by_one(reason: str) -> None:
+    logger.warning("the gradient pass runs each example alone, which is slower: %s.", reason)
 
 
 def predict_seconds(
@@ -368,6 +407,7 @@ class _Capture:
         *,
         one_by_one: bool = False,
         loss: ExampleLoss = NEXT_TOKEN_LOSS,
+        whole: frozenset[str] = frozenset(),
     ) -> None:
         self._loss = loss
         self._model = model
@@ -377,7 +417,7 @@ class _Capture:
         self._seed = seed
         self._optimizer = optimizer
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._hooks = None if one_by_one else GradientHooks(model, self._receive)
+        self._hooks = None if one_by_one else GradientHooks(model, self._receive, whole=whole)
         self._projected: dict[str, Tensor] = {}
         self._stack = contextlib.ExitStack()
 
@@ -473,6 +513,17 @@ class _Capture:
         """Losses, label tokens, outputs and projected gradients of numbered examples of a task."""
         if self._hooks is not None:
             self._hooks.batch_size = len(rows)
+            try:
+                return self._hooks.capture(functools.partial(self._run, stream, rows))
+            except InseparableError as error:
+                # The check has seen other examples: not every model uses its parts in each batch.
+                self._hooks.__exit__()
+                self._hooks = None
+                _warn_of_one_by_one(str(error))
+        parts = [self._run(stream, [row]) for row in rows]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _run(self, stream: str, rows: list[tuple[int, Any]]) -> Arrays:
         batch = self._collate_fn([row for _, row in rows])
         output = forward_label_logits(self._model, batch, self._loss)
         names = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in self._scalars))
@@ -487,18 +538,13 @@ class _Capture:
             specs = [s for s in self._scalars if s.removesuffix(AT_OPTIMIZER) == name]
             zeros = output.logits.new_zeros(len(rows), self._sketch.dim)
             self._projected = {spec: zeros.clone() for spec in specs}
-            # With hooks, the parameters' own gradients are the price of reaching them, and dropped:
-            # p.grad stays untouched, and no gradient reducer of a distributed wrapper wakes up.
-            gradients = torch.autograd.grad(
-                values.sum(),
-                list(self._trainable.values()),
-                allow_unused=True,
-                retain_graph=position + 1 < len(names),
-            )
-            if self._hooks is None:  # one example alone
-                for parameter, gradient in zip(self._trainable, gradients, strict=True):
-                    if gradient is not None:
-                        self._receive(parameter, at_least_float32(gradient).unsqueeze(0))
+            retain_graph = position + 1 < len(names)
+            if self._hooks is not None:
+                self._hooks.backward(values, retain_graph=retain_graph)
+            else:  # one example alone
+                gradients = differentiate(values.sum(), self._trainable, retain_graph=retain_graph)
+                for parameter, gradient in gradients.items():
+                    self._receive(parameter, at_least_float32(gradient).unsqueeze(0))
             for spec in specs:
                 arrays[f"outputs.{spec}"] = values.detach().float().cpu().numpy()
                 arrays[f"gradients.{spec}"] = self._projected[spec].float().cpu().numpy()

@@ -2,7 +2,9 @@
 
 Hooks on the modules that own trainable parameters see each module's input x and the gradient g of
 its output, from which the gradient of every example follows: for a linear layer the sum over
-positions of the outer products g x^T, for any other module its own vector-Jacobian product.
+positions of the outer products g x^T, for any other module its own vector-Jacobian product. Where
+the tensors of a module do not split by example (experts that get routed tokens, say), those of a
+module around it do, and that one is run again for each example.
 
 Shapes: B examples of a batch, S positions, V vocabulary, L label tokens of a batch.
 """
@@ -10,11 +12,13 @@ Shapes: B examples of a batch, S positions, V vocabulary, L label tokens of a ba
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +36,33 @@ from hf_auxselect.scalars import (
 CollateFn = Callable[[list[Any]], Batch]
 ReceiveFn = Callable[[str, Tensor], None]
 Rule = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _HALF = (torch.float16, torch.bfloat16)
 _FULL = (torch.float32, torch.float64)
 _LISTS = (nn.ParameterList, nn.ParameterDict)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_CONSTANTS = (nn.Module, str, int, float, torch.dtype, torch.device, type(None))
 
 _ONE_BY_ONE = "pass one_by_one=True, which runs each example alone: slow, but right for any model"
+_NO_GRADIENT = (
+    "no gradient reaches a trainable parameter: the model has none, or its adapter is merged or "
+    "disabled. Train a LoRA adapter (peft_config=...) or unfreeze parameters."
+)
+_HOW_TO_SPLIT = (
+    "Freeze the parameter or, for position embeddings, let the collator return position_ids of the "
+    "shape of input_ids."
+)
 
 
 class UnsupportedModuleError(ValueError):
     """A trainable parameter whose per-example gradient cannot be captured; names it."""
+
+
+class InseparableError(UnsupportedModuleError):
+    """Only examples that run alone have gradients of their own; says why."""
 
 
 class GradientCheckError(RuntimeError):
@@ -88,62 +109,157 @@ _RULES: dict[type[nn.Module], Rule] = {
 }
 
 
-def _autograd_gradients(
-    output: Tensor, parameters: Mapping[str, Tensor], grad: Tensor | None = None
+def differentiate(
+    output: Tensor,
+    parameters: Mapping[str, Tensor],
+    grad: Tensor | None = None,
+    *,
+    retain_graph: bool = False,
 ) -> dict[str, Tensor]:
-    """Autograd's gradient, by name; 0 for parameters that the output does not depend on.
+    """Autograd's gradient, by name, of the parameters that the output depends on.
 
     Raises:
         UnsupportedModuleError: it depends on none.
     """
     if not output.requires_grad:
-        raise UnsupportedModuleError(
-            "no gradient reaches a trainable parameter: the model has none, or its adapter is "
-            "merged or disabled. Train a LoRA adapter (peft_config=...) or unfreeze parameters."
-        )
-    gradients = torch.autograd.grad(output, list(parameters.values()), grad, allow_unused=True)
+        raise UnsupportedModuleError(_NO_GRADIENT)
+    gradients = torch.autograd.grad(
+        output, list(parameters.values()), grad, allow_unused=True, retain_graph=retain_graph
+    )
+    return {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
+
+
+def _autograd_gradients(
+    output: Tensor, parameters: Mapping[str, Tensor], grad: Tensor | None = None
+) -> dict[str, Tensor]:
+    """:func:`differentiate`; 0 for parameters that the output does not depend on."""
+    gradients = differentiate(output, parameters, grad)
     return {
-        name: torch.zeros_like(parameter) if gradient is None else gradient
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+        n: gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()
     }
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A copy of tuples, lists and dicts, with every tensor in them changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        items = [_map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        changed = copy.copy(value)  # it may be a ModelOutput
+        for name, item in value.items():
+            changed[name] = _map_tensors(item, change)
+        return changed
+    return value
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map_tensors(value, found.append)
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is of a type in which no tensor is overlooked."""
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, (Tensor, *_CONSTANTS))
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps tensors as autograd does: gradient checkpointing drops them and computes them again."""
+
+    @staticmethod
+    def keep(tensors: Sequence[Tensor]) -> Any:
+        """A node of the graph; read its ``saved_tensors`` once in each backward."""
+        root = torch.empty(0, requires_grad=True)
+        return _Kept.apply(root, *(tensor.data for tensor in tensors)).grad_fn
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return root.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
+        raise AssertionError("nothing depends on what is kept")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the tensors of a batch split by example."""
+
+    batch_size: int
+    lengths: frozenset[int]
+    """Sequence lengths S of the batch: [B*S, ...] holds the positions of one example after another,
+    as ``view(-1, hidden_size)`` leaves them."""
+
+    def splits(self, tensor: Tensor) -> bool:
+        """Whether the first dimension is that of the batch, or of all its positions."""
+        if tensor.ndim == 0:
+            return False
+        rows = len(tensor)
+        if self.batch_size == 1:
+            return True
+        return rows == self.batch_size or rows in {self.batch_size * S for S in self.lengths}
+
+    def is_shared(self, tensor: Tensor) -> bool:
+        """Whether it is one for all examples."""
+        return tensor.shape[:1] in ((), (1,))
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """[B, ...] as [B, 1, ...], [B*S, ...] as [B, S, ...]."""
+        return tensor.reshape(self.batch_size, len(tensor) // self.batch_size, *tensor.shape[1:])
+
+    def batch_first(self, tensor: Tensor) -> Tensor:
+        """[B, ...] as it is, [B*S, ...] as [B, S, ...]."""
+        return tensor if len(tensor) == self.batch_size else self.split(tensor)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a module that owns trainable parameters."""
+    """A call of a module that owns trainable parameters, and one of the tensors it returned."""
 
     path: str
     module: nn.Module
     own: Mapping[str, str]
     """Names of those parameters, in the module -> in the model."""
-    inputs: Sequence[Any]
-    """Positional arguments, then keyword arguments; tensors are detached."""
-    keywords: Sequence[str]
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    """Positional and keyword arguments, an empty tensor in place of each tensor."""
+    output: int
+    """Number of the tensor among those that the module returns."""
+    layout: _Layout
     autocast: torch.dtype | None
     """What the call was autocast to; a backward often runs outside of that context."""
+    vectorise: bool
+    """Whether ``vmap`` may run the module."""
 
-    def tensors(self) -> list[Tensor]:
-        return [value for value in self.inputs if isinstance(value, Tensor)]
-
-    def splits_by_example(self, output: Tensor) -> bool:
-        """Whether every tensor, in and out, has the batch as its first dimension."""
-        plain = (Tensor, nn.Module, str, int, float, type(None))
-        tensors = self.tensors()
+    def splits_by_example(self, tensors: Sequence[Tensor], output: Tensor) -> bool:
+        layout = self.layout
+        by_example = [layout.splits(tensor) for tensor in tensors]
         return (
-            len(tensors) > 0
-            and output.ndim > 0
-            and all(tensor.shape[:1] == output.shape[:1] for tensor in tensors)
-            and all(isinstance(value, plain) for value in self.inputs)
+            any(by_example)
+            and layout.splits(output)
+            and all(
+                split or layout.is_shared(tensor)
+                for split, tensor in zip(by_example, tensors, strict=True)
+            )
+            and all(map(_is_plain, self.inputs))
         )
 
-    def gradients(self, grad: Tensor) -> dict[str, Tensor]:
-        """Gradients [B, *shape] of the own parameters from that of the output [B, ...]."""
-        rule = self._rule() if len(self.inputs) == 1 else None
+    def gradients(self, grad: Tensor, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Gradients [B, *shape] of the own parameters, from that of the output."""
+        args, kwargs = self.inputs
+        rule = self._rule() if len(args) + len(kwargs) == 1 and len(tensors) == 1 else None
         if rule is None:
-            return self._replay(grad)
+            return self._replay(grad, tensors)
+        x, grad = self.layout.batch_first(tensors[0]), self.layout.batch_first(grad)
         # In an autocast that spans the backward, sums over positions would be rounded.
         with torch.autocast(grad.device.type, enabled=False):
-            return rule(self.module, self.tensors()[0], grad)
+            return rule(self.module, x, grad)
 
     def _rule(self) -> Rule | None:
         """The rule for the own parameters; None if the module may compute something else."""
@@ -154,42 +270,51 @@ class _Call:
                 return rule
         return None
 
-    def _replay(self, grad: Tensor) -> dict[str, Tensor]:
+    def _replay(self, grad: Tensor, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The module's vector-Jacobian product of each example."""
-        trainable = {
-            name: parameter.detach()
-            for name, parameter in self.module.named_parameters()
-            if name in self.own
-        }
-        num_positional = len(self.inputs) - len(self.keywords)
+        trainable = {n: p for n, p in self.module.named_parameters() if n in self.own}
+        splits = [self.layout.splits(tensor) for tensor in tensors]
+        tensors = [
+            self.layout.split(tensor) if by_example else tensor
+            for tensor, by_example in zip(tensors, splits, strict=True)
+        ]
+        grad = self.layout.split(grad)
 
-        def forward(parameters: dict[str, Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        def forward(tensors: Sequence[Tensor], parameters: dict[str, Tensor] | None) -> Tensor:
             rest = iter(tensors)
-            inputs = [
-                next(rest).unsqueeze(0) if isinstance(value, Tensor) else value
-                for value in self.inputs
-            ]
-            args = tuple(inputs[:num_positional])
-            kwargs = dict(zip(self.keywords, inputs[num_positional:], strict=True))
-            return torch.func.functional_call(self.module, parameters, args, kwargs)
+            args, kwargs = _map_tensors(self.inputs, lambda _: next(rest))
+            if parameters is None:
+                output = self.module(*args, **kwargs)
+            else:
+                output = torch.func.functional_call(self.module, parameters, args, kwargs)
+            return _tensors_in(output)[self.output]
 
         def vectorised(tensors: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
-            pull_back = torch.func.vjp(partial(forward, tensors=tensors), trainable)[1]
-            return pull_back(grad.unsqueeze(0))[0]
+            parameters = {name: parameter.detach() for name, parameter in trainable.items()}
+            pull_back = torch.func.vjp(partial(forward, tensors), parameters)[1]
+            return pull_back(grad)[0]
 
-        def alone(tensors: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
-            parameters = {name: p.detach().requires_grad_() for name, p in trainable.items()}
+        def alone(i: int) -> dict[str, Tensor]:
+            mine = [
+                t[i] if by_example else t for t, by_example in zip(tensors, splits, strict=True)
+            ]
             with torch.enable_grad():
-                output = forward(parameters, tensors)
-            return _autograd_gradients(output, parameters, grad.unsqueeze(0))
+                output = forward(mine, None)
+            if not output.requires_grad:
+                return {name: torch.zeros_like(p) for name, p in trainable.items()}
+            return _autograd_gradients(output, trainable, grad[i])
 
-        tensors, enabled = self.tensors(), self.autocast is not None
+        gradients: dict[str, Tensor] | None = None
         # Casts that autocast keeps for later would outlive the replay.
+        enabled = self.autocast is not None
         with torch.autocast(grad.device.type, self.autocast, enabled=enabled, cache_enabled=False):
-            try:
-                gradients = torch.func.vmap(vectorised)(tensors, grad)
-            except RuntimeError:  # kernels that vmap knows no rule for, or what is changed in place
-                each = [alone([t[i] for t in tensors], grad[i]) for i in range(len(grad))]
+            if self.vectorise:
+                in_dims = ([0 if by_example else None for by_example in splits], 0)
+                # Some kernels have no rule for vmap, some modules change tensors in place.
+                with contextlib.suppress(RuntimeError):
+                    gradients = torch.func.vmap(vectorised, in_dims)(tensors, grad)
+            if gradients is None:
+                each = [alone(i) for i in range(self.layout.batch_size)]
                 gradients = {name: torch.stack([g[name] for g in each]) for name in trainable}
         return {name: at_least_float32(gradient) for name, gradient in gradients.items()}
 
@@ -206,6 +331,10 @@ def _reaches_below(module: nn.Module) -> bool:
     return in_lists or (has_dora and isinstance(bias, Tensor) and bias.requires_grad)
 
 
+class RegroupedError(Exception):
+    """Parameters were assigned to modules around their own; the batch must run once more."""
+
+
 class GradientHooks:
     """While open, hands the per-example gradient of each trainable parameter to a function.
 
@@ -215,42 +344,68 @@ class GradientHooks:
     several times (tied weights, modules called twice): its gradient is the sum. The model is left
     as it was.
 
+    A call splits by example if its tensors, in and out, are [B, ...] or [B*S, ...] (the S positions
+    of one example after another), or, among the inputs, [1, ...] for all examples. For a module
+    whose calls do not, or that another module uses without calling it, :meth:`backward` lets a
+    module around it own its parameters: that one runs again for each example.
+
     Args:
-        model: any model whose trainable parameters belong to modules that map tensors [B, ...] to
-            one tensor [B, ...]. A module with a ``ParameterDict`` or ``ParameterList`` (as in LoRA
-            on embeddings) owns those and all that is below it.
+        model: any model with trainable parameters. A module with a ``ParameterDict`` or
+            ``ParameterList`` (as in LoRA on embeddings) owns those and all that is below it.
         receive: called with the parameter's name in ``model.named_parameters()``.
+        whole: ``whole`` of earlier hooks on the model, to begin with what they found.
 
     Raises:
         UnsupportedModuleError: a trainable parameter cannot be captured.
     """
 
-    def __init__(self, model: nn.Module, receive: ReceiveFn) -> None:
+    def __init__(
+        self, model: nn.Module, receive: ReceiveFn, *, whole: frozenset[str] = frozenset()
+    ) -> None:
         self.names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         self.batch_size: int | None = None
-        """B of the batch that runs, to refuse modules that mix examples; None: not checked."""
+        """B of the batch that runs; None: the first dimension of the model's first tensor."""
         self.half_precision = any(p.dtype not in _FULL for p in model.parameters())
         """Whether half precision, or less, was seen in parameters, outputs or autocast."""
+        self.whole = whole
+        """Paths of modules that own all that is below them, since a part of it does not split."""
         self._model = model
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._receive = receive
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaying = False
+        self._owners: dict[str, set[str]] = {}
+        """Paths of the modules that own each trainable parameter, by its name."""
+        self._batch: tuple[int, frozenset[int]] | None = None
+        """Batch size and sequence lengths of the model's inputs."""
+        self._complaints: dict[str, str] | None = None
+        """While :meth:`backward` runs: what is wrong with calls that do not split, by path."""
+        self._received: set[str] = set()
 
     def __enter__(self) -> GradientHooks:
+        watch = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._handles.append(watch)
+        self._owners = {name: set() for name in self._trainable}
+        whole = {self._model.get_submodule(path) for path in self.whole}
         below: set[nn.Module] = set()
         for path, module in self._model.named_modules():
             if module in below:
                 continue
-            whole = _reaches_below(module)
-            if whole:
+            owns_all = module in whole or _reaches_below(module)
+            if owns_all:
                 below.update(module.modules())
             own = {
                 local: self.names[id(parameter)]
-                for local, parameter in module.named_parameters(recurse=whole)
+                for local, parameter in module.named_parameters(recurse=owns_all)
                 if parameter.requires_grad
             }
+            for name in own.values():
+                self._owners[name].add(path)
             if own:
-                hook = partial(self._after_forward, path, own)
+                # vmap is for modules that are known to be small and simple; and a recurrent
+                # module computes with references to its parameters that vmap cannot replace.
+                vectorise = module not in whole and not isinstance(module, nn.RNNBase)
+                hook = partial(self._after_forward, path, own, vectorise)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -258,54 +413,180 @@ class GradientHooks:
         while self._handles:
             self._handles.pop().remove()
 
+    def capture(self, run: Callable[[], T]) -> T:
+        """The result of ``run``: a forward and its :meth:`backward`, until all calls split."""
+        while True:
+            try:
+                return run()
+            except RegroupedError:
+                continue
+
+    def backward(self, values: Tensor, *, retain_graph: bool = False) -> None:
+        """Differentiate the sum of a scalar of every example [B]; ``p.grad`` stays as it is.
+
+        Raises:
+            RegroupedError: some parameters have other owners from now on; what was received is
+                incomplete and the batch must run once more, see :meth:`capture`.
+            InseparableError: that would be of no use.
+            UnsupportedModuleError: no gradient reaches a trainable parameter.
+        """
+        self._complaints, self._received = {}, set()
+        try:
+            # The parameters' own gradients are the price of reaching them. They are dropped: p.grad
+            # stays untouched, and no gradient reducer of a distributed wrapper wakes up.
+            gradients = differentiate(values.sum(), self._trainable, retain_graph=retain_graph)
+            complaints = self._complaints
+        finally:
+            self._complaints = None
+        if not complaints:
+            for name in gradients.keys() - self._received:
+                for path in self._owners[name]:
+                    complaints[path] = (
+                        f"the trainable parameter {name!r} is used outside of its module {path!r}"
+                    )
+        if complaints:
+            self._regroup(complaints)
+            raise RegroupedError
+
+    def widen(self, names: Iterable[str]) -> None:
+        """Let modules around the owners of these parameters own them, which were captured wrong.
+
+        Raises:
+            InseparableError: that would be of no use.
+        """
+        self._regroup(
+            {
+                path: f"the gradients of {name!r} are not those of its examples alone"
+                for name in names
+                for path in self._owners[name]
+            }
+        )
+
+    def _regroup(self, complaints: Mapping[str, str]) -> None:
+        """Let modules around those in the complaints own all that is below them."""
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        num_modules = {path: len(list(module.modules())) for path, module in modules.items()}
+        whole = {modules[path] for path in self.whole}
+
+        def is_inside(path: str) -> bool:
+            parts = path.split(".")
+            return any(modules[".".join(parts[:n])] in whole for n in range(len(parts)))
+
+        def widen(path: str, complaint: str) -> None:
+            around = path
+            while around and (around == path or isinstance(modules[around], _CONTAINERS)):
+                around = around.rpartition(".")[0]
+            # To run most of the model once more for each example helps less than to run all of it.
+            if num_modules[around] > num_modules[""] / 2:
+                raise InseparableError(complaint)
+            if modules[around] not in whole:
+                whole.add(modules[around])
+                logger.info(
+                    "%s: its gradients are computed by running the module %r (%s) once more for "
+                    "each example",
+                    *(complaint, around, type(modules[around]).__name__),
+                )
+
+        # A module may be in several places. It has one owner or, inside of others, none.
+        for failed, complaint in complaints.items():
+            for path, module in modules.items():
+                if module is modules[failed]:
+                    widen(path, complaint)
+        num_whole = 0
+        while num_whole < len(whole):
+            num_whole = len(whole)
+            inside = {module for path, module in modules.items() if is_inside(path)}
+            for path, module in modules.items():
+                has_trainable = any(p.requires_grad for p in module.parameters())
+                if has_trainable and module in inside and not is_inside(path):
+                    widen(path, f"the module {path!r} is also a part of another")
+        self.whole = frozenset(path for path, module in modules.items() if module in whole)
+        self.__exit__()
+        self.__enter__()
+
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._replaying:
+            return
+        tensors = [tensor for tensor in _tensors_in((args, kwargs)) if tensor.ndim > 0]
+        batch_size = self.batch_size or (len(tensors[0]) if tensors else 0)
+        lengths = {t.shape[1] for t in tensors if t.ndim > 1 and len(t) == batch_size}
+        self._batch = (batch_size, frozenset(lengths)) if batch_size else None
+
     def _after_forward(
         self,
         path: str,
         own: dict[str, str],
+        vectorise: bool,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Any,
-    ) -> None:
+    ) -> Any:
         if self._replaying or not torch.is_grad_enabled():
-            return
-        inputs = [v.detach() if isinstance(v, Tensor) else v for v in [*args, *kwargs.values()]]
-        call = _Call(path, module, own, inputs, list(kwargs), _autocast_dtype(output))
-        if not isinstance(output, Tensor):
-            raise UnsupportedModuleError(self._complaint(call, output))
-        if not output.requires_grad:
-            return
-        self.half_precision |= output.dtype in _HALF or call.autocast is not None
-        if call.splits_by_example(output) and self.batch_size in (None, len(output)):
-            output.register_hook(partial(self._after_backward, call))
-            return
+            return output
+        tensors = _tensors_in((args, kwargs))
+        handed_on = {id(tensor) for tensor in tensors}
+        values = _tensors_in(output)
+        numbers = [
+            number
+            for number, value in enumerate(values)
+            if value.requires_grad and id(value) not in handed_on
+        ]
+        if len(numbers) > 1:
+            # One may be computed from another: outside, aliases are used, whose gradients do not
+            # hold those that arrive within the module.
+            values = [v.view_as(v) if n in numbers else v for n, v in enumerate(values)]
+            rest = iter(values)
+            output = _map_tensors(output, lambda _: next(rest))
+        for number in numbers:
+            value = values[number]
+            batch_size, lengths = self._batch or (self.batch_size or len(value), frozenset())
+            call = _Call(
+                path=path,
+                module=module,
+                own=own,
+                inputs=_map_tensors((args, kwargs), lambda _: torch.empty(0)),
+                output=number,
+                layout=_Layout(batch_size, lengths),
+                autocast=_autocast_dtype(value),
+                vectorise=vectorise,
+            )
+            self.half_precision |= value.dtype in _HALF or call.autocast is not None
+            if call.splits_by_example(tensors, value):
+                kept = _Kept.keep(tensors)
+                value.register_hook(partial(self._after_backward, call, kept))
+            else:
+                # Harmless unless a gradient arrives: DoRA, for one, runs LoRA's layers on a unit
+                # matrix.
+                complaint = self._complaint(call, (args, kwargs), output)
+                value.register_hook(partial(self._complain, path, complaint))
+        return output
 
-        complaint = self._complaint(call, output)
+    def _complain(self, path: str, complaint: str, grad: Tensor) -> None:
+        if self._complaints is None:  # not in self.backward
+            raise UnsupportedModuleError(f"{complaint}. {_HOW_TO_SPLIT}")
+        self._complaints[path] = complaint
 
-        def refuse(grad: Tensor) -> None:
-            raise UnsupportedModuleError(complaint)
-
-        # Harmless unless a gradient arrives: DoRA, for one, runs LoRA's layers on a unit matrix.
-        output.register_hook(refuse)
-
-    def _complaint(self, call: _Call, output: Any) -> str:
-        def shape(value: Any) -> str:
-            return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+    def _complaint(self, call: _Call, inputs: Any, output: Any) -> str:
+        def shapes(value: Any) -> str:
+            return ", ".join(str(list(tensor.shape)) for tensor in _tensors_in(value))
 
         return (
             f"the trainable parameter {next(iter(call.own.values()))!r} belongs to the module "
-            f"{call.path!r} ({type(call.module).__name__}), which maps "
-            f"{', '.join(map(shape, call.inputs))} to {shape(output)}; a per-example gradient can "
-            "be captured only if it maps tensors to one tensor, all with the batch size "
-            f"({self.batch_size}) as first dimension. Freeze the parameter; or, for position "
-            "embeddings, let the collator return position_ids of the shape of input_ids; or "
-            f"{_ONE_BY_ONE}."
+            f"{call.path!r} ({type(call.module).__name__}), which maps {shapes(inputs)} to "
+            f"{shapes(output)}, which does not split into {call.layout.batch_size} examples"
         )
 
-    def _after_backward(self, call: _Call, grad: Tensor) -> None:
+    def _after_backward(self, call: _Call, kept: Any, grad: Tensor) -> None:
+        self._received.update(call.own.values())
+        if self._complaints:
+            return  # the batch will run again
+        tensors = kept.saved_tensors  # inside of a checkpoint, its layer runs again now
         self._replaying = True
         try:
-            gradients = call.gradients(grad)
+            gradients = call.gradients(grad, tensors)
         finally:
             self._replaying = False
         for local, name in call.own.items():
@@ -354,6 +635,18 @@ def gradients_one_by_one(
         yield _autograd_gradients(value, trainable)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How the captured gradients of a batch compare with those of its examples alone."""
+
+    error: float
+    """Largest relative error of an example's gradient; 0 if examples must run alone."""
+    whole: frozenset[str]
+    """``GradientHooks.whole`` for this model."""
+    inseparable: str | None
+    """Why examples must run alone; None: they need not."""
+
+
 def check_per_example_gradients(
     model: nn.Module,
     examples: Sequence[Any],
@@ -370,64 +663,123 @@ def check_per_example_gradients(
 
     Args:
         model: a model with trainable parameters.
-        examples: rows for ``collate_fn``.
+        examples: rows for ``collate_fn``, of which one or more have label tokens.
         collate_fn: turns a list of examples into the model's keyword arguments with labels.
         scalar: what is differentiated, a key of ``SCALARS``.
         loss: how labels and logits belong together.
 
     Returns:
         The largest relative error |captured - autograd| / |autograd| of an example's gradient
-        (Euclidean norms over all parameters).
+        (Euclidean norms over all parameters). 0 for a model whose tensors do not split by example
+        (position embeddings that are looked up once for all): the gradient pass runs each example
+        alone, and warns of it.
 
     Raises:
         GradientCheckError: that error exceeds 2e-3 (0.2 where half precision takes part), or that
             of a single parameter exceeds 5e-2 (half precision: 0.8). Rounding stays below: in a
             model of 30 layers up to 3e-4 and 7e-4 were seen in float32, and 0.1 and 0.35 in
             bfloat16, more on some processors than on others. A fault is of order 0.1 to 1; of a
-            parameter that has no hook, 1.
-        UnsupportedModuleError: a trainable parameter cannot be captured, or none gets a gradient.
+            parameter that has no hook, 1. Or no example has a label token, or all gradients are
+            zero, so that there is nothing to compare.
+        UnsupportedModuleError: no gradient reaches a trainable parameter.
         NonFiniteError: a gradient of autograd's is NaN or infinite.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return compare_with_autograd(model, examples, collate_fn, scalar=scalar, loss=loss).error
+
+
+def compare_with_autograd(
+    model: nn.Module,
+    examples: Sequence[Any],
+    collate_fn: CollateFn,
+    *,
+    scalar: str = "margin",
+    loss: ExampleLoss = NEXT_TOKEN_LOSS,
+) -> Comparison:
+    """:func:`check_per_example_gradients`, with what the gradient pass is to know of it."""
     captured: dict[str, Tensor] = {}
 
     def receive(name: str, gradients: Tensor) -> None:
         captured[name] = captured[name] + gradients if name in captured else gradients
 
+    def run() -> None:
+        captured.clear()
+        output = forward_label_logits(model, collate_fn(list(examples)), loss)
+        if not output.num_label_tokens.any():
+            raise GradientCheckError(
+                f"none of the {len(examples)} examples that are checked has a label token (a label "
+                "other than -100 that the model predicts): there is no gradient to compare. Pass "
+                "examples that have some; look at the labels that the collator makes."
+            )
+        hooks.backward(SCALARS[scalar](output))
+
+    hooks = GradientHooks(model, receive)
+    hooks.batch_size = len(examples)
+    inseparable = None
     with evaluation_mode(model):
-        with GradientHooks(model, receive) as hooks:
-            hooks.batch_size = len(examples)
-            output = forward_label_logits(model, collate_fn(list(examples)), loss)
-            _autograd_gradients(SCALARS[scalar](output).sum(), trainable)
+        with hooks:
+            try:
+                hooks.capture(run)
+            except InseparableError as caught:
+                inseparable = str(caught)
         references = list(
             gradients_one_by_one(model, examples, collate_fn, scalar=scalar, loss=loss)
         )
+        _refuse_references(references)
+        if inseparable is not None:
+            return Comparison(0.0, hooks.whole, inseparable)
+        largest, errors = found = _compare(captured, references)
+        tolerance, of_parameter = (0.2, 0.8) if hooks.half_precision else (2e-3, 5e-2)
+        with hooks, contextlib.suppress(InseparableError):
+            # Sizes may agree by chance, or positions come before examples: modules around tell.
+            while not (largest <= tolerance and max(errors.values()) <= of_parameter):
+                hooks.widen(name for name, error in errors.items() if not error <= tolerance)
+                hooks.capture(run)
+                largest, errors = _compare(captured, references)
+            return Comparison(largest, hooks.whole, None)
+    largest, errors = found
+    culprit = max(errors, key=errors.__getitem__)
+    raise GradientCheckError(
+        f"the captured per-example gradient differs from autograd's, one example at a time, by "
+        f"{largest:.1e} of its norm (at most {tolerance:.0e} is expected), most of all for "
+        f"{culprit!r} (by {errors[culprit]:.1e}). The parameter is used in a way that the hooks "
+        "cannot see, or examples of a batch influence each other (padding that is attended to, "
+        "packing, batch statistics). Freeze the parameter, leave its layer out of target_modules, "
+        f"or {_ONE_BY_ONE}."
+    )
 
-    largest, largest_of_parameter, culprit = 0.0, 0.0, ""
+
+def _refuse_references(references: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raise where there is nothing to compare with."""
+    norms = [math.hypot(*(float(g.double().norm()) for g in r.values())) for r in references]
+    for row, norm in enumerate(norms):
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"example {row} of those checked has a NaN or infinite gradient.")
+    if not any(norms):
+        raise GradientCheckError(
+            f"the gradients of all {len(references[0])} trainable parameters are exactly zero for "
+            "all examples that are checked: there is nothing to compare, and nothing that training "
+            "could change. The trainable parameters do not act on the loss (an adapter whose other "
+            "factor is zero and frozen, a branch that is off). Look at which ones are trainable."
+        )
+
+
+def _compare(
+    captured: Mapping[str, Tensor], references: Sequence[Mapping[str, Tensor]]
+) -> tuple[float, dict[str, float]]:
+    """Largest relative error of an example's gradient, and of each parameter's part of it."""
+    largest, errors = 0.0, dict.fromkeys(references[0], 0.0)
     for row, reference in enumerate(references):
         expected = {name: gradient.double() for name, gradient in reference.items()}
         norms = {name: float(gradient.norm()) for name, gradient in expected.items()}
         norm = math.hypot(*norms.values())
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"example {row} of those checked has a NaN or infinite gradient.")
         differences = {
             name: float((captured[name][row] - gradient if name in captured else gradient).norm())
             for name, gradient in expected.items()
         }
-        largest = max(largest, math.hypot(*differences.values()) / (norm or 1.0))
+        of_example = math.hypot(*differences.values()) / (norm or 1.0)
+        largest = largest if of_example <= largest else of_example
         for name, difference in differences.items():
             # A parameter with next to no gradient is measured against 0.1% of the whole.
             error = difference / (max(norms[name], 1e-3 * norm) or 1.0)
-            if not error <= largest_of_parameter:
-                largest_of_parameter, culprit = error, name
-    tolerances = (0.2, 0.8) if hooks.half_precision else (2e-3, 5e-2)
-    if not (largest <= tolerances[0] and largest_of_parameter <= tolerances[1]):
-        raise GradientCheckError(
-            f"the captured per-example gradient differs from autograd's, one example at a time, by "
-            f"{largest:.1e} of its norm (at most {tolerances[0]:.0e} is expected), most of all for "
-            f"{culprit!r} (by {largest_of_parameter:.1e}). The parameter is used in a way that the "
-            "hooks cannot see, or examples of a batch influence each other (padding that is "
-            "attended to, packing, batch statistics). Freeze the parameter, leave its layer out of "
-            f"target_modules, or {_ONE_BY_ONE}."
-        )
-    return largest
+            errors[name] = errors[name] if error <= errors[name] else error  # NaN stays
+    return largest, errors

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from torch import nn
 from transformers import Trainer
 
 from hf_auxselect import __version__, switch
@@ -24,6 +25,7 @@ from hf_auxselect.files import JsonDict
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.gradients import TaskExamples, examples_to_check
 from hf_auxselect.mixture import TaskRows
+from hf_auxselect.per_example import CollateFn
 from hf_auxselect.seeds import random_permutation
 from hf_auxselect.selectors import AbstractSelector, EstimateFn, FixedSelection, Selection
 
@@ -82,7 +84,7 @@ class Plan:
             "that of all. examples_per_task=None reads all."
         ]
 
-    def examples_to_check(self) -> list[Any]:
+    def examples_to_check(self, model: nn.Module, collate_fn: CollateFn) -> list[Any]:
         """Two examples whose captured gradients are compared with autograd's before the first step.
 
         Where some have several images, or none, two of those: a batch then holds more or fewer
@@ -95,7 +97,9 @@ class Plan:
                 place = int(np.argmax(np.abs(counts - 1)))
                 other = 0 if place else len(counts) - 1
                 return [task.rows[task.example_ids[i]] for i in {place, other}]
-        return examples_to_check(self.examples[0], self.target)
+        return examples_to_check(
+            model, self.examples, self.target, collate_fn, self.loss.of_example
+        )
 
     def reads_per_row(
         self, weights: Mapping[str, float], max_steps: int, rows_per_step: int

@@ -4,9 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, PromptTuningConfig, VeraConfig
@@ -23,8 +25,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_auxselect import UnsupportedModuleError, check_per_example_gradients
-from hf_auxselect.per_example import GradientHooks, gradients_one_by_one
+from hf_auxselect import (
+    UnsupportedModuleError,
+    capture_gradients,
+    check_per_example_gradients,
+)
+from hf_auxselect.per_example import (
+    GradientHooks,
+    compare_with_autograd,
+    gradients_one_by_one,
+)
 from hf_auxselect.scalars import SCALARS, forward_label_logits
 
 SIZES = {
@@ -161,16 +171,20 @@ def batches(draw):
     return rows, draw(st.sampled_from(["right", "left"]))
 
 
-def captured_gradients(model, batch, scalar="margin"):
+def captured_gradients(model, batch, scalar="margin", whole=frozenset()):
     """What the hooks see, summed over calls: name -> [B, *shape]."""
     captured: dict[str, torch.Tensor] = {}
 
     def receive(name, gradients):
         captured[name] = captured.get(name, 0) + gradients
 
-    with GradientHooks(model, receive):
-        SCALARS[scalar](forward_label_logits(model, batch)).sum().backward()
-    model.zero_grad()
+    def run():
+        captured.clear()
+        hooks.backward(SCALARS[scalar](forward_label_logits(model, batch)))
+
+    with GradientHooks(model, receive, whole=whole) as hooks:
+        hooks.capture(run)
+    assert all(parameter.grad is None for parameter in model.parameters())
     return captured
 
 
@@ -314,43 +328,290 @@ def test_a_merged_adapter_is_named(kind):
         check_per_example_gradients(model, rows_of([(6, 5)]), tiny.collate)
 
 
-class TestWhatHooksCannotSee:
-    """It is named in an error, and computed one by one."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+MAMBA = {"mamba_d_state": 4, "use_mamba_kernels": False}
+
+
+def architecture(name: str, **options) -> nn.Module:
+    """A tiny model of Transformers; its experts can compute in float64."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        **SIZES | {"max_position_embeddings": 64} | options
+    )
+    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def experts_adapted(model: nn.Module) -> nn.Module:
+    """LoRA on attention and on the parameters that hold the weights of all experts."""
+    experts = [n for n, p in model.named_parameters() if p.ndim == 3 and ".experts." in n]
+    return adapted(model, target_modules=["q_proj", "v_proj"], target_parameters=experts)
+
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    # Layers see the positions of all examples in one dimension.
+    "OPT": lambda: architecture("OPT", ffn_dim=24, word_embed_proj_dim=16),
+    "Mixtral": lambda: architecture("Mixtral", num_local_experts=4),
+    "Qwen2-MoE": lambda: architecture("Qwen2Moe", shared_expert_intermediate_size=12, **EXPERTS),
+    "DeepSeek-V3": lambda: architecture(
+        "DeepseekV3",
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+        **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "v_head_dim": 8},
+        **LATENT | {"head_dim": 4, "num_key_value_heads": 2},
+    ),
+    # A parameter of the attention; positions that are one for all examples.
+    "GPT-OSS": lambda: architecture("GptOss", num_local_experts=4, num_experts_per_tok=2),
+    # Tokens are repeated for each expert; the router's two outputs depend on each other.
+    "Llama 4": lambda: architecture("Llama4Text", num_local_experts=4, intermediate_size_mlp=24),
+    # State spaces, that use the parameters of modules which they do not call.
+    "Jamba": lambda: architecture(
+        "Jamba",
+        **{"num_experts": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+        **MAMBA,
+    ),
+    # A block that several layers share, each with an adapter of its own.
+    "Zamba2": lambda: architecture(
+        "Zamba2",
+        **{"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
+        **{"mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 8, "chunk_size": 8},
+        **{"num_mem_blocks": 1, "num_key_value_heads": 2, "adapter_rank": 4},
+        **MAMBA | {"attention_head_dim": 16},
+    ),
+}
+
+
+class TestArchitectures:
+    """Modules whose tensors do not have the batch as first dimension."""
+
+    def compare(self, model, tolerance=1e-9):
+        rows = rows_of([(9, 500), (4, 2), (6, 0)])
+        references = per_example_gradients(model, rows, padded)
+        captured = captured_gradients(model, padded(rows))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in captured:
+                captured[name] = parameter.new_zeros(len(rows), *parameter.shape)
+        assert largest_relative_error(captured, references) < tolerance
+        assert check_per_example_gradients(model, rows[:2], tiny.collate) < tolerance
+
+    @pytest.mark.parametrize("name", ["OPT", "Mixtral", "Qwen2-MoE", "Jamba", "Zamba2"])
+    def test_lora_on_all_linear_layers(self, name):
+        self.compare(adapted(ARCHITECTURES[name]()))
+
+    @pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3", "GPT-OSS", "Llama 4"])
+    def test_lora_on_experts(self, name):
+        model = experts_adapted(ARCHITECTURES[name]())
+        assert any(".experts." in n and p.requires_grad for n, p in model.named_parameters())
+        self.compare(model)
+
+    @pytest.mark.parametrize("name", ["GPT-OSS", "Llama 4", "Jamba"])
+    def test_all_parameters(self, name):
+        self.compare(randomized(ARCHITECTURES[name]()))
+
+    def test_experts_that_are_multiplied_as_a_group(self):
+        model = experts_adapted(ARCHITECTURES["Mixtral"]()).float()
+        model.get_base_model().set_experts_implementation("grouped_mm")
+        self.compare(model, tolerance=1e-4)
+
+
+class Routed(Custom):
+    """Experts in a list, each with the tokens that are routed to it, in an order of its own."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(8, 2)
+            self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x):
+            flat = x.reshape(-1, 8)
+            scores = self.router(flat).softmax(-1)
+            routed = torch.zeros_like(flat)
+            for i, expert in enumerate(self.experts):
+                tokens = (scores.argmax(-1) == i).nonzero().squeeze(1).flip(0)
+                routed = routed.index_add(0, tokens, expert(flat[tokens]) * scores[tokens, i, None])
+            return x + routed.reshape(x.shape)
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block(), self.Block()])
+
+    def forward(self, input_ids, attention_mask, position_ids=None):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return type("Output", (), {"logits": self.head(x)})
+
+
+class SequenceFirst(Custom):
+    """Layers see [S, B, H] or [S*B, H]: positions come first."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x_SBH = torch.tanh(self.first(x.transpose(0, 1)))
+            return x + self.second(x_SBH.reshape(-1, 8)).reshape(x_SBH.shape).transpose(0, 1)
+
+    def __init__(self, flat=False):
+        super().__init__()
+        self.block, self.flat = self.Block(), flat
+        self.block.first.requires_grad_(not flat)
+
+    def forward(self, input_ids, attention_mask, position_ids=None):
+        return type("Output", (), {"logits": self.head(self.block(self.embed(input_ids)))})
+
+
+class Attention(Custom):
+    """Attention of PyTorch uses the parameters of a layer that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, input_ids, attention_mask, position_ids=None):
+        x = self.embed(input_ids)
+        x = x + self.attention(x, x, x, key_padding_mask=attention_mask == 0)[0]
+        return type("Output", (), {"logits": self.head(x)})
+
+
+class TestModulesThatDoNotSplitByExample:
+    """Those around them run once more for each example, or all of the model does."""
 
     CASES: ClassVar = {
-        # One row for all examples.
-        "prompt_encoder": lambda: other_adapter(PromptTuningConfig, num_virtual_tokens=3),
-        "transformer.wpe": lambda: randomized(gpt2()),
+        "routed tokens": lambda: randomized(Routed()),
+        "positions first": lambda: randomized(SequenceFirst()),
+        "positions first, in one dimension": lambda: randomized(SequenceFirst(flat=True)),
+        "multi-head attention": lambda: randomized(Attention()),
         # More than one output.
         "recurrent": lambda: randomized(Recurrent()),
     }
 
+    @settings(max_examples=8)
+    @given(batch=batches())
     @pytest.mark.parametrize("name", CASES)
-    def test_it_is_named(self, name):
-        with pytest.raises(UnsupportedModuleError, match=rf"{name}.*one_by_one=True"):
-            check_per_example_gradients(self.CASES[name](), rows_of([(6, 5), (6, 0)]), tiny.collate)
+    def test_their_gradients_are_exact(self, name, batch):
+        """Also where sizes agree by chance, after the check has seen two other examples."""
+        model, (rows, _) = self.CASES[name](), batch
+        checked = compare_with_autograd(model, rows_of([(9, 5), (4, 0)]), tiny.collate)
+        references = per_example_gradients(model, rows, tiny.collate)
+        captured = captured_gradients(model, tiny.collate(rows), whole=checked.whole)
+        for name, parameter in model.named_parameters():
+            captured.setdefault(name, parameter.new_zeros(len(rows), *parameter.shape))
+        assert largest_relative_error(captured, references) < 1e-9
 
-    @pytest.mark.parametrize("name", CASES)
-    def test_it_is_computed_one_by_one(self, name):
-        model, rows = self.CASES[name](), rows_of([(9, 500), (4, 2), (6, 0)])
+    ALONE: ClassVar = {
+        # One row for all examples, just below the whole model.
+        "prompt_encoder": lambda: other_adapter(PromptTuningConfig, num_virtual_tokens=3),
+        "transformer.wpe": lambda: randomized(gpt2()),
+    }
+
+    @pytest.mark.parametrize("name", ALONE)
+    def test_examples_run_alone_and_the_reason_is_told(self, name, tmp_path, caplog):
+        model, rows = self.ALONE[name](), rows_of([(9, 500), (4, 2), (6, 0), (5, 0)])
+        assert check_per_example_gradients(model, rows, tiny.collate) == 0
+        stores = [
+            capture_gradients(
+                model,
+                {"a": rows},
+                rows,
+                tiny.collate,
+                directory=tmp_path / str(one_by_one),
+                projection_dim=16,
+                one_by_one=one_by_one,
+                progress=False,
+            )
+            for one_by_one in (False, True)
+        ]
+        assert np.array_equal(stores[0].gradients, stores[1].gradients)
+        assert np.abs(stores[0].gradients).max() > 0
+        assert f"runs each example alone, which is slower: the trainable parameter '{name}" in (
+            caplog.text
+        )
+
+    @pytest.mark.parametrize("name", ALONE)
+    def test_one_by_one_is_the_models_own_gradient(self, name):
+        model, rows = self.ALONE[name](), rows_of([(9, 500), (4, 2), (6, 0)])
         references = per_example_gradients(model, rows, tiny.collate, loss_of_example)
         alone = list(gradients_one_by_one(model, rows, tiny.collate, scalar="loss"))
         stacked = {name: torch.stack([g[name] for g in alone]) for name in alone[0]}
         assert largest_relative_error(stacked, references) < 1e-5  # its loss is in float32
 
-    def test_a_tensor_that_belongs_to_no_example(self):
-        class Masked(Custom):
+    def test_a_part_that_only_some_examples_use(self, tmp_path, caplog):
+        """The check sees other examples; those that use it run alone all the same."""
+
+        class Sometimes(Custom):
             def forward(self, input_ids, attention_mask):
                 x = self.embed(input_ids)
-                logits = self.head(self.gate(x, gate=x.new_zeros(8)))
-                return type("Output", (), {"logits": logits})
+                if input_ids.shape[1] == 7:
+                    x = self.gate(x, gate=x.new_zeros(8))
+                return type("Output", (), {"logits": self.head(x)})
 
-        with pytest.raises(
-            UnsupportedModuleError, match=r"'gate' \(Gate\), which maps .*, \[8\] to"
-        ):
-            check_per_example_gradients(
-                randomized(Masked()), rows_of([(6, 5), (6, 0)]), tiny.collate
+        model, rows = randomized(Sometimes()), rows_of([(5, 2), (6, 0), (7, 3), (7, 5), (4, 0)])
+        one, other = (
+            capture_gradients(
+                model,
+                {"a": rows},
+                rows[:1],
+                tiny.collate,
+                directory=tmp_path / str(one_by_one),
+                projection_dim=16,
+                one_by_one=one_by_one,
+                progress=False,
             )
+            for one_by_one in (False, True)
+        )
+        assert one.gradients == pytest.approx(other.gradients, abs=1e-5)
+        assert "'gate' (Gate)" in caplog.text
+
+    def test_hooks_of_a_plain_backward_name_the_module(self):
+        """Without ``hooks.backward``, which knows what to do."""
+        model, rows = randomized(gpt2()), rows_of([(6, 5), (6, 0)])
+        output = None
+        with (
+            GradientHooks(model, lambda name, gradients: None),
+            pytest.raises(UnsupportedModuleError, match=r"'transformer.wpe' .* position_ids"),
+        ):
+            output = forward_label_logits(model, tiny.collate(rows))
+            SCALARS["margin"](output).sum().backward()
+        model.zero_grad()
+
+
+class TestGradientCheckpointing:
+    """Layers run again in the backward pass."""
+
+    @pytest.mark.parametrize("name", ["lora", "dora", "all of a Llama", "experts"])
+    def test_nothing_is_received_twice(self, name):
+        make = MODELS.get(name) or (lambda: experts_adapted(ARCHITECTURES["Mixtral"]()))
+        model, batch = make(), padded(rows_of([(9, 500), (4, 2), (6, 0)]))
+        expected = captured_gradients(model, batch)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        model.train()
+        captured = captured_gradients(model, batch)
+        assert captured.keys() == expected.keys()
+        assert all(
+            torch.allclose(captured[name], value, rtol=1e-9, atol=1e-15)
+            for name, value in expected.items()
+        )
+
+    def test_several_scalars_of_one_forward(self):
+        model, batch = MODELS["lora"](), padded(rows_of([(9, 500), (4, 2), (6, 0)]))
+        expected = [captured_gradients(model, batch, scalar) for scalar in ("loss", "margin")]
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        seen = []
+        with GradientHooks(model, lambda n, g: seen[-1].update({n: g})) as hooks:
+            output = forward_label_logits(model, batch)
+            for scalar in ("loss", "margin"):
+                seen.append({})
+                hooks.backward(SCALARS[scalar](output), retain_graph=scalar == "loss")
+        for one, other in zip(seen, expected, strict=True):
+            for name, value in other.items():
+                assert torch.allclose(one[name], value, rtol=1e-9, atol=1e-15)
 
 
 class TestHalfPrecision:

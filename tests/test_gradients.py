@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft import get_peft_model
 from reference import loss_of_example, margin_of_example, per_example_gradients
-from tiny import adapted, gpt2, randomized, rows_of
+from tiny import adapted, rows_of
 from torch import nn
 
 from hf_auxselect import (
@@ -118,9 +119,33 @@ class TestTheCheck:
         ):
             check_per_example_gradients(model, rows_of([(6, 5), (6, 0)]), tiny.collate)
 
-    def test_position_embeddings_without_position_ids(self):
-        with pytest.raises(UnsupportedModuleError, match=r"transformer.wpe.*return position_ids"):
-            check_per_example_gradients(randomized(gpt2()), rows_of([(6, 5), (6, 0)]), tiny.collate)
+    def test_examples_without_label_tokens(self):
+        rows = rows_of([(6, 5), (4, 0)])
+        for row in rows:
+            row["labels"] = [-100] * len(row["labels"])
+        model = adapted(tiny.llama())
+        with pytest.raises(
+            GradientCheckError, match=r"none of the 2 examples .* has a label token"
+        ):
+            check_per_example_gradients(model, rows, tiny.collate)
+
+    def test_one_example_without_label_tokens(self):
+        rows = rows_of([(6, 5), (4, 0)])
+        rows[0]["labels"] = [-100] * 6
+        assert check_per_example_gradients(adapted(tiny.llama()).float(), rows, tiny.collate) > 0
+
+    def test_gradients_that_are_all_zero(self):
+        """Of LoRA's A while B is zero and frozen."""
+        model = get_peft_model(tiny.llama(), tiny.lora())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_A" in name)
+        with pytest.raises(GradientCheckError, match=r"exactly zero .* nothing to compare"):
+            check_per_example_gradients(model, rows_of([(6, 5), (4, 0)]), tiny.collate)
+
+    def test_a_new_adapter_whose_b_is_zero(self):
+        model = get_peft_model(tiny.llama(), tiny.lora())
+        error = check_per_example_gradients(model, rows_of([(6, 5), (4, 0)]), tiny.collate)
+        assert 0 < error < 1e-5
 
     def test_no_trainable_parameters(self):
         model = tiny.llama().requires_grad_(False)
@@ -240,6 +265,29 @@ class TestCaptureGradients:
         sketch = CountSketch(32, seed=0)
         expected = sum(sketch.project(name, g.flatten()[None])[0] for name, g in reference.items())
         assert store.gradients[0] == pytest.approx(expected.numpy(), abs=1e-5)
+
+    def test_rows_without_label_tokens_are_not_those_that_are_checked(
+        self, tasks, target, tmp_path
+    ):
+        tasks["sums"][0] = tasks["sums"][0] | {"labels": [-100] * len(tasks["sums"][0]["labels"])}
+        store = self.capture(tasks, target, tmp_path)
+        assert store.num_label_tokens[0] == 0
+        assert not store.gradients[0].any()
+        assert store.gradients[1].any()
+
+    def test_parameters_without_a_gradient_count_as_zero(self, tasks, target, tmp_path):
+        """As of a vision tower that text does not reach, or an adapter that is not active."""
+        model = get_peft_model(tiny.llama(), tiny.lora())
+        model.add_adapter("idle", tiny.lora(r=3))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        store = self.capture(tasks, target, tmp_path / "both", model)
+        alone = self.capture(tasks, target, tmp_path / "alone", model, one_by_one=True)
+        assert store.gradients == pytest.approx(alone.gradients, abs=1e-5)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name and "idle" not in name)
+        active = self.capture(tasks, target, tmp_path / "active", model)
+        assert np.array_equal(store.gradients, active.gradients)
 
     def test_several_scalars_from_one_forward(self, tasks, target, tmp_path):
         store = self.capture(tasks, target, tmp_path, scalars=("loss", "margin"))

@@ -57,6 +57,7 @@ LAYOUT = {
     "switch": {"mixture", "per_example", "scalars"},
     "checkpoints": {"files", "report", "switch"},
     "plan": {
+        "per_example",
         "__init__",
         "estimators",
         "evaluation",
