@@ -10,16 +10,22 @@ Shapes: B examples of a batch, S positions, V vocabulary, L label tokens of a ba
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from hf_auxselect.memory import ENTRIES_AT_ONCE, SavedInputs, checkpointed, is_out_of_memory, row_by_row
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 CollateFn = Callable[[list[Any]], Batch]
@@ -32,6 +38,9 @@ IGNORE_INDEX = -100
 _HALF = (torch.float16, torch.bfloat16)
 _FULL = (torch.float32, torch.float64)
 _LISTS = (nn.ParameterList, nn.ParameterDict)
+
+_TENSOR = object()
+"""Stands for a tensor among a call's inputs that is kept elsewhere."""
 
 _ONE_BY_ONE = "pass one_by_one=True, which runs each example alone: slow, but right for any model"
 
@@ -126,6 +135,15 @@ class _Call:
     def tensors(self) -> list[Tensor]:
         return [value for value in self.inputs if isinstance(value, Tensor)]
 
+    def without_tensors(self) -> _Call:
+        """The call with ``_TENSOR`` in place of each tensor."""
+        return replace(self, inputs=[_TENSOR if isinstance(v, Tensor) else v for v in self.inputs])
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> _Call:
+        """Undoes ``without_tensors``."""
+        rest = iter(tensors)
+        return replace(self, inputs=[next(rest) if v is _TENSOR else v for v in self.inputs])
+
     def splits_by_example(self, output: Tensor) -> bool:
         """Whether every tensor, in and out, has the batch as its first dimension."""
         plain = (Tensor, nn.Module, str, int, float, type(None))
@@ -189,10 +207,26 @@ class _Call:
         with torch.autocast(grad.device.type, self.autocast, enabled=enabled, cache_enabled=False):
             try:
                 gradients = torch.func.vmap(vectorised)(tensors, grad)
-            except RuntimeError:  # kernels that vmap knows no rule for, or what is changed in place
+            except RuntimeError as error:
+                # Kernels that vmap knows no rule for, what is changed in place, or branches on
+                # data: each raises its own message, of no class of its own.
+                if is_out_of_memory(error):
+                    raise
+                _log_one_by_one(self.path, type(self.module).__name__, str(error))
                 each = [alone([t[i] for t in tensors], grad[i]) for i in range(len(grad))]
                 gradients = {name: torch.stack([g[name] for g in each]) for name in trainable}
         return {name: at_least_float32(gradient) for name, gradient in gradients.items()}
+
+
+@functools.cache  # once, not in every batch
+def _log_one_by_one(path: str, kind: str, reason: str) -> None:
+    logger.info(
+        "per-example gradients of the module %r (%s) are computed example by example, which is "
+        "slower, because vmap says: %s",
+        path,
+        kind,
+        reason,
+    )
 
 
 def _reaches_below(module: nn.Module) -> bool:
@@ -232,6 +266,10 @@ class GradientHooks:
         """B of the batch that runs, to refuse modules that mix examples; None: not checked."""
         self.half_precision = any(p.dtype not in _FULL for p in model.parameters())
         """Whether half precision, or less, was seen in parameters, outputs or autocast."""
+        self.in_parts = False
+        """Whether large gradients are handed over for some examples at a time, in order."""
+        self.first_row = 0
+        """Row of the batch that the first of the gradients handed over belongs to."""
         self._model = model
         self._receive = receive
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -278,7 +316,9 @@ class GradientHooks:
             return
         self.half_precision |= output.dtype in _HALF or call.autocast is not None
         if call.splits_by_example(output) and self.batch_size in (None, len(output)):
-            output.register_hook(partial(self._after_backward, call))
+            # The inputs are kept as autograd keeps its own, so that checkpoints can drop them.
+            saved = SavedInputs.keep(call.tensors())
+            output.register_hook(partial(self._after_backward, call.without_tensors(), saved))
             return
 
         complaint = self._complaint(call, output)
@@ -303,14 +343,28 @@ class GradientHooks:
             f"{_ONE_BY_ONE}."
         )
 
-    def _after_backward(self, call: _Call, grad: Tensor) -> None:
-        self._replaying = True
-        try:
-            gradients = call.gradients(grad)
-        finally:
-            self._replaying = False
-        for local, name in call.own.items():
-            self._receive(name, gradients[local])
+    def _after_backward(self, call: _Call, saved: Any, grad: Tensor) -> None:
+        tensors = saved.saved_tensors  # inside of a checkpoint, its layer runs again now
+        rows = len(grad)
+        if self.in_parts:
+            entries = sum(
+                parameter.numel()
+                for name, parameter in call.module.named_parameters()
+                if name in call.own
+            )
+            rows = min(max(ENTRIES_AT_ONCE // entries, 1), rows)
+        for start in range(0, len(grad), rows):
+            self.first_row, part = start, slice(start, start + rows)
+            part_of_call = call.with_tensors([tensor[part] for tensor in tensors])
+            self._replaying = True
+            try:
+                gradients = part_of_call.gradients(grad[part])
+            finally:
+                self._replaying = False
+            for local, name in call.own.items():
+                self._receive(name, gradients[local])
+            del gradients  # before those of the next examples are computed
+        self.first_row = 0
 
 
 @dataclass(frozen=True)
@@ -378,9 +432,20 @@ def token_margins(output: LabelLogits) -> Tensor:
     Computed as ``z_y - logsumexp(z_j for j != y)``, which is exact where p is near 0 or 1. The
     token's loss is ``-log p = softplus(-margin)``.
     """
-    gold = output.labels.unsqueeze(1)
-    others = output.logits.scatter(1, gold, -torch.inf).logsumexp(1)
-    return output.logits.gather(1, gold).squeeze(1) - others
+    return row_by_row(_margins, output.logits, output.labels)
+
+
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    gold = labels.unsqueeze(1)
+    others = logits.scatter(1, gold, -torch.inf).logsumexp(1)
+    return logits.gather(1, gold).squeeze(1) - others
+
+
+def _draws(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Labels drawn from the model itself [L], by uniform random numbers."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniforms.to(cumulative).unsqueeze(1))
+    return drawn.clamp(max=cumulative.shape[-1] - 1).squeeze(1)
 
 
 def _sampled_loss(output: LabelLogits) -> Tensor:
@@ -396,10 +461,9 @@ def _sampled_loss(output: LabelLogits) -> Tensor:
     """
     assert output.uniforms is not None
     with torch.no_grad():
-        cumulative = output.logits.softmax(-1).cumsum(-1)
-        drawn = torch.searchsorted(cumulative, output.uniforms.to(cumulative).unsqueeze(1))
-        drawn = drawn.clamp(max=cumulative.shape[-1] - 1).squeeze(1)
-    losses = nn.functional.cross_entropy(output.logits, drawn, reduction="none")
+        drawn = row_by_row(_draws, output.logits, output.uniforms)
+    cross_entropy = partial(nn.functional.cross_entropy, reduction="none")
+    losses = row_by_row(cross_entropy, output.logits, drawn)
     return output.mean_over_tokens(losses) * output.num_label_tokens.sqrt()
 
 
@@ -415,11 +479,14 @@ SCALARS: dict[str, Callable[[LabelLogits], Tensor]] = {
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off, gradients on; every module's mode is put back."""
+    """Dropout off, gradients on; every module's mode is put back.
+
+    Layers for which gradient checkpointing is enabled are checkpointed, as in training.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), checkpointed(model):
             yield
     finally:
         for module in training:

@@ -21,7 +21,8 @@ LAYOUT = {
     "files": set(),
     "distributed": set(),
     "store": {"files"},
-    "per_example": set(),
+    "memory": set(),
+    "per_example": {"memory"},
     "doubts": set(),
     "optimizer_state": set(),
     "projection": {"seeds"},
@@ -31,6 +32,7 @@ LAYOUT = {
     "gradients": {
         "distributed",
         "files",
+        "memory",
         "optimizer_state",
         "per_example",
         "projection",
@@ -40,6 +42,7 @@ LAYOUT = {
     "look_ahead": {
         "distributed",
         "gradients",
+        "memory",
         "optimizer_state",
         "per_example",
         "projection",
@@ -139,12 +142,13 @@ def test_only_these_modules_know_transformers():
         "callback",
         "checkpoints",
         "gradient_pass",
+        "memory",
         "plan",
         "script",
         "switch",
         "verification",
         "per_example",
-    }  # the last for Conv1D alone
+    }  # memory for GradientCheckpointingLayer, per_example for Conv1D alone
 
 
 def test_importing_is_silent_and_imports_nothing_heavy():
