@@ -17,6 +17,7 @@ from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDS
 from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_pass
 from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead
+from hf_auxselect.memory import checkpointing_enabled
 from hf_auxselect.optimizer_state import is_supported
 from hf_auxselect.per_example import Batch, check_per_example_gradients
 from hf_auxselect.plan import CostPreview, Plan
@@ -63,7 +64,12 @@ class GradientPass:
         if needs_optimizer(self.estimator):  # its scales and momentum
             kept += 2 * 4 * entries
         host = 0
-        with self.trainer.compute_loss_context_manager():
+        with (
+            self.trainer.compute_loss_context_manager(),
+            checkpointing_enabled(
+                self.trainer.model, self.trainer.args.gradient_checkpointing or False
+            ),
+        ):
             cost = predict_pass(
                 self.trainer.model,
                 plan.examples,

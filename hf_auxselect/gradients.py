@@ -369,7 +369,7 @@ class _Capture:
         self._scalars = scalars
         self._seed = seed
         self._optimizer = optimizer
-        self._scales = scales if optimizer is None else optimizer.scales
+        self._scales = (scales or {}) if optimizer is None else optimizer.scales
         self._fitting = FittingBatches()
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._hooks = None if one_by_one else GradientHooks(model, self._receive)

@@ -28,8 +28,12 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 T = TypeVar("T")
 
-ENTRIES_AT_ONCE = 2**20
-"""Entries of a tensor that is worked on in parts, at once: 4 MiB in float32."""
+_ENTRIES_OF_ROWS = 2**18
+"""Entries of a matrix up to which ``row_by_row`` takes it whole: 1 MiB in float32."""
+
+_PARTS = 16
+"""Parts, at most, in which ``row_by_row`` takes a larger one: about 5 temporary tensors of a part
+exist at once, a third of the matrix; more parts would cost more kernel launches."""
 
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, ROCm, XPU, MPS
@@ -56,23 +60,39 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
         yield
         return
     # A wrapper around the whole model may have no config; submodels have their own.
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     replaced = [(layer, layer.__dict__.get("forward")) for layer in layers]
     try:
         for config in caching:
             config.use_cache = False
         for layer in layers:
-            layer.forward = partial(_run_checkpointed, layer.forward)  # type: ignore[method-assign]
+            layer.forward = partial(_run_checkpointed, layer.forward)
         yield
     finally:
         for layer, forward in replaced:
             if forward is None:
                 layer.__dict__.pop("forward", None)
             else:
-                layer.forward = forward  # type: ignore[method-assign]
+                layer.forward = forward
         for config in caching:
             config.use_cache = True
+
+
+@contextlib.contextmanager
+def checkpointing_enabled(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Mark a model in evaluation mode as the trainer will when training begins, if ``enabled``."""
+    marked = [m for m in model.modules() if getattr(m, "gradient_checkpointing", None) is False]
+    marked = marked if enabled else []
+    try:
+        for module in marked:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module in marked:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 def _checkpointed_layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -91,7 +111,7 @@ def _run_checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) ->
     caches = [value for value in args if type(value).__name__.endswith("Cache")]
     caches += [value for name, value in kwargs.items() if name in _CACHES and value is not None]
     # Transformations of functions (vmap, in which modules are replayed) know no checkpoints.
-    in_transform = torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+    in_transform = torch._C._are_functorch_transforms_active()
     if caches or in_transform or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(
@@ -110,10 +130,10 @@ class SavedInputs(torch.autograd.Function):
     @staticmethod
     def keep(tensors: Sequence[Tensor]) -> Any:
         """A node of the graph, whose ``saved_tensors`` are the tensors."""
-        return SavedInputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
+        return SavedInputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
 
     @staticmethod
-    def forward(anchor: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(anchor: Tensor, *tensors: Tensor) -> Tensor:
         return torch.empty(0)
 
     @staticmethod
@@ -133,9 +153,9 @@ def row_by_row(
     A large matrix is worked on in parts, forward and backward, so that besides it and its gradient
     nothing of its size exists.
     """
-    if matrix_LV.numel() <= ENTRIES_AT_ONCE:
+    if matrix_LV.numel() <= _ENTRIES_OF_ROWS:
         return function(matrix_LV, values_L)
-    result: Tensor = _RowByRow.apply(function, matrix_LV, values_L)  # type: ignore[no-untyped-call]
+    result: Tensor = _RowByRow.apply(function, matrix_LV, values_L)
     return result
 
 
@@ -150,7 +170,7 @@ class _RowByRow(torch.autograd.Function):
         return torch.cat([function(matrix, values) for matrix, values in parts])
 
     @staticmethod
-    def backward(ctx: Any, grad_L: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_L: Tensor) -> Any:
         matrix_LV, values_L = ctx.saved_tensors
         grad_LV = torch.empty_like(matrix_LV)
         rows = zip(
@@ -165,8 +185,27 @@ class _RowByRow(torch.autograd.Function):
 
     @staticmethod
     def _parts(matrix_LV: Tensor, values_L: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        rows = max(ENTRIES_AT_ONCE // matrix_LV.shape[1], 1)
+        rows = max(_ENTRIES_OF_ROWS // matrix_LV.shape[1], -(-len(matrix_LV) // _PARTS))
         return zip(matrix_LV.split(rows), values_L.split(rows), strict=True)
+
+
+def take_rows(matrix: Tensor, rows: Tensor) -> Tensor:
+    """``matrix[rows]`` for distinct rows, with one new matrix backward where torch makes two."""
+    result: Tensor = _TakeRows.apply(matrix, rows)
+    return result
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, rows: Tensor) -> Tensor:
+        ctx.shape = matrix.shape
+        ctx.save_for_backward(rows)
+        return matrix.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

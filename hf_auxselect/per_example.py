@@ -23,7 +23,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_auxselect.memory import ENTRIES_AT_ONCE, SavedInputs, checkpointed, is_out_of_memory, row_by_row
+from hf_auxselect.memory import (
+    SavedInputs,
+    checkpointed,
+    is_out_of_memory,
+    row_by_row,
+    take_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +47,12 @@ _LISTS = (nn.ParameterList, nn.ParameterDict)
 
 _TENSOR = object()
 """Stands for a tensor among a call's inputs that is kept elsewhere."""
+
+_ENTRIES_AT_ONCE = 2**20
+"""Entries of a module's per-example gradients that exist at once, at least those of an example.
+
+4 MiB in float32. Those of a LoRA matrix of rank 16 on 4096 features, for a batch of 16, exist at
+once; of a head of 4096 x 256 entries, one example's."""
 
 _ONE_BY_ONE = "pass one_by_one=True, which runs each example alone: slow, but right for any model"
 
@@ -352,7 +364,7 @@ class GradientHooks:
                 for name, parameter in call.module.named_parameters()
                 if name in call.own
             )
-            rows = min(max(ENTRIES_AT_ONCE // entries, 1), rows)
+            rows = min(max(_ENTRIES_AT_ONCE // entries, 1), rows)
         for start in range(0, len(grad), rows):
             self.first_row, part = start, slice(start, start + rows)
             part_of_call = call.with_tensors([tensor[part] for tensor in tensors])
@@ -419,7 +431,9 @@ def forward_label_logits(model: nn.Module, batch: Batch) -> LabelLogits:
     examples, columns = is_label.nonzero(as_tuple=True)
     logits = model(**inputs).logits[:, -batch["labels"].shape[1] :]
     return LabelLogits(
-        logits=at_least_float32(logits[examples, columns]),
+        logits=at_least_float32(
+            take_rows(logits.flatten(0, 1), examples * logits.shape[1] + columns)
+        ),
         labels=labels[examples, columns],
         examples=examples,
         num_label_tokens=is_label.sum(1),

@@ -69,6 +69,7 @@ LAYOUT = {
         "estimators",
         "gradients",
         "look_ahead",
+        "memory",
         "optimizer_state",
         "per_example",
         "plan",
