@@ -16,8 +16,9 @@ from hf_auxselect.distributed import computed_once
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDS
 from hf_auxselect.evaluation import compare_evaluation
-from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_seconds
-from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead_seconds
+from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_pass
+from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead
+from hf_auxselect.memory import checkpointing_enabled
 from hf_auxselect.optimizer_state import is_supported
 from hf_auxselect.per_example import check_per_example_gradients
 from hf_auxselect.plan import CostPreview, Plan
@@ -67,10 +68,22 @@ class GradientPass:
         return notes
 
     def preview(self) -> CostPreview:
-        """Time batches and predict the cost."""
+        """Run a few batches and predict the cost."""
         plan = self.plan
-        with self.trainer.compute_loss_context_manager():
-            seconds = predict_seconds(
+        sketch = CountSketch(self.projection_dim, plan.seed)
+        parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        entries = sum(p.numel() for p in parameters)
+        kept = sum(sketch.table_bytes(p.numel()) for p in parameters)
+        if needs_optimizer(self.estimator):  # its scales and momentum
+            kept += 2 * 4 * entries
+        host = 0
+        with (
+            self.trainer.compute_loss_context_manager(),
+            checkpointing_enabled(
+                self.trainer.model, self.trainer.args.gradient_checkpointing or False
+            ),
+        ):
+            cost = predict_pass(
                 self.trainer.model,
                 plan.examples,
                 plan.target,
@@ -81,8 +94,9 @@ class GradientPass:
                 one_by_one=self.one_by_one,
                 loss=plan.loss.of_example,
             )
+            seconds, memory = cost.seconds, cost.memory
             if self.estimator.look_ahead:
-                seconds += predict_look_ahead_seconds(
+                cost = predict_look_ahead(
                     self.trainer.model,
                     plan.examples,
                     plan.target,
@@ -91,17 +105,21 @@ class GradientPass:
                     batch_size=self._batch_size,
                     loss=plan.loss.of_example,
                 )
-        sketch = CountSketch(self.projection_dim, plan.seed)
-        sizes = [p.numel() for p in self.trainer.model.parameters() if p.requires_grad]
-        memory = sum(sketch.table_bytes(size) for size in sizes)
-        if self.estimator.look_ahead:  # sources, the displacement, its start, a task's gradient
-            memory += 4 * (len(plan.examples) + 4) * sum(sizes)
+                # The displacement, its start, a task's gradient; sources are on the CPU.
+                cost_of_way = cost.memory + 3 * 4 * entries
+                sources = 4 * (1 + len(plan.examples)) * entries
+                if parameters[0].device.type == "cpu":
+                    cost_of_way += sources
+                else:
+                    host = sources
+                seconds, memory = seconds + cost.seconds, max(memory, cost_of_way)
         bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
         return CostPreview(
             num_examples=plan.num_examples,
             seconds=seconds / self.trainer.args.world_size,
             disk_mib=plan.num_examples * bytes_per_example / 2**20,
-            memory_mib=memory / 2**20,
+            memory_mib=(kept + memory) / 2**20,
+            host_memory_mib=host / 2**20,
             switch_step=plan.switch_step,
         )
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from hf_auxselect.distributed import computed_once, gather, process_rank
 from hf_auxselect.files import JsonDict
+from hf_auxselect.memory import FittingBatches, PeakMemory, num_tokens, row_length
 from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.per_example import (
     CollateFn,
@@ -312,7 +313,17 @@ def _warn_of_one_by_one(reason: str) -> None:
     logger.warning("the gradient pass runs each example alone, which is slower: %s.", reason)
 
 
-def predict_seconds(
+@dataclass(frozen=True)
+class PassCost:
+    """Predicted cost of passes over a model."""
+
+    seconds: float
+    """That one process needs."""
+    memory: int
+    """Bytes that the largest batch takes at most, on the model's device."""
+
+
+def predict_pass(
     model: nn.Module,
     tasks: Sequence[TaskExamples],
     target: TaskExamples,
@@ -323,10 +334,11 @@ def predict_seconds(
     scalars: Sequence[str],
     one_by_one: bool = False,
     loss: ExampleLoss = NEXT_TOKEN_LOSS,
-) -> float:
-    """Seconds that one process needs for the pass: the middle one of its batches, timed.
+) -> PassCost:
+    """Cost of the pass for one process, from two of its batches: see :func:`predict_batches`.
 
-    The pass takes that batch's time times the ratio of the tokens, padding included.
+    The memory is that of a batch, without the tables of the projection and without the optimizer's
+    state.
     """
     one_by_one = one_by_one or loss.of_batch is not None
     limits = BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
@@ -336,26 +348,46 @@ def predict_seconds(
         rows = [by_key[shard.task, shard.is_target].rows[i] for i in shard.example_ids]
         lengths = np.array([row_length(row) for row in rows])
         batches += [[rows[i] for i in chosen] for chosen in limits.cut(lengths)]
-    # Coordinates cost one more product per entry; the optimizer may not exist yet.
-    scalars = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in scalars))
+    # The optimizer may not exist yet.
+    scales = {
+        name: torch.ones(1, device=p.device).expand(p.numel())
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     sketch = CountSketch(projection_dim, 0)
     capture = _Capture(
-        model, collate_fn, sketch, scalars, 0, None, one_by_one=one_by_one, loss=loss
+        model,
+        collate_fn,
+        sketch,
+        scalars,
+        0,
+        None,
+        scales=scales,
+        one_by_one=one_by_one,
+        loss=loss,
     )
     with capture:
-        return seconds_of_batches(batches, lambda rows: capture.batch("", list(enumerate(rows))))
+        return predict_batches(
+            model, batches, lambda rows: capture.batches("", list(enumerate(rows)))
+        )
 
 
-def seconds_of_batches(batches: Sequence[list[Any]], run: Callable[[list[Any]], object]) -> float:
-    """Predicted seconds of ``run`` for all batches: the middle one is timed."""
-    # Tokens, padding included; or rows, if lengths are unknown.
-    sizes = [len(rows) * max(max(map(row_length, rows)), 1) for rows in batches]
-    middle = sorted(range(len(batches)), key=sizes.__getitem__)[len(batches) // 2]
-    for _ in range(2):  # the first builds tables and warms up
-        start = time.perf_counter()
-        run(batches[middle])
-        seconds = time.perf_counter() - start
-    return seconds * sum(sizes) / sizes[middle]
+def predict_batches(
+    model: nn.Module, batches: Sequence[list[Any]], run: Callable[[list[Any]], object]
+) -> PassCost:
+    """Cost of ``run`` for all batches: the largest one is measured, the middle one is timed.
+
+    All take the middle one's time times the ratio of the tokens, padding included.
+    """
+    sizes = [num_tokens(rows) for rows in batches]
+    order = sorted(range(len(batches)), key=lambda i: (sizes[i], len(batches[i])))
+    with PeakMemory(next(model.parameters()).device) as peak:  # this one warms up, too
+        run(batches[order[-1]])
+    middle = order[len(batches) // 2]
+    start = time.perf_counter()
+    run(batches[middle])
+    seconds = time.perf_counter() - start
+    return PassCost(seconds * sum(sizes) / sizes[middle], peak.bytes)
 
 
 @dataclass(frozen=True)
@@ -405,6 +437,7 @@ class _Capture:
         seed: int,
         optimizer: OptimizerState | None,
         *,
+        scales: Mapping[str, Tensor] | None = None,
         one_by_one: bool = False,
         loss: ExampleLoss = NEXT_TOKEN_LOSS,
         whole: frozenset[str] = frozenset(),
@@ -416,8 +449,12 @@ class _Capture:
         self._scalars = scalars
         self._seed = seed
         self._optimizer = optimizer
+        self._scales = (scales or {}) if optimizer is None else optimizer.scales
+        self._fitting = FittingBatches()
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._hooks = None if one_by_one else GradientHooks(model, self._receive, whole=whole)
+        if self._hooks is not None:
+            self._hooks.in_parts = True
         self._projected: dict[str, Tensor] = {}
         self._stack = contextlib.ExitStack()
 
@@ -474,7 +511,14 @@ class _Capture:
         ]
         return torch.stack(parts).sum(0).cpu().numpy()
 
+    def prepare_tables(self) -> None:
+        """Build the projection's tables, which would else be built within a backward pass."""
+        for name, p in self._trainable.items():
+            like = at_least_float32(p.detach().new_empty(0))
+            self._sketch.prepare(name, p.numel(), like)
+
     def __enter__(self) -> _Capture:
+        self.prepare_tables()
         self._stack.enter_context(evaluation_mode(self._model))
         if self._hooks is not None:
             self._stack.enter_context(self._hooks)
@@ -497,7 +541,7 @@ class _Capture:
         batches = list(limits.cut(lengths))
         parts: list[Arrays] = []
         for chosen in batches:
-            parts.append(self.batch(stream, [rows[i] for i in chosen]))
+            parts += self.batches(stream, [rows[i] for i in chosen])
             advance(len(chosen))
         back = np.argsort(np.concatenate(batches))
         arrays = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
@@ -509,8 +553,15 @@ class _Capture:
         self._refuse_non_finite(task.name, arrays)
         return arrays
 
-    def batch(self, stream: str, rows: list[tuple[int, Any]]) -> Arrays:
-        """Losses, label tokens, outputs and projected gradients of numbered examples of a task."""
+    def batches(self, stream: str, rows: list[tuple[int, Any]]) -> list[Arrays]:
+        """Losses, label tokens, outputs and projected gradients of numbered examples of a task.
+
+        In several parts, in order, where memory does not suffice for one batch.
+        """
+        run = functools.partial(self._batch, stream)
+        return list(self._fitting.run(rows, run, lambda row: row[1]))
+
+    def _batch(self, stream: str, rows: Sequence[tuple[int, Any]]) -> Arrays:
         if self._hooks is not None:
             self._hooks.batch_size = len(rows)
             try:
@@ -523,14 +574,16 @@ class _Capture:
         parts = [self._run(stream, [row]) for row in rows]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _run(self, stream: str, rows: list[tuple[int, Any]]) -> Arrays:
+    def _run(self, stream: str, rows: Sequence[tuple[int, Any]]) -> Arrays:
         batch = self._collate_fn([row for _, row in rows])
         output = forward_label_logits(self._model, batch, self._loss)
         names = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in self._scalars))
         if "sampled_loss" in names:
             output = replace(output, uniforms=self._uniforms(stream, [i for i, _ in rows], output))
+        with torch.no_grad():
+            losses = SCALARS["loss"](output)
         arrays = {
-            "losses": SCALARS["loss"](output).detach().float().cpu().numpy(),
+            "losses": losses.float().cpu().numpy(),
             "num_label_tokens": self._loss.count(output.num_label_tokens).cpu().numpy(),
         }
         for position, name in enumerate(names):
@@ -548,6 +601,7 @@ class _Capture:
             for spec in specs:
                 arrays[f"outputs.{spec}"] = values.detach().float().cpu().numpy()
                 arrays[f"gradients.{spec}"] = self._projected[spec].float().cpu().numpy()
+            del values, gradients  # before those of the next scalar are computed
         return arrays
 
     def _uniforms(self, stream: str, ids: list[int], output: LabelLogits) -> Tensor:
@@ -562,12 +616,15 @@ class _Capture:
 
     def _receive(self, name: str, gradients: Tensor) -> None:
         gradients = gradients.flatten(1)
-        for spec, projected in self._projected.items():
-            scaled = gradients
-            if spec.endswith(AT_OPTIMIZER):
-                assert self._optimizer is not None
-                scaled = gradients * self._optimizer.scales[name]
-            projected += self._sketch.project(name, scaled)
+        first = 0 if self._hooks is None else self._hooks.first_row
+        rows = slice(first, first + len(gradients))
+        plain = {spec for spec in self._projected if not spec.endswith(AT_OPTIMIZER)}
+        for spec in plain:
+            self._projected[spec][rows] += self._sketch.project(name, gradients)
+        if len(plain) < len(self._projected):
+            gradients = gradients * self._scales[name]
+        for spec in self._projected.keys() - plain:
+            self._projected[spec][rows] += self._sketch.project(name, gradients)
 
     def _refuse_non_finite(self, task: str, arrays: Arrays) -> None:
         for name, what in [("losses", "loss")] + [
@@ -601,11 +658,6 @@ def _plan_shards(tasks: Sequence[TaskExamples], target: TaskExamples) -> list[Sh
             ids = tuple(int(i) for i in task.example_ids[start : start + size])
             shards.append(ShardSpec(task=task.name, is_target=is_target, example_ids=ids))
     return shards
-
-
-def row_length(row: Any) -> int:
-    """Tokens of a tokenized example; 0 if they are not known."""
-    return len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

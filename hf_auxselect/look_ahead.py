@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_auxselect.distributed import computed_once, gather, process_rank, sum_over_processes
-from hf_auxselect.gradients import (
-    BatchLimits,
-    TaskExamples,
-    row_length,
-    seconds_of_batches,
-)
+from hf_auxselect.gradients import BatchLimits, PassCost, TaskExamples, predict_batches
+from hf_auxselect.memory import FittingBatches, row_length
 from hf_auxselect.optimizer_state import read_optimizer
 from hf_auxselect.per_example import CollateFn, evaluation_mode
 from hf_auxselect.projection import CountSketch
@@ -121,10 +118,9 @@ def look_ahead(
     )
     with bar, evaluation_mode(model):
         reader.advance = target_reader.advance = bar.update
-        momentum = {name: m * state.scales[name] for name, m in state.momentum.items()}
         way = _Displacements(reader.parameters, state.scales, len(sources))
         if rank == 0:
-            way.add(0, momentum)
+            way.add(0, {name: m * state.scales[name] for name, m in state.momentum.items()})
         for k in range(len(tasks)):
             way.add(1 + k, reader.gradient(k, state.scales))
         way.sum_over_processes()
@@ -187,7 +183,7 @@ def losses_at(
         return np.sum(gather(reader.losses()), axis=0)
 
 
-def predict_look_ahead_seconds(
+def predict_look_ahead(
     model: nn.Module,
     tasks: Sequence[TaskExamples],
     target: TaskExamples,
@@ -196,23 +192,35 @@ def predict_look_ahead_seconds(
     num_ends: int,
     batch_size: int,
     loss: ExampleLoss = NEXT_TOKEN_LOSS,
-) -> float:
-    """Seconds that one process needs: the middle batch of tasks and target, timed."""
+) -> PassCost:
+    """Cost for one process, from batches of tasks and target: see :func:`predict_batches`.
+
+    The memory is that of a batch, with the gradient of the parameters, but without their
+    displacements and without the optimizer's state.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fitting = FittingBatches()
 
     def batches(of: Sequence[TaskExamples]) -> list[list[object]]:
         read = [_read_again(task) for task in of]
         return [[read[k].rows[i] for i in ids] for k, ids, _ in _batches(read, batch_size, loss)]
 
-    def forward_and_backward(rows: list[object]) -> None:
-        _gradients(model, parameters, collate_fn(rows), np.ones(len(rows)), loss)
+    def forward_and_backward(rows: Sequence[object]) -> None:
+        _gradients(model, parameters, collate_fn(list(rows)), np.ones(len(rows)), loss)
 
-    def forward(rows: list[object]) -> None:
-        _losses(model, collate_fn(rows), loss)
+    def forward(rows: Sequence[object]) -> None:
+        _losses(model, collate_fn(list(rows)), loss)
+
+    def predict(of: Sequence[TaskExamples], run: Callable[[Sequence[object]], None]) -> PassCost:
+        return predict_batches(model, batches(of), lambda rows: list(fitting.run(rows, run)))
 
     with evaluation_mode(model):
-        seconds = 2 * seconds_of_batches(batches(tasks), forward_and_backward)
-        return seconds + (1 + num_ends) * seconds_of_batches(batches([target]), forward)
+        of_tasks = predict(tasks, forward_and_backward)
+        of_target = predict([target], forward)
+    return PassCost(
+        2 * of_tasks.seconds + (1 + num_ends) * of_target.seconds,
+        max(of_tasks.memory, of_target.memory),
+    )
 
 
 def _read_again(task: TaskExamples) -> TaskExamples:
@@ -252,16 +260,21 @@ class _TargetReader:
         rank, world_size = process_rank()
         self._batches = list(_batches([self._target], batch_size, loss))[rank::world_size]
         self.num_examples = sum(len(ids) for _, ids, _ in self._batches)
+        self._fitting = FittingBatches()
         self.advance: Callable[[int], object] = lambda count: None
 
     def losses(self) -> np.ndarray:
         """Of all that are read again [T]; 0 for those that other processes read."""
         losses_T = np.zeros(len(self._target.example_ids))
         for _, ids, places in self._batches:
-            batch = self._collate_fn([self._target.rows[i] for i in ids])
-            losses_T[places] = _losses(self._model, batch, self._loss).double().cpu().numpy()
+            rows = [self._target.rows[i] for i in ids]
+            losses_T[places] = np.concatenate(list(self._fitting.run(rows, self._losses)))
             self.advance(len(ids))
         return losses_T
+
+    def _losses(self, rows: Sequence[Any]) -> np.ndarray:
+        batch = self._collate_fn(list(rows))
+        return _losses(self._model, batch, self._loss).double().cpu().numpy()
 
 
 class _TaskReader:
@@ -301,6 +314,7 @@ class _TaskReader:
         rank, world_size = process_rank()
         self._batches = list(_batches(self._tasks, batch_size, loss))[rank::world_size]
         self.num_examples = sum(len(ids) for _, ids, _ in self._batches)
+        self._fitting = FittingBatches()
 
     def mean_of_task(self, k: int, vectors_ND: np.ndarray) -> np.ndarray:
         """Mean [D] of the store's vectors over the examples of a task that are read again."""
@@ -311,15 +325,21 @@ class _TaskReader:
         total: dict[str, Tensor] = {}
         for task, ids, places in self._batches:
             if task == k:
-                batch = self._collate_fn([self._tasks[k].rows[i] for i in ids])
-                shares = self._shares[k][places]
-                for name, value in _gradients(
-                    self._model, self.parameters, batch, shares, self._loss
-                ).items():
-                    scaled = value.flatten().float() * scales[name]
-                    total[name] = total[name] + scaled if name in total else scaled
+                rows = [
+                    (self._tasks[k].rows[i], share)
+                    for i, share in zip(ids, self._shares[k][places], strict=True)
+                ]
+                for part in self._fitting.run(rows, self._gradients, lambda row: row[0]):
+                    for name, value in part.items():
+                        scaled = value.flatten().float() * scales[name]
+                        total[name] = total[name] + scaled if name in total else scaled
                 self.advance(len(ids))
         return total
+
+    def _gradients(self, rows: Sequence[tuple[Any, float]]) -> dict[str, Tensor]:
+        batch = self._collate_fn([row for row, _ in rows])
+        shares = np.array([share for _, share in rows])
+        return _gradients(self._model, self.parameters, batch, shares, self._loss)
 
 
 def _gradients(

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_auxselect.memory import checkpointed, is_out_of_memory
 from hf_auxselect.scalars import (
     NEXT_TOKEN_LOSS,
     SCALARS,
@@ -45,6 +47,12 @@ _FULL = (torch.float32, torch.float64)
 _LISTS = (nn.ParameterList, nn.ParameterDict)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _CONSTANTS = (nn.Module, str, int, float, torch.dtype, torch.device, type(None))
+
+_ENTRIES_AT_ONCE = 2**20
+"""Entries of a module's per-example gradients that exist at once, at least those of an example.
+
+4 MiB in float32. Those of a LoRA matrix of rank 16 on 4096 features, for a batch of 16, exist at
+once; of a head of 4096 x 256 entries, one example's."""
 
 _ONE_BY_ONE = "pass one_by_one=True, which runs each example alone: slow, but right for any model"
 _NO_GRADIENT = (
@@ -214,6 +222,12 @@ class _Layout:
         """[B, ...] as [B, 1, ...], [B*S, ...] as [B, S, ...]."""
         return tensor.reshape(self.batch_size, len(tensor) // self.batch_size, *tensor.shape[1:])
 
+    def rows(self, tensor: Tensor, rows: slice) -> Tensor:
+        """The part of some examples of a tensor; all of one that does not split."""
+        if len(range(*rows.indices(self.batch_size))) == self.batch_size or not self.splits(tensor):
+            return tensor
+        return self.split(tensor)[rows].flatten(0, 1)
+
     def batch_first(self, tensor: Tensor) -> Tensor:
         """[B, ...] as it is, [B*S, ...] as [B, S, ...]."""
         return tensor if len(tensor) == self.batch_size else self.split(tensor)
@@ -236,6 +250,10 @@ class _Call:
     """What the call was autocast to; a backward often runs outside of that context."""
     vectorise: bool
     """Whether ``vmap`` may run the module."""
+
+    def of_rows(self, rows: slice) -> _Call:
+        """The same call, of some examples of the batch."""
+        return replace(self, layout=replace(self.layout, batch_size=rows.stop - rows.start))
 
     def splits_by_example(self, tensors: Sequence[Tensor], output: Tensor) -> bool:
         layout = self.layout
@@ -310,13 +328,29 @@ class _Call:
         with torch.autocast(grad.device.type, self.autocast, enabled=enabled, cache_enabled=False):
             if self.vectorise:
                 in_dims = ([0 if by_example else None for by_example in splits], 0)
-                # Some kernels have no rule for vmap, some modules change tensors in place.
-                with contextlib.suppress(RuntimeError):
+                try:
                     gradients = torch.func.vmap(vectorised, in_dims)(tensors, grad)
+                except RuntimeError as error:
+                    # Kernels that vmap knows no rule for, what is changed in place, or branches on
+                    # data: each raises its own message, of no class of its own.
+                    if is_out_of_memory(error):
+                        raise
+                    _log_one_by_one(self.path, type(self.module).__name__, str(error))
             if gradients is None:
                 each = [alone(i) for i in range(self.layout.batch_size)]
                 gradients = {name: torch.stack([g[name] for g in each]) for name in trainable}
         return {name: at_least_float32(gradient) for name, gradient in gradients.items()}
+
+
+@functools.cache  # once, not in every batch
+def _log_one_by_one(path: str, kind: str, reason: str) -> None:
+    logger.info(
+        "per-example gradients of the module %r (%s) are computed example by example, which is "
+        "slower, because vmap says: %s",
+        path,
+        kind,
+        reason,
+    )
 
 
 def _reaches_below(module: nn.Module) -> bool:
@@ -369,6 +403,10 @@ class GradientHooks:
         """Whether half precision, or less, was seen in parameters, outputs or autocast."""
         self.whole = whole
         """Paths of modules that own all that is below them, since a part of it does not split."""
+        self.in_parts = False
+        """Whether large gradients are handed over for some examples at a time, in order."""
+        self.first_row = 0
+        """Row of the batch that the first of the gradients handed over belongs to."""
         self._model = model
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._receive = receive
@@ -584,22 +622,37 @@ class GradientHooks:
         if self._complaints:
             return  # the batch will run again
         tensors = kept.saved_tensors  # inside of a checkpoint, its layer runs again now
-        self._replaying = True
-        try:
-            gradients = call.gradients(grad, tensors)
-        finally:
-            self._replaying = False
-        for local, name in call.own.items():
-            self._receive(name, gradients[local])
+        size = call.layout.batch_size
+        at_once = size
+        if self.in_parts:
+            entries = sum(self._trainable[name].numel() for name in call.own.values())
+            at_once = min(max(_ENTRIES_AT_ONCE // entries, 1), size)
+        for self.first_row in range(0, size, at_once):
+            rows = slice(self.first_row, min(self.first_row + at_once, size))
+            part = call if at_once == size else call.of_rows(rows)
+            self._replaying = True
+            try:
+                gradients = part.gradients(
+                    call.layout.rows(grad, rows), [call.layout.rows(t, rows) for t in tensors]
+                )
+            finally:
+                self._replaying = False
+            for local, name in call.own.items():
+                self._receive(name, gradients[local])
+            del gradients  # before those of the next examples are computed
+        self.first_row = 0
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off, gradients on; every module's mode is put back."""
+    """Dropout off, gradients on; every module's mode is put back.
+
+    Layers for which gradient checkpointing is enabled are checkpointed, as in training.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), checkpointed(model):
             yield
     finally:
         for module in training:

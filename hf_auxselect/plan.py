@@ -134,9 +134,13 @@ class CostPreview:
             looking ahead takes.
         disk_mib: size of the gradient store, MiB; twice as much for a moment, at the end of the
             pass, when its parts are merged into one file.
-        memory_mib: memory of the projection's tables and, to look ahead, of the tasks' mean
-            gradients and of the parameters before they are moved, MiB, beyond that of an evaluation
-            batch with gradients.
+        memory_mib: predicted peak of the memory, in MiB, that the passes over the model take on its
+            device beyond what is there before them (parameters, the optimizer's state): activations
+            and gradients of the largest batch, as measured; the projection's tables; a copy of the
+            optimizer's state; and, to look ahead, displacements of the parameters and, on the CPU,
+            the tasks' mean gradients. Without libraries, the allocator's fragments, and what the
+            estimator and the selector take afterwards.
+        host_memory_mib: of the tasks' mean gradients, where the model is not on the CPU.
         switch_step: optimizer step after which the pass runs.
         verification_steps: further training steps, of ``verify`` and ``calibrate`` mixtures.
     """
@@ -147,6 +151,7 @@ class CostPreview:
     memory_mib: float
     switch_step: int
     verification_steps: int = 0
+    host_memory_mib: float = 0.0
 
     def __str__(self) -> str:
         minutes, seconds = divmod(round(self.seconds), 60)

@@ -63,26 +63,34 @@ class CountSketch:
     def _num_slots(self, num_entries: int) -> int:
         return -(-num_entries // self.dim) * self.dim
 
+    def prepare(self, name: str, num_entries: int, like: Tensor) -> None:
+        """Build the tables of a parameter now, for gradients of the device and dtype of ``like``.
+
+        While they are built, they take as much again.
+        """
+        self._table(name, num_entries, like)
+
     def project(self, name: str, gradients: Tensor) -> Tensor:
         """Project ``gradients`` [B, P] of the parameter called ``name``: [B, D]."""
-        entry, sign = self._table(name, gradients)
+        entry, sign = self._table(name, gradients.shape[1], gradients)
         dealt = gradients.index_select(1, entry).mul_(sign)
         return dealt.view(len(gradients), -1, self.dim).sum(1)
 
-    def _table(self, name: str, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def _table(self, name: str, num_entries: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Entry that each of the q*D slots (slot s belongs to cell s mod D) takes, and its sign."""
-        key = (name, gradients.device, gradients.dtype)
+        key = (name, like.device, like.dtype)
         if key not in self._tables:
-            num_entries = gradients.shape[1]
             num_slots = self._num_slots(num_entries)
             words = random_words(num_slots, "count sketch", PROJECTION_VERSION, self.seed, name)
             # The order of the words is ruled by their high bits, the sign by the lowest one.
             entry = np.argsort(words, kind="stable")
-            sign = 1.0 - 2.0 * (words[entry] & np.uint64(1)).astype(np.float64)
+            negative = (words & np.uint64(1)).astype(bool)[entry]
+            del words
+            sign = np.where(negative, np.float32(-1), np.float32(1))
             sign[entry >= num_entries] = 0.0  # slots beyond the last entry stay empty
-            entry = np.minimum(entry, num_entries - 1)
+            np.minimum(entry, num_entries - 1, out=entry)
             self._tables[key] = (
-                torch.from_numpy(entry).to(gradients.device),
-                torch.from_numpy(sign).to(gradients.device, gradients.dtype),
+                torch.from_numpy(entry).to(like.device),
+                torch.from_numpy(sign).to(like.device, like.dtype),
             )
         return self._tables[key]

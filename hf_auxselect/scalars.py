@@ -13,10 +13,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_auxselect.memory import row_by_row, take_rows
 
 Batch = Mapping[str, Any]
 
@@ -172,7 +175,9 @@ def forward_label_logits(
             "regression), which is not supported: train without TaskSelectionCallback."
         )
     return LabelLogits(
-        logits=at_least_float32(logits[examples, columns]),
+        logits=at_least_float32(
+            take_rows(logits.flatten(0, 1), examples * logits.shape[1] + columns)
+        ),
         labels=labels[examples, columns],
         examples=examples,
         num_label_tokens=counts,
@@ -253,9 +258,20 @@ def token_margins(output: LabelLogits) -> Tensor:
     Computed as ``z_y - logsumexp(z_j for j != y)``, which is exact where p is near 0 or 1. The
     token's loss is ``-log p = softplus(-margin)``.
     """
-    gold = output.labels.unsqueeze(1)
-    others = output.logits.scatter(1, gold, -torch.inf).logsumexp(1)
-    return output.logits.gather(1, gold).squeeze(1) - others
+    return row_by_row(_margins, output.logits, output.labels)
+
+
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    gold = labels.unsqueeze(1)
+    others = logits.scatter(1, gold, -torch.inf).logsumexp(1)
+    return logits.gather(1, gold).squeeze(1) - others
+
+
+def _draw_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Labels drawn from the model itself [L], by uniform random numbers."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniforms.to(cumulative).unsqueeze(1))
+    return drawn.clamp(max=cumulative.shape[-1] - 1).squeeze(1)
 
 
 def _sampled_loss(output: LabelLogits) -> Tensor:
@@ -271,10 +287,9 @@ def _sampled_loss(output: LabelLogits) -> Tensor:
     """
     assert output.uniforms is not None
     with torch.no_grad():
-        cumulative = output.logits.softmax(-1).cumsum(-1)
-        drawn = torch.searchsorted(cumulative, output.uniforms.to(cumulative).unsqueeze(1))
-        drawn = drawn.clamp(max=cumulative.shape[-1] - 1).squeeze(1)
-    losses = nn.functional.cross_entropy(output.logits, drawn, reduction="none")
+        drawn = row_by_row(_draw_labels, output.logits, output.uniforms)
+    cross_entropy = partial(nn.functional.cross_entropy, reduction="none")
+    losses = row_by_row(cross_entropy, output.logits, drawn)
     return output.mean_over_tokens(losses) * output.num_label_tokens.sqrt()
 
 

@@ -27,6 +27,9 @@ from hf_auxselect import (
     TaskSelectionCallback,
     concatenate_tasks,
 )
+from hf_auxselect.gradient_pass import GradientPass
+from hf_auxselect.memory import PeakMemory
+from hf_auxselect.projection import CountSketch
 
 
 class TestARun:
@@ -402,6 +405,50 @@ class TestPreview:
         store = run_dir / "_task_selection" / "gradients"
         size = sum(p.stat().st_size for p in store.glob("*.safetensors")) / 2**20
         assert preview.disk_mib == pytest.approx(size, rel=0.6)  # headers weigh on tiny shards
+
+    @pytest.mark.parametrize(
+        ("checkpointing", "heads"), [(False, None), (True, None), (True, ["lm_head"])]
+    )
+    def test_the_memory_is_what_the_pass_takes(self, checkpointing, heads, run_dir):
+        rng = np.random.default_rng(0)
+
+        def rows(count):
+            ids = [rng.integers(2, 512, rng.integers(40, 64)).tolist() for _ in range(count)]
+            return Dataset.from_list(
+                [{"input_ids": i, "attention_mask": [1] * len(i), "labels": i} for i in ids]
+            )
+
+        base = tiny.llama(
+            vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4
+        )
+        cb = callback(projection_dim=256)
+        trainer = tiny.plain_trainer(
+            run_dir,
+            cb,
+            model=get_peft_model(base, tiny.lora(r=8, modules_to_save=heads)),
+            train_dataset=concatenate_tasks({"a": rows(10), "b": rows(10)}),
+            eval_dataset=rows(8),
+            gradient_checkpointing=checkpointing,
+            per_device_train_batch_size=8,
+        )
+        predicted = cb.preview(trainer).memory_mib
+        peaks = []
+        run = GradientPass.run
+
+        def measured(self, *args):
+            with PeakMemory(torch.device("cpu")) as peak:
+                store = run(self, *args)
+            peaks.append(peak.bytes)
+            return store
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GradientPass, "run", measured)
+            trainer.train()
+        sketch = CountSketch(256, 0)  # its tables are made by NumPy
+        tables = sum(
+            sketch.table_bytes(p.numel()) for p in trainer.model.parameters() if p.requires_grad
+        )
+        assert predicted == pytest.approx((peaks[0] + tables) / 2**20, rel=0.2)
 
 
 class TestRefusals:

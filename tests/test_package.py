@@ -22,8 +22,9 @@ LAYOUT = {
     "fingerprint": set(),
     "distributed": set(),
     "store": {"files"},
-    "scalars": set(),
-    "per_example": {"scalars"},
+    "memory": set(),
+    "scalars": {"memory"},
+    "per_example": {"memory", "scalars"},
     "doubts": set(),
     "optimizer_state": set(),
     "projection": {"seeds"},
@@ -35,6 +36,7 @@ LAYOUT = {
     "gradients": {
         "distributed",
         "files",
+        "memory",
         "optimizer_state",
         "per_example",
         "projection",
@@ -45,6 +47,7 @@ LAYOUT = {
     "look_ahead": {
         "distributed",
         "gradients",
+        "memory",
         "optimizer_state",
         "per_example",
         "projection",
@@ -84,6 +87,7 @@ LAYOUT = {
         "evaluation",
         "gradients",
         "look_ahead",
+        "memory",
         "optimizer_state",
         "per_example",
         "plan",
@@ -159,12 +163,13 @@ def test_only_these_modules_know_transformers():
         "checkpoints",
         "evaluation",
         "gradient_pass",
+        "memory",
         "plan",
         "script",
         "switch",
         "verification",
         "per_example",
-    }  # the last for Conv1D alone
+    }  # memory for GradientCheckpointingLayer, per_example for Conv1D alone
 
 
 def test_importing_is_silent_and_imports_nothing_heavy():
