@@ -598,10 +598,11 @@ class _Capture:
                 gradients = differentiate(values.sum(), self._trainable, retain_graph=retain_graph)
                 for parameter, gradient in gradients.items():
                     self._receive(parameter, at_least_float32(gradient).unsqueeze(0))
+                del gradients
             for spec in specs:
                 arrays[f"outputs.{spec}"] = values.detach().float().cpu().numpy()
                 arrays[f"gradients.{spec}"] = self._projected[spec].float().cpu().numpy()
-            del values, gradients  # before those of the next scalar are computed
+            del values  # and its graph, before those of the next scalar are computed
         return arrays
 
     def _uniforms(self, stream: str, ids: list[int], output: LabelLogits) -> Tensor:
