@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +18,13 @@ from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDS
 from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_seconds
 from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead_seconds
-from hf_auxselect.optimizer_state import is_supported
+from hf_auxselect.optimizer_state import is_changed, why_not_modelled
 from hf_auxselect.per_example import Batch, check_per_example_gradients
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.projection import CountSketch
 from hf_auxselect.store import GradientStore, add_vectors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,8 @@ class GradientPass:
 
     def check(self) -> None:
         """Capture two examples now, so that an unsupported model raises before it is trained."""
-        if needs_optimizer(self.estimator) and not is_supported(self.trainer.optimizer):
-            raise ValueError(
-                f"{type(self.estimator).__name__} models the steps of torch's AdamW, Adam and "
-                f"SGD, not of optim={str(self.trainer.args.optim)!r}. Use optim='adamw_torch', or "
-                "pass estimator=GradExLogistic()."
-            )
+        if needs_optimizer(self.estimator):
+            self._check_optimizer()
         if self.one_by_one:
             return
         tasks = (self.plan.examples[0], self.plan.target)
@@ -51,6 +50,33 @@ class GradientPass:
                 self.trainer.model,
                 [task.rows[task.example_ids[0]] for task in tasks],
                 self._collate_fn,
+            )
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimizer whose steps are not modelled, and say what is not known of others."""
+        trainer, first_step = self.trainer, self.plan.switch_step
+        schedule = switch.schedule_after(trainer, first_step)
+        name = switch.optimizer_name(trainer)
+        reason = why_not_modelled(trainer.model, trainer.optimizer, schedule, first_step=first_step)
+        estimator = type(self.estimator).__name__
+        if reason is not None:
+            raise ValueError(
+                f"{estimator} models the steps of the run's optimizer, {name}: {reason} Or pass "
+                "estimator=GradExLogistic(), which does not depend on it."
+            )
+        if is_changed(trainer.optimizer):
+            logger.warning(
+                "%s replaces step of the optimizer that it is made from; the estimates are about "
+                "that one's own steps.",
+                name,
+            )
+        if schedule.unknown_because is not None:
+            logger.warning(
+                "the learning rates of the steps after the switch are not known (%s); the "
+                "estimates take them for what they are at the switch. Pass learning_rates=... to "
+                "%s to say what they will be.",
+                schedule.unknown_because,
+                estimator,
             )
 
     def preview(self) -> CostPreview:

@@ -23,10 +23,11 @@ from hf_auxselect.distributed import computed_once, gather, process_rank, sum_ov
 from hf_auxselect.gradients import (
     BatchLimits,
     TaskExamples,
+    group_rates,
     row_length,
     seconds_of_batches,
 )
-from hf_auxselect.optimizer_state import read_optimizer
+from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.per_example import (
     SCALARS,
     Batch,
@@ -94,7 +95,7 @@ def look_ahead(
     Source: secants of gradients as in quasi-Newton methods; Nocedal and Wright, "Numerical
     Optimization" (2006), section 6.1.
     """
-    state = read_optimizer(model, optimizer)
+    state = read_optimizer(model, optimizer, group_rates(store.metadata.get("training")))
     sketch = CountSketch(store.metadata["projection_dim"], store.metadata["seed"])
     reader = _TaskReader(model, collate_fn, tasks, store, batch_size)
     target_reader = _TargetReader(model, collate_fn, target, batch_size)
@@ -119,7 +120,7 @@ def look_ahead(
     with bar, evaluation_mode(model):
         reader.advance = target_reader.advance = bar.update
         momentum = {name: m * state.scales[name] for name, m in state.momentum.items()}
-        way = _Displacements(reader.parameters, state.scales, len(sources))
+        way = _Displacements(reader.parameters, state, len(sources))
         if rank == 0:
             way.add(0, momentum)
         for k in range(len(tasks)):
@@ -302,8 +303,9 @@ class _TaskReader:
                 batch = self._collate_fn([self._tasks[k].rows[i] for i in ids])
                 shares = self._shares[k][places]
                 for name, value in _gradients(self._model, self.parameters, batch, shares).items():
-                    scaled = value.flatten().float() * scales[name]
-                    total[name] = total[name] + scaled if name in total else scaled
+                    if name in scales:
+                        scaled = value.flatten().float() * scales[name]
+                        total[name] = total[name] + scaled if name in total else scaled
                 self.advance(len(ids))
         return total
 
@@ -341,12 +343,13 @@ def _restored(parameters: Values) -> Iterator[Values]:
 class _Displacements:
     """Displacements of the parameters, in the optimizer's coordinates: combinations of S sources.
 
-    The sources are kept on the CPU.
+    The sources are kept on the CPU. What the optimizer does not train does not move.
     """
 
-    def __init__(self, parameters: Values, scales: Values, count: int) -> None:
-        self._parameters, self._scales = parameters, scales
-        self._sources = {name: torch.zeros(count, p.numel()) for name, p in parameters.items()}
+    def __init__(self, parameters: Values, state: OptimizerState, count: int) -> None:
+        self._parameters = {name: p for name, p in parameters.items() if name in state.scales}
+        self._state = state
+        self._sources = {n: torch.zeros(count, p.numel()) for n, p in self._parameters.items()}
 
     def add(self, source: int, values: Values) -> None:
         """Add to a source."""
@@ -370,8 +373,9 @@ class _Displacements:
         with _restored(self._parameters) as before:
             with torch.no_grad():
                 for name, p in self._parameters.items():
-                    step = (factors @ self._sources[name]).to(p.device) * self._scales[name]
+                    scale = self._state.scales[name]
+                    step = (factors @ self._sources[name]).to(p.device) * scale
                     p += step.view_as(p)
                     step = p.float() - before[name].float()
-                    moved[name] = step.flatten() / self._scales[name]
+                    moved[name] = self._state.to_coordinates(name, step.flatten())
             yield moved
