@@ -19,6 +19,7 @@ rate, whatever the gradient's size; no linear model says that.)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -260,6 +261,23 @@ def read_optimizer(
         groups=tuple(groups),
         num_fixed=sum(p.numel() for p in model.parameters() if p.requires_grad) - num_trained,
     )
+
+
+def copy_of_state(optimizer: Any) -> dict[Any, dict[str, Any]]:
+    """The state of every parameter, by the parameter itself; to put back after trial steps."""
+    return {
+        parameter: {name: _copied(value) for name, value in state.items()}
+        for parameter, state in optimizer.state.items()
+    }
+
+
+def _copied(value: Any) -> Any:
+    if not hasattr(value, "__tensor_flatten__"):
+        return copy.deepcopy(value)
+    # A quantized state of torchao does not know how to be copied, but what it is made of.
+    names, context = value.__tensor_flatten__()
+    parts = {name: getattr(value, name).clone() for name in names}
+    return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
 
 
 def _relative_rates(optimizer: Any, group_rates: Sequence[float] | None) -> list[float]:

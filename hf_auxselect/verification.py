@@ -19,6 +19,7 @@ from hf_auxselect import switch
 from hf_auxselect.distributed import computed_once
 from hf_auxselect.estimators import FittedEstimator, normalize_mixtures
 from hf_auxselect.mixture import TaskRows
+from hf_auxselect.optimizer_state import copy_of_state
 from hf_auxselect.report import Measurement
 from hf_auxselect.schedule import follows_metrics
 from hf_auxselect.selectors import RandomEnsemble
@@ -224,7 +225,7 @@ def _preserved(trainer: Trainer) -> Iterator[None]:
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
     }
-    moments = {parameter: copy.deepcopy(values) for parameter, values in optimizer.state.items()}
+    moments = copy_of_state(optimizer)
     groups = [
         {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups

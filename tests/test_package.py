@@ -65,6 +65,7 @@ LAYOUT = {
         "distributed",
         "estimators",
         "mixture",
+        "optimizer_state",
         "report",
         "schedule",
         "selectors",
