@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +20,14 @@ from hf_auxselect.evaluation import compare_evaluation
 from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_pass
 from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead
 from hf_auxselect.memory import checkpointing_enabled
-from hf_auxselect.optimizer_state import is_supported
+from hf_auxselect.optimizer_state import is_changed, why_not_modelled
 from hf_auxselect.per_example import check_per_example_gradients
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.projection import CountSketch
 from hf_auxselect.scalars import Batch
 from hf_auxselect.store import GradientStore, add_vectors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +48,11 @@ class GradientPass:
         Returns:
             Sentences for the report on how the estimated loss differs from the logged one.
         """
-        if needs_optimizer(self.estimator) and not is_supported(self.trainer.optimizer):
-            raise ValueError(
-                f"{type(self.estimator).__name__} models the steps of torch's AdamW, Adam and "
-                f"SGD, not of optim={str(self.trainer.args.optim)!r}. Use optim='adamw_torch', or "
-                "pass estimator=GradExLogistic()."
-            )
+        notes = list(self.plan.loss.notes)
+        if needs_optimizer(self.estimator):
+            notes += self._check_optimizer()
         dataset = switch.target_dataset(self.trainer, self.target)
-        notes = [
-            *self.plan.loss.notes,
-            *compare_evaluation(self.trainer, dataset, self.plan.loss),
-        ]
+        notes += compare_evaluation(self.trainer, dataset, self.plan.loss)
         if self.one_by_one or self.plan.loss.of_example.of_batch is not None:
             return notes
         with self.trainer.compute_loss_context_manager():
@@ -65,6 +62,34 @@ class GradientPass:
                 self._collate_fn,
                 loss=self.plan.loss.of_example,
             )
+        return notes
+
+    def _check_optimizer(self) -> list[str]:
+        """Refuse an optimizer whose steps are not modelled; say what is not known of others."""
+        trainer, first_step = self.trainer, self.plan.switch_step
+        schedule = switch.schedule_after(trainer, first_step)
+        name = switch.optimizer_name(trainer)
+        reason = why_not_modelled(trainer.model, trainer.optimizer, schedule, first_step=first_step)
+        estimator = type(self.estimator).__name__
+        if reason is not None:
+            raise ValueError(
+                f"{estimator} models the steps of the run's optimizer, {name}: {reason} Or pass "
+                "estimator=GradExLogistic(), which does not depend on it."
+            )
+        notes = []
+        if is_changed(trainer.optimizer):
+            notes.append(
+                f"{name} replaces step of the optimizer that it is made from; the estimates are "
+                "about that one's own steps."
+            )
+        if schedule.unknown_because is not None:
+            notes.append(
+                "the learning rates of the steps after the switch are not known "
+                f"({schedule.unknown_because}); the estimates take them for what they are at the "
+                f"switch. Pass learning_rates=... to {estimator} to say what they will be."
+            )
+        for note in notes:
+            logger.warning("%s", note)
         return notes
 
     def preview(self) -> CostPreview:

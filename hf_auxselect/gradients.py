@@ -12,7 +12,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,8 @@ def capture_examples(
     rank, world_size = process_rank()
     shards = _plan_shards(tasks, target)
     by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
-    state = None if optimizer is None else read_optimizer(model, optimizer)
+    rates = group_rates(training)
+    state = None if optimizer is None else read_optimizer(model, optimizer, rates)
     sketch = CountSketch(projection_dim, seed)
     one_by_one = one_by_one or loss.of_batch is not None
     whole: frozenset[str] = frozenset()
@@ -279,6 +280,13 @@ def capture_examples(
             # A full disk, say, is an error in all processes.
             computed_once(functools.partial(write, round_of_shards, results))
             bar.update(sum(len(shard.example_ids) for shard in round_of_shards[1:]))
+    if capture.fixed_with_gradient:
+        logger.warning(
+            "%d trainable parameter(s), such as %r, have a gradient now, but had none in training "
+            "so far, and so no state of the optimizer; the estimates take them as fixed.",
+            len(capture.fixed_with_gradient),
+            min(capture.fixed_with_gradient),
+        )
     return GradientStore.load(directory)
 
 
@@ -311,6 +319,12 @@ def examples_to_check(
 
 def _warn_of_one_by_one(reason: str) -> None:
     logger.warning("the gradient pass runs each example alone, which is slower: %s.", reason)
+
+
+def group_rates(training: JsonDict | None) -> list[float] | None:
+    """Learning rate of each parameter group in the training to come, up to a common factor."""
+    rates = (training or {}).get("group_learning_rates")
+    return None if rates is None else [sum(of_group) for of_group in rates]
 
 
 @dataclass(frozen=True)
@@ -426,7 +440,12 @@ class BatchLimits:
 
 
 class _Capture:
-    """Runs batches and collects losses, outputs and projected gradients of their examples."""
+    """Runs batches and collects losses, outputs and projected gradients of their examples.
+
+    Attributes:
+        fixed_with_gradient: parameters that the optimizer has not stepped so far, but that had a
+            gradient in some batch.
+    """
 
     def __init__(
         self,
@@ -456,6 +475,7 @@ class _Capture:
         if self._hooks is not None:
             self._hooks.in_parts = True
         self._projected: dict[str, Tensor] = {}
+        self.fixed_with_gradient: set[str] = set()
         self._stack = contextlib.ExitStack()
 
     @property
@@ -482,6 +502,9 @@ class _Capture:
                 "learning_rate_factor": state.learning_rate_factor,
                 "weight_decay": state.weight_decay,
                 "steps_taken": state.steps_taken,
+                "decay_is_coupled": state.decay_is_coupled,
+                "groups": [asdict(group) for group in state.groups],
+                "num_fixed_parameters": state.num_fixed,
             },
             "versions": {name: version(name) for name in ("torch", "transformers")}
             | {"python": platform.python_version()},
@@ -492,15 +515,17 @@ class _Capture:
         state = self._optimizer
         if state is None:
             return {}
-        # A gradient scales by P^(1/2), the parameters themselves by its inverse.
+        # A gradient scales by P^(1/2), the parameters themselves by its inverse. What decays by
+        # less than the others is as if it were smaller: so weight decay's constant part is exact.
         return {
             "momentum": self._project_all(
                 {n: m * state.scales[n] for n, m in state.momentum.items()}
             ),
             "parameters": self._project_all(
                 {
-                    n: p.detach().float().flatten() / state.scales[n]
+                    n: state.to_coordinates(n, p.detach().float().flatten() * state.decay_ratios[n])
                     for n, p in self._trainable.items()
+                    if n in state.scales
                 }
             ),
         }
@@ -623,8 +648,13 @@ class _Capture:
         scaled = [spec for spec in self._projected if spec.endswith(AT_OPTIMIZER)]
         for spec in plain:
             self._projected[spec][rows] += self._sketch.project(name, gradients)
-        if scaled:
-            gradients = gradients * self._scales[name]
+        if not scaled:
+            return
+        if name not in self._scales:
+            if name not in self.fixed_with_gradient and gradients.any():
+                self.fixed_with_gradient.add(name)
+            return
+        gradients = gradients * self._scales[name]
         for spec in scaled:
             self._projected[spec][rows] += self._sketch.project(name, gradients)
 

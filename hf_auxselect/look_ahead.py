@@ -21,9 +21,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_auxselect.distributed import computed_once, gather, process_rank, sum_over_processes
-from hf_auxselect.gradients import BatchLimits, PassCost, TaskExamples, predict_batches
+from hf_auxselect.gradients import (
+    BatchLimits,
+    PassCost,
+    TaskExamples,
+    group_rates,
+    predict_batches,
+)
 from hf_auxselect.memory import FittingBatches, row_length
-from hf_auxselect.optimizer_state import read_optimizer
+from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.per_example import CollateFn, evaluation_mode
 from hf_auxselect.projection import CountSketch
 from hf_auxselect.scalars import (
@@ -94,7 +100,7 @@ def look_ahead(
     Source: secants of gradients as in quasi-Newton methods; Nocedal and Wright, "Numerical
     Optimization" (2006), section 6.1.
     """
-    state = read_optimizer(model, optimizer)
+    state = read_optimizer(model, optimizer, group_rates(store.metadata.get("training")))
     sketch = CountSketch(store.metadata["projection_dim"], store.metadata["seed"])
     reader = _TaskReader(model, collate_fn, tasks, store, batch_size, loss)
     target_reader = _TargetReader(model, collate_fn, target, batch_size, loss)
@@ -118,7 +124,7 @@ def look_ahead(
     )
     with bar, evaluation_mode(model):
         reader.advance = target_reader.advance = bar.update
-        way = _Displacements(reader.parameters, state.scales, len(sources))
+        way = _Displacements(reader.parameters, state, len(sources))
         if rank == 0:
             way.add(0, {name: m * state.scales[name] for name, m in state.momentum.items()})
         for k in range(len(tasks)):
@@ -331,8 +337,9 @@ class _TaskReader:
                 ]
                 for part in self._fitting.run(rows, self._gradients, lambda row: row[0]):
                     for name, value in part.items():
-                        scaled = value.flatten().float() * scales[name]
-                        total[name] = total[name] + scaled if name in total else scaled
+                        if name in scales:
+                            scaled = value.flatten().float() * scales[name]
+                            total[name] = total[name] + scaled if name in total else scaled
                 self.advance(len(ids))
         return total
 
@@ -375,12 +382,13 @@ def _restored(parameters: Values) -> Iterator[Values]:
 class _Displacements:
     """Displacements of the parameters, in the optimizer's coordinates: combinations of S sources.
 
-    The sources are kept on the CPU.
+    The sources are kept on the CPU. What the optimizer does not train does not move.
     """
 
-    def __init__(self, parameters: Values, scales: Values, count: int) -> None:
-        self._parameters, self._scales = parameters, scales
-        self._sources = {name: torch.zeros(count, p.numel()) for name, p in parameters.items()}
+    def __init__(self, parameters: Values, state: OptimizerState, count: int) -> None:
+        self._parameters = {name: p for name, p in parameters.items() if name in state.scales}
+        self._state = state
+        self._sources = {n: torch.zeros(count, p.numel()) for n, p in self._parameters.items()}
 
     def add(self, source: int, values: Values) -> None:
         """Add to a source."""
@@ -404,8 +412,9 @@ class _Displacements:
         with _restored(self._parameters) as before:
             with torch.no_grad():
                 for name, p in self._parameters.items():
-                    step = (factors @ self._sources[name]).to(p.device) * self._scales[name]
+                    scale = self._state.scales[name]
+                    step = (factors @ self._sources[name]).to(p.device) * scale
                     p += step.view_as(p)
                     step = p.float() - before[name].float()
-                    moved[name] = step.flatten() / self._scales[name]
+                    moved[name] = self._state.to_coordinates(name, step.flatten())
             yield moved

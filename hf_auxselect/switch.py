@@ -35,8 +35,10 @@ from hf_auxselect.mixture import (
     joined_tasks,
     task_name,
 )
+from hf_auxselect.optimizer_state import underlying
 from hf_auxselect.per_example import evaluation_mode
 from hf_auxselect.scalars import IGNORE_INDEX, Batch
+from hf_auxselect.schedule import Schedule, schedule_to_come
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -701,7 +703,23 @@ def consumed_batches(step: int, batches_per_epoch: int, accumulation: int) -> in
 
 def torch_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
     """The optimizer below accelerate's wrapper."""
-    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer: torch.optim.Optimizer = underlying(trainer.optimizer)
+    return optimizer
+
+
+def optimizer_name(trainer: Trainer) -> str:
+    """The class of the optimizer, and the training argument by which Trainer made it, if it did."""
+    name = type(torch_optimizer(trainer)).__name__
+    with contextlib.suppress(ImportError, ValueError):  # one that is not installed was not made
+        made, _ = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        if made is type(torch_optimizer(trainer)):
+            return f"{name} (optim={option_value(trainer.args.optim)!r})"
+    return name
+
+
+def option_value(option: Any) -> Any:
+    """A training argument as the user writes it: the value of an enumeration."""
+    return getattr(option, "value", option)
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -747,11 +765,18 @@ def schedule_restart(trainer: Trainer, switch_step: int) -> None:
         ValueError: the scheduler is not a ``LambdaLR`` made by Trainer.
     """
     scheduler = trainer.lr_scheduler
+    # Trainer notes which schedules are its own; lr_scheduler_type says nothing of others.
+    if not getattr(trainer, "_created_lr_scheduler", True):
+        raise ValueError(
+            "after='restart' starts the learning-rate schedule again, which is known for those "
+            f"that Trainer makes, not for the {type(scheduler).__name__} that it was given. Pass "
+            "lr_scheduler_type=... and optimizers=(optimizer, None), or use after='continue'."
+        )
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
             f"after='restart' starts the learning-rate schedule again, which is supported for "
             f"schedules made of a LambdaLR, not for {type(scheduler).__name__} "
-            f"(lr_scheduler_type={str(trainer.args.lr_scheduler_type)!r}). Use another "
+            f"(lr_scheduler_type={option_value(trainer.args.lr_scheduler_type)!r}). Use another "
             "lr_scheduler_type, or after='continue'."
         )
     remaining = trainer.state.max_steps - switch_step
@@ -783,26 +808,41 @@ def schedule_restart(trainer: Trainer, switch_step: int) -> None:
         for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     ]
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):  # compiled steps refer to it
+            group["lr"].fill_(float(rate))
+        else:
+            group["lr"] = rate
+
+
+def schedule_after(trainer: Trainer, switch_step: int) -> Schedule:
+    """The rates of the steps after the switch; if training restarts, those without the restart."""
+    with preserved_rng():
+        return schedule_to_come(
+            trainer.lr_scheduler,
+            torch_optimizer(trainer),
+            skip=switch_step - trainer.state.global_step,
+            count=trainer.state.max_steps - switch_step,
+            shared=(trainer, trainer.model, trainer.optimizer),
+        )
 
 
 def training_to_come(trainer: Trainer, switch_step: int, *, restarts: bool) -> dict[str, Any]:
     """What the optimizer will be told in the steps after the switch, for estimators that model it.
 
     Returns:
-        ``learning_rates`` of each remaining step (if it restarts, those without the restart),
-        ``max_grad_norm`` (0: no clipping), ``examples_per_step`` over all processes, and ``after``,
-        as JSON values.
+        ``learning_rates`` of each remaining step (if it restarts, those without the restart) of the
+        reference group, ``group_learning_rates`` of all groups, ``learning_rates_are_known`` (else
+        they are those of now), ``momentum_coefficients`` of each step if the scheduler changes
+        them, else None, ``max_grad_norm`` (0: no clipping), ``examples_per_step`` over all
+        processes, and ``after``, as JSON values.
     """
-    scheduler, steps = trainer.lr_scheduler, range(switch_step, trainer.state.max_steps)
-    if isinstance(scheduler, LambdaLR):
-        factor = scheduler.lr_lambdas[0]
-        factor = getattr(factor, "without_restart", factor)
-        rates = [scheduler.base_lrs[0] * float(factor(step)) for step in steps]
-    else:
-        rates = [float(trainer.optimizer.param_groups[0]["lr"])] * len(steps)  # unknown: as it is
+    schedule = schedule_after(trainer, switch_step)
+    momentum = schedule.momentum_coefficients[schedule.reference_group]
     return {
-        "learning_rates": rates,
+        "learning_rates": schedule.learning_rates[schedule.reference_group],
+        "group_learning_rates": schedule.learning_rates,
+        "learning_rates_are_known": schedule.unknown_because is None,
+        "momentum_coefficients": momentum if len(set(momentum)) > 1 else None,
         "max_grad_norm": float(trainer.args.max_grad_norm or 0.0),
         "examples_per_step": int(trainer.get_total_train_batch_size(trainer.args)),
         "after": "restart" if restarts else "continue",

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 from transformers import Trainer
 
@@ -21,7 +20,9 @@ from hf_auxselect.distributed import computed_once
 from hf_auxselect.estimators import FittedEstimator, normalize_mixtures
 from hf_auxselect.evaluation import evaluation_loss
 from hf_auxselect.mixture import TaskRows
+from hf_auxselect.optimizer_state import copy_of_state
 from hf_auxselect.report import Measurement
+from hf_auxselect.schedule import follows_metrics
 from hf_auxselect.selectors import RandomEnsemble
 
 
@@ -105,8 +106,8 @@ class RestOfRun:
         if trainer.args.max_grad_norm > 0:
             trainer._clip_grad_norm(model)
         trainer.optimizer.step()
-        is_plateau = isinstance(trainer.lr_scheduler, ReduceLROnPlateau)
-        if not (accelerator.optimizer_step_was_skipped or is_plateau):
+        waits = follows_metrics(trainer.lr_scheduler)
+        if not (accelerator.optimizer_step_was_skipped or waits):
             trainer.lr_scheduler.step()
         model.zero_grad()
 
@@ -218,9 +219,9 @@ def _preserved(trainer: Trainer) -> Iterator[None]:
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
     }
-    moments = {parameter: copy.deepcopy(values) for parameter, values in optimizer.state.items()}
+    moments = copy_of_state(optimizer)
     groups = [
-        {name: copy.copy(value) for name, value in group.items() if name != "params"}
+        {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
     ]
     schedule = copy.deepcopy(trainer.lr_scheduler.state_dict())

@@ -390,14 +390,39 @@ class TestCaptureGradients:
         another = self.capture(tasks, target, tmp_path / "seed", scalars=("sampled_loss",), seed=1)
         assert not np.allclose(another.outputs, one.outputs)
 
-    def test_an_optimizer_that_has_not_stepped_for_all_parameters(self, tasks, target, tmp_path):
+    def test_an_optimizer_that_has_not_stepped(self, tasks, target, tmp_path):
         model = adapted(tiny.llama())
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters)
-        parameters[0].grad = torch.ones_like(parameters[0])
-        optimizer.step()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         with pytest.raises(ValueError, match="optimizer: no second moments"):
             self.capture(tasks, target, tmp_path, model, optimizer=optimizer)
+
+    def test_parameters_that_never_had_a_gradient_are_fixed(self, tasks, target, tmp_path, caplog):
+        """The optimizer skips them: what is captured is that of the others alone."""
+        stores = []
+        for case in ("in the optimizer", "not trainable"):
+            model = adapted(tiny.llama())
+            parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.1)
+            skipped = {n: p for n, p in parameters.items() if "layers.1.mlp" in n}
+            for name, parameter in parameters.items():
+                if name not in skipped:
+                    parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+            if case == "not trainable":
+                for parameter in skipped.values():
+                    parameter.requires_grad_(False)
+            stores.append(self.capture(tasks, target, tmp_path / case, model, optimizer=optimizer))
+        one, other = stores
+        for name in ("loss@optimizer", "sampled_loss@optimizer"):
+            assert np.allclose(one.scalar(name)[1], other.scalar(name)[1], rtol=1e-5, atol=1e-7)
+        for name in ("momentum", "parameters"):
+            assert np.array_equal(one.vectors[name], other.vectors[name])
+        assert one.metadata["optimizer"]["scales"] == other.metadata["optimizer"]["scales"]
+        fixed = sum(parameter.numel() for parameter in skipped.values())
+        assert one.metadata["optimizer"]["num_fixed_parameters"] == fixed
+        assert "6 trainable parameter(s)" in caplog.text
+        assert "the estimates take them as fixed" in caplog.text
 
     def test_the_model_is_left_as_it_was(self, tasks, target, tmp_path):
         model = adapted(tiny.llama(), lora_dropout=0.5).train()

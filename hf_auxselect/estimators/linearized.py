@@ -52,6 +52,7 @@ class LinearizedTraining(AbstractEstimator):
         m_t = beta m_{t-1} + (1 - beta) (b_w + H_w delta_{t-1}),
         delta_t = delta_{t-1} - eta_t (m_t / (1 - beta^(t_0 + t)) + decay (theta + delta_{t-1})),
 
+    (decay that is part of the gradient, SGD's, is added to b_w + H_w delta instead),
     where gradient clipping puts c_wk w_k in place of w_k: c_wk is the mean of
     min(1, max_grad_norm / |g|) over batches, each counted by the label tokens that task k has in
     it, so that tasks with large gradients lose more. A few hundred batches of the mixture are drawn
@@ -174,6 +175,8 @@ class FittedLinearizedTraining(FittedQuadratic):
             momentum_coefficient=optimizer["momentum_coefficient"],
             steps_taken=optimizer.get("steps_taken"),
             weight_decay=optimizer["weight_decay"],
+            decay_is_coupled=optimizer.get("decay_is_coupled", False),
+            momentum_coefficients=self._momentum_coefficients(len(rates)),
         )
         self._decay = optimizer["weight_decay"]
         momentum_D = store.vectors["momentum"].astype(np.float64)
@@ -191,6 +194,13 @@ class FittedLinearizedTraining(FittedQuadratic):
         self._momentum_R, self._parameters_R = self._model.vectors_VR
         if self._training.get("max_grad_norm"):
             self._read_plain_gradients()
+
+    def _momentum_coefficients(self, num_steps: int) -> Array | None:
+        """Of each step, if a scheduler changes them and the steps are those of the trainer."""
+        coefficients = self._training.get("momentum_coefficients")
+        if coefficients is None or len(coefficients) != num_steps:
+            return None
+        return np.asarray(coefficients, np.float64)
 
     def displacements(self) -> tuple[Array, Array]:
         """Random subsets [M, K], and by how much training on them displaces, in the axes [M, D]."""

@@ -60,9 +60,11 @@ class Recursion:
 
     Args:
         rates: eta_t of each step.
-        momentum_coefficient: beta.
+        momentum_coefficient: beta; of the steps taken, if it changes.
         steps_taken: t_0, which corrects the bias of momentum towards 0; None: not corrected.
         weight_decay: per unit of learning rate.
+        decay_is_coupled: whether decay is added to the gradient, and so to the momentum.
+        momentum_coefficients: beta of each step, if a scheduler changes it; None: it does not.
 
     Attributes:
         duration: sum of the learning rates, less what momentum delays: 1 / duration is the
@@ -77,21 +79,33 @@ class Recursion:
         momentum_coefficient: float,
         steps_taken: int | None,
         weight_decay: float,
+        decay_is_coupled: bool = False,
+        momentum_coefficients: Array | None = None,
     ) -> None:
         self._rates = rates
-        self._beta = beta = momentum_coefficient
-        self._decay = weight_decay
+        beta = momentum_coefficient
+        changes = momentum_coefficients is not None
+        self._betas = (
+            np.full(len(rates), beta) if momentum_coefficients is None else (momentum_coefficients)
+        )
+        # Per step, of the displacement; and per unit of gradient.
+        self._decay, self._coupled_decay = (
+            (0.0, weight_decay) if decay_is_coupled else (weight_decay, 0.0)
+        )
         steps = np.arange(1, len(rates) + 1)
-        self.duration = float((rates * (1 - beta**steps)).sum()) or 1.0
+        forgotten = np.cumprod(self._betas) if changes else beta**steps
+        self.duration = float((rates * (1 - forgotten)).sum()) or 1.0
         self._initial_momentum = 1.0 if steps_taken is None else 1 - beta**steps_taken
+        base = self._betas if changes else beta
         self._corrections = (
-            np.ones(len(rates)) if steps_taken is None else 1 - beta ** (steps_taken + steps)
+            np.ones(len(rates)) if steps_taken is None else 1 - base ** (steps_taken + steps)
         )
         # Where a step would overshoot for good, real training does not diverge but leaves the
         # quadratic model; there the response is that of the largest curvature which converges.
         # Negative curvature is an error of the projection: it may cancel that of other directions,
         # but not grow beyond a factor of e.
-        self.stable_curvature = 2 * (1 + beta) / ((1 - beta) * max(float(rates.max()), 1e-300))
+        least = float(self._betas.min())
+        self.stable_curvature = 2 * (1 + least) / ((1 - least) * max(float(rates.max()), 1e-300))
         self._largest_x = np.log(0.9 * self.stable_curvature * self.duration + 2)
         self._tabulate_sources()
         self._tabulate_noise()
@@ -144,10 +158,13 @@ class Recursion:
         # Columns: momentum, gradient, parameters.
         delta_3G, momentum_3G = np.zeros((2, 3, _GRID_POINTS))
         momentum_3G[0] = self._initial_momentum
-        gradient_31, parameters_31 = np.array([[0.0, 1, 0], [0, 0, self._decay]])[..., None]
-        for rate, correction in zip(self._rates, self._corrections, strict=True):
-            momentum_3G *= self._beta
-            momentum_3G += (1 - self._beta) * (values_G * delta_3G + gradient_31)
+        gradient_31, parameters_31 = np.array([[0.0, 1, self._coupled_decay], [0, 0, self._decay]])[
+            ..., None
+        ]
+        values_G = values_G + self._coupled_decay
+        for rate, beta, correction in self._steps():
+            momentum_3G *= beta
+            momentum_3G += (1 - beta) * (values_G * delta_3G + gradient_31)
             delta_3G *= 1 - rate * self._decay
             delta_3G -= rate * (momentum_3G / correction + parameters_31)
         self._delta_3G = delta_3G
@@ -176,12 +193,17 @@ class Recursion:
     def _impulses(self, values_G: Array) -> Iterator[Array]:
         """Displacement after the last step per unit of gradient in one step, from the last back."""
         of_delta_G, of_momentum_G = np.ones_like(values_G), np.zeros_like(values_G)
-        for rate, correction in zip(self._rates[::-1], self._corrections[::-1], strict=True):
+        values_G = values_G + self._coupled_decay
+        for rate, beta, correction in reversed(list(self._steps())):
             of_momentum_G = of_momentum_G - of_delta_G * rate / correction
-            yield (1 - self._beta) * of_momentum_G
+            yield (1 - beta) * of_momentum_G
             of_delta_G = (1 - rate * self._decay) * of_delta_G
-            of_delta_G += (1 - self._beta) * values_G * of_momentum_G
-            of_momentum_G = self._beta * of_momentum_G
+            of_delta_G += (1 - beta) * values_G * of_momentum_G
+            of_momentum_G = beta * of_momentum_G
+
+    def _steps(self) -> Iterator[tuple[float, float, float]]:
+        """Rate, momentum coefficient and correction of its bias, of each step."""
+        return zip(self._rates, self._betas, self._corrections, strict=True)
 
 
 def _between(places: Array, length: int) -> tuple[Array, Array]:
