@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,10 +111,6 @@ def refuse_unsupported(trainer: Trainer) -> None:
             f"{kind} shards parameters, whose per-example gradients cannot be captured. Use DDP "
             "(torchrun or `accelerate launch --multi_gpu`); a LoRA adapter seldom needs sharding."
         )
-    if trainer.compute_loss_func is not None:
-        raise ValueError(
-            "compute_loss_func replaces the token loss that the estimates are about; remove it."
-        )
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} changes the eval loss, which "
@@ -124,6 +121,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
             f"loss_type={args.loss_type!r} changes the eval loss, which the estimates take for the "
             "mean negative log-likelihood; set loss_type='nll'."
         )
+    # After loss_type: TRL before 1.? sets it for loss_type='dft'.
+    if trainer.compute_loss_func is not None:
+        raise ValueError(
+            "compute_loss_func replaces the token loss that the estimates are about; remove it."
+        )
 
 
 def warn_of_differences(trainer: Trainer, *, is_rewritten: bool) -> None:
@@ -133,7 +135,7 @@ def warn_of_differences(trainer: Trainer, *, is_rewritten: bool) -> None:
         trainer: before its first step.
         is_rewritten: whether the mixture is, after the switch.
     """
-    strategy = trainer.args.train_sampling_strategy
+    strategy = sampling_strategy(trainer)
     if is_rewritten and strategy != "random":
         logger.warning(
             "train_sampling_strategy=%r rules the warm-up; the mixture after it is drawn at "
@@ -147,6 +149,16 @@ def warn_of_differences(trainer: Trainer, *, is_rewritten: bool) -> None:
             "negative log-likelihood per label token.",
             owner.__name__,
         )
+
+
+def sampling_strategy(trainer: Trainer) -> str:
+    """How the trainer draws its rows: ``train_sampling_strategy``.
+
+    Before transformers 5.2, ``group_by_length=True`` stood for the value of that name.
+    """
+    if getattr(trainer.args, "group_by_length", False):
+        return "group_by_length"
+    return getattr(trainer.args, "train_sampling_strategy", "random")
 
 
 def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
@@ -282,6 +294,15 @@ def count_label_tokens(trainer: Trainer, batch: Batch) -> np.ndarray:
     return (labels != IGNORE_INDEX).sum(1).cpu().numpy()
 
 
+def has_label_tokens(trainer: Trainer, rows: ModelRows, example_ids: Sequence[int]) -> bool:
+    """Whether any of these rows carries loss; reads no more of them than it takes to tell."""
+    collate = collate_function(trainer)
+    chunks = (example_ids[i : i + 8] for i in range(0, len(example_ids), 8))
+    return any(
+        count_label_tokens(trainer, collate([rows[i] for i in chunk])).any() for chunk in chunks
+    )
+
+
 def evaluation_weights(
     trainer: Trainer, rows: ModelRows, example_ids: Sequence[int]
 ) -> list[float]:
@@ -292,7 +313,7 @@ def evaluation_weights(
     the weight b * n / n_b.
     """
     collate, size = collate_function(trainer), trainer.args.eval_batch_size
-    if trainer.args.train_sampling_strategy == "group_by_length":
+    if sampling_strategy(trainer) == "group_by_length":
         size = len(rows)  # evaluation batches are then drawn at random
     weights = []
     counts: np.ndarray | None = None
@@ -440,6 +461,26 @@ def consumed_batches(step: int, batches_per_epoch: int, accumulation: int) -> in
     steps_per_epoch = max(-(-batches_per_epoch // accumulation), 1)
     epochs, rest = divmod(step, steps_per_epoch)
     return epochs * batches_per_epoch + rest * accumulation
+
+
+def total_steps(trainer: Trainer, batches_per_epoch: int) -> int:
+    """Optimizer steps of the whole run, as ``Trainer.train`` will count them.
+
+    Its own ``set_initial_training_values`` takes other arguments before transformers 5.?.
+    """
+    args = trainer.args
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    steps_per_epoch = max(-(-batches_per_epoch // args.gradient_accumulation_steps), 1)
+    return math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
+def clip_gradients(trainer: Trainer, model: torch.nn.Module) -> None:
+    """Clip the gradients to ``max_grad_norm`` as the training loop does."""
+    if hasattr(trainer, "_clip_grad_norm"):
+        trainer._clip_grad_norm(model)
+    else:  # before transformers 5.?
+        trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
 
 
 def torch_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
