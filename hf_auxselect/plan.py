@@ -173,17 +173,26 @@ def make_plan(
             "completions."
         )
     task_of_example = tasks.ids[train_rows.packed_rows]
+    examples = tuple(
+        TaskExamples(
+            name=name,
+            rows=train_rows,
+            example_ids=draw(np.flatnonzero(task_of_example == k), name),
+            num_rows=int(tasks.counts[k]),
+        )
+        for k, name in enumerate(tasks.names)
+    )
+    for task in examples:
+        if not switch.has_label_tokens(trainer, train_rows, task.example_ids):
+            raise ValueError(
+                f"the task {task.name!r} has no label tokens: in all {len(task.example_ids)} "
+                "examples of it that were looked at, every label is masked (-100), as when "
+                "truncation cuts the completions off. Raise max_length, shorten its prompts, or "
+                "leave the task out."
+            )
     return Plan(
         tasks=tasks,
-        examples=tuple(
-            TaskExamples(
-                name=name,
-                rows=train_rows,
-                example_ids=draw(np.flatnonzero(task_of_example == k), name),
-                num_rows=int(tasks.counts[k]),
-            )
-            for k, name in enumerate(tasks.names)
-        ),
+        examples=examples,
         target=TaskExamples(
             name=target or "target",
             rows=target_rows,

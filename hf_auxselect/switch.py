@@ -1,7 +1,7 @@
 """What the package knows of Trainer's insides: its data, its batches, its optimizer.
 
 Only ``verification``, which steps through a training loop of its own, knows more of them.
-Everything here was checked against the source of transformers 5.23, trl 1.16 and accelerate 1.15.
+`make test-versions` runs it on the oldest and the newest Transformers, TRL and Accelerate.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
             f"loss_type={args.loss_type!r} changes the eval loss, which the estimates take for the "
             "mean negative log-likelihood; set loss_type='nll'."
         )
-    # After loss_type: TRL before 1.? sets it for loss_type='dft'.
+    # After loss_type, for whose 'dft' TRL 1.9 and older sets it.
     if trainer.compute_loss_func is not None:
         raise ValueError(
             "compute_loss_func replaces the token loss that the estimates are about; remove it."
@@ -154,7 +154,7 @@ def warn_of_differences(trainer: Trainer, *, is_rewritten: bool) -> None:
 def sampling_strategy(trainer: Trainer) -> str:
     """How the trainer draws its rows: ``train_sampling_strategy``.
 
-    Before transformers 5.2, ``group_by_length=True`` stood for the value of that name.
+    Before transformers 5.2 ``group_by_length=True`` stood for the value of that name.
     """
     if getattr(trainer.args, "group_by_length", False):
         return "group_by_length"
@@ -466,7 +466,7 @@ def consumed_batches(step: int, batches_per_epoch: int, accumulation: int) -> in
 def total_steps(trainer: Trainer, batches_per_epoch: int) -> int:
     """Optimizer steps of the whole run, as ``Trainer.train`` will count them.
 
-    Its own ``set_initial_training_values`` takes other arguments before transformers 5.?.
+    Its own ``set_initial_training_values`` took one argument more until transformers 5.2.
     """
     args = trainer.args
     if args.max_steps > 0:
@@ -479,7 +479,7 @@ def clip_gradients(trainer: Trainer, model: torch.nn.Module) -> None:
     """Clip the gradients to ``max_grad_norm`` as the training loop does."""
     if hasattr(trainer, "_clip_grad_norm"):
         trainer._clip_grad_norm(model)
-    else:  # before transformers 5.?
+    else:  # until transformers 5.0
         trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
 
 
