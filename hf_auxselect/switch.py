@@ -463,15 +463,15 @@ def consumed_batches(step: int, batches_per_epoch: int, accumulation: int) -> in
     return epochs * batches_per_epoch + rest * accumulation
 
 
-def total_steps(trainer: Trainer, batches_per_epoch: int) -> int:
-    """Optimizer steps of the whole run, as ``Trainer.train`` will count them.
+def total_steps(trainer: Trainer, loader: Any) -> int:
+    """Optimizer steps of the whole run, as ``Trainer.train`` will count them with this loader.
 
     Its own ``set_initial_training_values`` took one argument more until transformers 5.2.
     """
     args = trainer.args
-    if args.max_steps > 0:
+    if args.max_steps > 0:  # the loader of an iterable dataset has no length
         return int(args.max_steps)
-    steps_per_epoch = max(-(-batches_per_epoch // args.gradient_accumulation_steps), 1)
+    steps_per_epoch = max(-(-len(loader) // args.gradient_accumulation_steps), 1)
     return math.ceil(args.num_train_epochs * steps_per_epoch)
 
 
