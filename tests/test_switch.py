@@ -18,7 +18,13 @@ from hf_auxselect.per_example import (
     evaluation_mode,
     forward_label_logits,
 )
-from hf_auxselect.switch import ModelRows, collate_function, consumed_batches, find_trainer
+from hf_auxselect.switch import (
+    ModelRows,
+    collate_function,
+    consumed_batches,
+    find_trainer,
+    total_steps,
+)
 
 TESTS = Path(__file__).parent
 
@@ -100,6 +106,15 @@ def test_the_warm_up_and_an_observed_run_are_those_without_the_callback(kind, op
     warm_up = 4 * options.get("gradient_accumulation_steps", 1)
     assert switched_rows[:warm_up] == plain_rows[:warm_up]
     assert not tiny.same(tiny.weights(plain), tiny.weights(switched))
+
+
+@pytest.mark.parametrize("max_steps", [-1, 5])
+def test_steps_are_counted_as_the_run_counts_them(run_dir, max_steps):
+    options = {"num_train_epochs": 1.5, "gradient_accumulation_steps": 4, "max_steps": max_steps}
+    trainer = tiny.plain_trainer(run_dir, **options)
+    foreseen = total_steps(trainer, trainer.get_train_dataloader())
+    trainer.train()
+    assert foreseen == trainer.state.max_steps == (9 if max_steps == -1 else 5)
 
 
 def test_evaluation_in_between_sees_the_whole_target(run_dir):
