@@ -1,9 +1,13 @@
 # make demo    the main job, end to end, on a real model and real tasks
 # make test    all tests
 # make check   lint, format and types
+# make test-versions   the core tests on the oldest and on the newest dependencies, which are in
+#                      tests/versions/; test-oldest and test-newest run one of them
 #
-# Each sets up a virtual environment in .venv first. On Linux without a GPU, a CPU build of torch
-# saves gigabytes: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" demo
+# Each sets up a virtual environment in .venv (.venv-oldest, .venv-newest) first. On Linux without a
+# GPU, a CPU build of torch saves gigabytes:
+# make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" demo
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-versions
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,13 +19,21 @@ BIN := $(VENV)/bin
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 100000000000
 
-.PHONY: demo test check clean
+CORE_TESTS ?= $(addprefix tests/test_,versions.py callback.py switch.py gradients.py mixture.py \
+	estimators.py resume.py trainer_options.py adapters.py launch.py verification.py)
+
+.PHONY: demo test check clean test-versions test-oldest test-newest
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/demo.py
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
+
+test-versions: test-oldest test-newest
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest --numprocesses auto --dist loadscope $(CORE_TESTS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -35,5 +47,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# PIP_CONSTRAINT takes the place of a constraint in pip's own configuration.
+.venv-oldest/.installed .venv-newest/.installed: .venv-%/.installed: tests/versions/%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	PIP_CONSTRAINT=$< .venv-$*/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest outputs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

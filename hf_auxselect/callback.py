@@ -194,7 +194,7 @@ class TaskSelectionCallback(TrainerCallback):
         self._meet(trainer)
         with switch.preserved_rng():
             loader = trainer.get_train_dataloader()
-            max_steps = trainer.set_initial_training_values(trainer.args, loader)[-1]
+            max_steps = switch.total_steps(trainer, loader)
             plan = self._make_plan(trainer, max_steps)
             preview = self._gradient_pass(trainer, plan).preview()
         steps = (self.verify + self.calibrate) * (max_steps - plan.switch_step)

@@ -215,6 +215,18 @@ def evaluation_weights(
     return [weights[example] for example in example_ids]
 
 
+def has_label_tokens(
+    trainer: Trainer, rows: ModelRows, example_ids: Sequence[int], loss: TrainerLoss
+) -> bool:
+    """Whether any of these examples carries loss; reads no more of them than it takes to tell."""
+    collate = switch.collate_function(trainer)
+    chunks = (example_ids[i : i + 8] for i in range(0, len(example_ids), 8))
+    return any(
+        count_label_tokens(trainer.model, collate([rows[i] for i in chunk]), loss.of_example).any()
+        for chunk in chunks
+    )
+
+
 def evaluation_loss(trainer: Trainer, target: Any) -> float:
     """The loss that ``trainer.evaluate`` would log; nothing is logged, and nothing generated.
 

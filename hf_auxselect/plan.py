@@ -20,7 +20,12 @@ from transformers import Trainer
 
 from hf_auxselect import __version__, switch
 from hf_auxselect.estimators import Estimate
-from hf_auxselect.evaluation import TrainerLoss, evaluation_weights, settle_loss
+from hf_auxselect.evaluation import (
+    TrainerLoss,
+    evaluation_weights,
+    has_label_tokens,
+    settle_loss,
+)
 from hf_auxselect.files import JsonDict
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.gradients import TaskExamples, examples_to_check
@@ -228,17 +233,26 @@ def make_plan(
         )
     task_of_example = tasks.ids[train_rows.packed_rows]
     examples_per_row = np.bincount(task_of_example) / tasks.counts
+    examples = tuple(
+        TaskExamples(
+            name=name,
+            rows=train_rows,
+            example_ids=draw(np.flatnonzero(task_of_example == k), name),
+            num_rows=int(tasks.counts[k]),
+        )
+        for k, name in enumerate(tasks.names)
+    )
+    for task in examples:
+        if not has_label_tokens(trainer, train_rows, task.example_ids, loss):
+            raise ValueError(
+                f"the task {task.name!r} has no label tokens: in all {len(task.example_ids)} "
+                "examples of it that were looked at, every label is masked (-100), as when "
+                "truncation cuts the completions off. Raise max_length, shorten its prompts, or "
+                "leave the task out."
+            )
     return Plan(
         tasks=tasks,
-        examples=tuple(
-            TaskExamples(
-                name=name,
-                rows=train_rows,
-                example_ids=draw(np.flatnonzero(task_of_example == k), name),
-                num_rows=int(tasks.counts[k]),
-            )
-            for k, name in enumerate(tasks.names)
-        ),
+        examples=examples,
         target=TaskExamples(
             name=target or "target",
             rows=target_rows,

@@ -1,7 +1,7 @@
 """What the package knows of Trainer's insides: its data, its batches, its optimizer.
 
 Only ``verification``, which steps through a training loop of its own, knows more of them.
-Everything here was checked against the source of transformers 5.23, trl 1.16 and accelerate 1.15.
+`make test-versions` runs it on the oldest and the newest Transformers, TRL and Accelerate.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -180,13 +181,23 @@ def warn_of_differences(trainer: Trainer, *, is_rewritten: bool) -> None:
         trainer: before its first step.
         is_rewritten: whether the mixture is, after the switch.
     """
-    strategy = trainer.args.train_sampling_strategy
+    strategy = sampling_strategy(trainer)
     if is_rewritten and strategy != "random":
         logger.warning(
             "train_sampling_strategy=%r rules the warm-up; the mixture after it is drawn at "
             "random, in the shares of the selection.",
             strategy,
         )
+
+
+def sampling_strategy(trainer: Trainer) -> str:
+    """How the trainer draws its rows: ``train_sampling_strategy``.
+
+    Before transformers 5.2 ``group_by_length=True`` stood for the value of that name.
+    """
+    if getattr(trainer.args, "group_by_length", False):
+        return "group_by_length"
+    return getattr(trainer.args, "train_sampling_strategy", "random")
 
 
 def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
@@ -699,6 +710,26 @@ def consumed_batches(step: int, batches_per_epoch: int, accumulation: int) -> in
     steps_per_epoch = max(-(-batches_per_epoch // accumulation), 1)
     epochs, rest = divmod(step, steps_per_epoch)
     return epochs * batches_per_epoch + rest * accumulation
+
+
+def total_steps(trainer: Trainer, loader: Any) -> int:
+    """Optimizer steps of the whole run, as ``Trainer.train`` will count them with this loader.
+
+    Its own ``set_initial_training_values`` took one argument more until transformers 5.2.
+    """
+    args = trainer.args
+    if args.max_steps > 0:  # the loader of an iterable dataset has no length
+        return int(args.max_steps)
+    steps_per_epoch = max(-(-len(loader) // args.gradient_accumulation_steps), 1)
+    return math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
+def clip_gradients(trainer: Trainer, model: torch.nn.Module) -> None:
+    """Clip the gradients to ``max_grad_norm`` as the training loop does."""
+    if hasattr(trainer, "_clip_grad_norm"):
+        trainer._clip_grad_norm(model)
+    else:  # until transformers 5.0
+        trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
 
 
 def torch_optimizer(trainer: Trainer) -> torch.optim.Optimizer:

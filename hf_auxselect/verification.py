@@ -104,7 +104,7 @@ class RestOfRun:
             with synchronized():
                 trainer.training_step(model, inputs, num_items)
         if trainer.args.max_grad_norm > 0:
-            trainer._clip_grad_norm(model)
+            switch.clip_gradients(trainer, model)
         trainer.optimizer.step()
         waits = follows_metrics(trainer.lr_scheduler)
         if not (accelerator.optimizer_step_was_skipped or waits):

@@ -479,10 +479,23 @@ class TestRefusals:
         long = Dataset.from_list([{"prompt": "1+" * 40, "completion": "2"}] * 5)
         data = concatenate_tasks({"a": tiny.sums(20, 1), "long": long, "b": tiny.sums(20, 2)})
         self.refuse(
-            "the task 'long' has lost all its rows",
+            # TRL 1.4 and older keep rows whose labels are all cut off.
+            "the task 'long' has (lost all its rows|no label tokens)",
             directory=run_dir,
             train_dataset=data,
             max_length=16,
+        )
+
+    def test_a_task_without_label_tokens(self, run_dir):
+        masked = tiny.tokenize(tiny.sums(5, 3)).map(
+            lambda row: {"labels": [-100] * len(row["labels"])}
+        )
+        tasks = {"a": tiny.tokenize(tiny.sums(20, 1)), "masked": masked}
+        self.refuse(
+            "the task 'masked' has no label tokens: in all 5 examples",
+            make=tiny.plain_trainer,
+            directory=run_dir,
+            train_dataset=concatenate_tasks(tasks),
         )
 
     def test_no_eval_dataset(self, run_dir):

@@ -14,7 +14,13 @@ from reference import per_example_gradients
 from hf_auxselect import FixedSelection, TaskSelectionCallback, concatenate_tasks
 from hf_auxselect.per_example import GradientHooks, evaluation_mode
 from hf_auxselect.scalars import SCALARS, forward_label_logits
-from hf_auxselect.switch import ModelRows, collate_function, consumed_batches, find_trainer
+from hf_auxselect.switch import (
+    ModelRows,
+    collate_function,
+    consumed_batches,
+    find_trainer,
+    total_steps,
+)
 
 TESTS = Path(__file__).parent
 
@@ -98,13 +104,22 @@ def test_the_warm_up_and_an_observed_run_are_those_without_the_callback(kind, op
     assert not tiny.same(tiny.weights(plain), tiny.weights(switched))
 
 
+@pytest.mark.parametrize("max_steps", [-1, 5])
+def test_steps_are_counted_as_the_run_counts_them(run_dir, max_steps):
+    options = {"num_train_epochs": 1.5, "gradient_accumulation_steps": 4, "max_steps": max_steps}
+    trainer = tiny.plain_trainer(run_dir, **options)
+    foreseen = total_steps(trainer, trainer.get_train_dataloader())
+    trainer.train()
+    assert foreseen == trainer.state.max_steps == (9 if max_steps == -1 else 5)
+
+
 def test_evaluation_in_between_sees_the_whole_target(run_dir):
     trainer = tiny.sft_trainer(
-        run_dir, callback(), eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=5
+        run_dir, callback(), eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=5
     )
     trainer.train()
     logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(logged) == 4  # after steps 3, 6, 9 and 10
+    assert len(logged) == 5  # the last after step 10
     assert trainer.evaluate()["eval_loss"] == pytest.approx(logged[-1], rel=1e-6)
 
 
@@ -126,7 +141,7 @@ def test_gradients_of_packed_rows_are_those_of_their_documents_alone(run_dir):
     )
     model = tiny.randomized(trainer.model)
     rows = list(ModelRows(trainer, trainer.train_dataset))
-    tasks = [packed["task"][i] for i in ModelRows(trainer, packed).packed_rows]
+    tasks = [packed["task"][int(i)] for i in ModelRows(trainer, packed).packed_rows]
     assert sorted((n, d["input_ids"], d["labels"]) for n, d in zip(tasks, rows, strict=True)) == (
         sorted((n, d["input_ids"], d["labels"]) for n, part in documents.items() for d in part)
     )
