@@ -149,8 +149,8 @@ def why_not_modelled(
     if schedule is None:
         return None
     if isinstance(optimizer, torch.optim.Adafactor):
-        rates = max(schedule.learning_rates, key=max)
-        for step, rate in enumerate(rates, start=first_step + 1):
+        by_step = zip(*schedule.learning_rates, strict=True)
+        for step, rate in enumerate(map(max, by_step), start=first_step + 1):
             if rate > step**-0.5:
                 return (
                     f"{name} steps by no more than 1 / sqrt({step}) at step {step}, not by its "
