@@ -66,8 +66,9 @@ class GradientPass:
 
     def _check_optimizer(self) -> list[str]:
         """Refuse an optimizer whose steps are not modelled; say what is not known of others."""
-        trainer, first_step = self.trainer, self.plan.switch_step
-        schedule = switch.schedule_after(trainer, first_step)
+        trainer = self.trainer
+        schedule = switch.schedule_after(trainer, self.plan.switch_step)
+        first_step = max(self.plan.switch_step, trainer.state.global_step)
         name = switch.optimizer_name(trainer)
         reason = why_not_modelled(trainer.model, trainer.optimizer, schedule, first_step=first_step)
         estimator = type(self.estimator).__name__

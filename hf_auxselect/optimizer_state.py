@@ -76,7 +76,8 @@ class OptimizerState:
             whose momentum adds gradients up instead of averaging them).
         weight_decay: per unit of the reference group's learning rate, the largest of all
             parameters; 0 if none.
-        decay_ratios: the decay of each parameter as a share of ``weight_decay``.
+        decay_ratios: the decay of each parameter as a share of ``weight_decay``. It is exact for the
+            parameters at the anchor; what they move by later is taken to decay by ``weight_decay``.
         decay_is_coupled: whether weight decay is added to the gradient (SGD), not to the step.
         steps_taken: steps by which the momentum's bias towards 0 is corrected; None where it is
             not.
@@ -149,8 +150,8 @@ def why_not_modelled(
     if schedule is None:
         return None
     if isinstance(optimizer, torch.optim.Adafactor):
-        rates = max(schedule.learning_rates, key=max)
-        for step, rate in enumerate(rates, start=first_step + 1):
+        by_step = zip(*schedule.learning_rates, strict=True)
+        for step, rate in enumerate(map(max, by_step), start=first_step + 1):
             if rate > step**-0.5:
                 return (
                     f"{name} steps by no more than 1 / sqrt({step}) at step {step}, not by its "

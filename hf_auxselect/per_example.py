@@ -33,6 +33,7 @@ from hf_auxselect.scalars import (
     ExampleLoss,
     at_least_float32,
     forward_label_logits,
+    match_model_loss,
 )
 
 CollateFn = Callable[[list[Any]], Batch]
@@ -706,7 +707,7 @@ def check_per_example_gradients(
     collate_fn: CollateFn,
     *,
     scalar: str = "margin",
-    loss: ExampleLoss = NEXT_TOKEN_LOSS,
+    loss: ExampleLoss | None = None,
 ) -> float:
     """Compare the captured gradients of a batch with autograd's, one example at a time.
 
@@ -719,7 +720,7 @@ def check_per_example_gradients(
         examples: rows for ``collate_fn``, of which one or more have label tokens.
         collate_fn: turns a list of examples into the model's keyword arguments with labels.
         scalar: what is differentiated, a key of ``SCALARS``.
-        loss: how labels and logits belong together.
+        loss: how labels and logits belong together; None: found by the model's own loss.
 
     Returns:
         The largest relative error |captured - autograd| / |autograd| of an example's gradient
@@ -737,6 +738,9 @@ def check_per_example_gradients(
         UnsupportedModuleError: no gradient reaches a trainable parameter.
         NonFiniteError: a gradient of autograd's is NaN or infinite.
     """
+    if loss is None:
+        with evaluation_mode(model):
+            loss = match_model_loss(model, collate_fn(list(examples)))
     return compare_with_autograd(model, examples, collate_fn, scalar=scalar, loss=loss).error
 
 

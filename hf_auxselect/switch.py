@@ -846,13 +846,17 @@ def schedule_restart(trainer: Trainer, switch_step: int) -> None:
 
 
 def schedule_after(trainer: Trainer, switch_step: int) -> Schedule:
-    """The rates of the steps after the switch; if training restarts, those without the restart."""
+    """The rates of the steps after the switch; if training restarts, those without the restart.
+
+    In a run that was resumed after it, those of the steps that are left.
+    """
+    first = max(switch_step, trainer.state.global_step)
     with preserved_rng():
         return schedule_to_come(
             trainer.lr_scheduler,
             torch_optimizer(trainer),
-            skip=switch_step - trainer.state.global_step,
-            count=trainer.state.max_steps - switch_step,
+            skip=first - trainer.state.global_step,
+            count=trainer.state.max_steps - first,
             shared=(trainer, trainer.model, trainer.optimizer),
         )
 

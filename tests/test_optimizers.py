@@ -339,6 +339,7 @@ class TestAdafactor:
             schedule = schedule_to_come(constant, optimizer, skip=0, count=count)
             return why_not_modelled(model, optimizer, schedule, first_step=20)
 
+        assert reason(0) is None  # in a run that is resumed at its end
         assert reason(80) is None
         told = reason(81)
         assert told is not None and "no more than 1 / sqrt(101) at step 101" in told
@@ -789,6 +790,31 @@ class TestInARun:
         facts = captured(cb).metadata["optimizer"]
         assert facts["num_fixed_parameters"] == 8
         assert tiny.same(before, model.idle.state_dict())
+
+    def test_a_run_that_is_resumed_after_the_switch(self, run_dir):
+        def trainer_of(cb: Any) -> Any:
+            model = adapted_llama()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=0.01)
+            scheduler = schedulers.CosineAnnealingLR(optimizer, 10)
+            return tiny.plain_trainer(
+                run_dir,
+                cb,
+                model=model,
+                optimizers=(optimizer, scheduler),
+                save_strategy="steps",
+                save_steps=6,
+            )
+
+        first, second = callback(), callback()
+        whole, resumed = trainer_of(first), trainer_of(second)
+        seen = recorded_rates(whole)
+        whole.train()
+        seen_again = recorded_rates(resumed)
+        resumed.train(resume_from_checkpoint=str(run_dir / "checkpoint-6"))
+        assert captured(first).metadata["training"]["learning_rates"] == [r[0] for r in seen[4:]]
+        assert seen_again == seen[6:]
+        assert second.report.weights == first.report.weights
 
     def test_a_restart_of_a_schedule_that_trainer_did_not_make(self, run_dir):
         model = adapted_llama()
