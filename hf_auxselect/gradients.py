@@ -137,7 +137,9 @@ def capture_gradients(
 
     if loss is None and len(target):
         with evaluation_mode(model):
-            loss = match_model_loss(model, collate_fn([target[0]]))
+            loss = match_model_loss(
+                model, collate_fn([target[i] for i in range(min(len(target), 4))])
+            )
 
     def examples_of(name: str, rows: Sequence[Any]) -> TaskExamples:
         return TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))

@@ -234,16 +234,17 @@ def match_model_loss(model: nn.Module, batch: Batch) -> ExampleLoss:
     with torch.no_grad():
         output = model(**batch) if "labels" in parameters else None
         own = getattr(output, "loss", None)
-        if own is None:
+        if own is None or not own.isfinite():  # NaN: no label tokens, of which others complain
             return NEXT_TOKEN_LOSS
         found: dict[bool, float] = {}
         for shift in (True, False):
             result = forward_label_logits(model, batch, ExampleLoss(shift=shift))
             total = SCALARS["loss"](result) @ result.num_label_tokens.to(result.logits.dtype)
-            found[shift] = float(total / result.num_label_tokens.sum())
-            tolerance = 5e-2 if own.dtype in _HALF or result.logits.dtype in _HALF else 1e-3
-            if math.isclose(found[shift], float(own), rel_tol=tolerance):
-                return ExampleLoss(shift=shift)
+            found[shift] = float(total / result.num_label_tokens.sum().clamp(min=1))
+    closest = min(found, key=lambda shift: abs(found[shift] - float(own)))
+    is_half = any(p.dtype in _HALF for p in model.parameters())
+    if math.isclose(found[closest], float(own), rel_tol=5e-2 if is_half else 1e-3):
+        return ExampleLoss(shift=closest)
     raise UnsupportedLossError(
         f"the model's own loss of a batch is {float(own):.4f}, the negative log-likelihood of its "
         f"labels {found[True]:.4f} (of the position's own: {found[False]:.4f}). Pass "
