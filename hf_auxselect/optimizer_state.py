@@ -76,8 +76,9 @@ class OptimizerState:
             whose momentum adds gradients up instead of averaging them).
         weight_decay: per unit of the reference group's learning rate, the largest of all
             parameters; 0 if none.
-        decay_ratios: the decay of each parameter as a share of ``weight_decay``. It is exact for the
-            parameters at the anchor; what they move by later is taken to decay by ``weight_decay``.
+        decay_ratios: the decay of each parameter as a share of ``weight_decay``. Exact for the
+            parameters at the anchor; by how much they move later is taken to decay by
+            ``weight_decay`` itself.
         decay_is_coupled: whether weight decay is added to the gradient (SGD), not to the step.
         steps_taken: steps by which the momentum's bias towards 0 is corrected; None where it is
             not.
