@@ -8,12 +8,14 @@ Shapes: B examples of a batch.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from hf_auxselect import switch
 from hf_auxselect.distributed import gather
+from hf_auxselect.per_example import evaluation_mode
 from hf_auxselect.scalars import (
     IGNORE_INDEX,
     NEXT_TOKEN_LOSS,
@@ -47,6 +50,9 @@ float32 stays below 1e-6 in models of 2 to 30 layers; what is to be found is of 
 
 _HALF_TOLERANCE = 5e-2
 """The same in half precision, where 1e-2 was seen between an example in a batch and alone."""
+
+_TIE = 1e-7
+"""Errors that differ by less, in the same units, differ by rounding in float32."""
 
 _SMALL_DIFFERENCE = 0.05
 """Up to this share of the loss a term that does not split by example is warned of, not refused: the
@@ -88,7 +94,7 @@ def settle_loss(trainer: Trainer, train_rows: ModelRows, target_rows: ModelRows)
     In evaluation mode, a batch and a single row of the training set and of the target each run
     through ``Trainer.prediction_step``. Tried in turn are the negative log-likelihood of the next
     token's label and of the position's own, averaged over label tokens or over examples; then the
-    trainer's own loss, of each example alone. Takes about 20 forward passes of at most 4 rows. With
+    trainer's own loss, of each example alone. Takes about 35 forward passes of at most 4 rows. With
     several processes all must call it.
 
     Args:
@@ -100,9 +106,9 @@ def settle_loss(trainer: Trainer, train_rows: ModelRows, target_rows: ModelRows)
         UnsupportedLossError: none agrees, or the loss of an example depends on the other examples
             of its batch; names both numbers, the likely reason and a remedy.
     """
-    with switch.undisturbed(trainer), torch.no_grad(), trainer.compute_loss_context_manager():
+    with _evaluating(trainer):
         probes = [*_probes(trainer, train_rows), *_probes(trainer, target_rows)]
-        if not probes:  # the plan says which rows have no labels
+        if not all(gather(bool(probes))):  # the plan says which rows have no labels
             return TrainerLoss()
         if not np.isfinite(gather([probe.own for probe in probes])).all():
             return TrainerLoss()  # the gradient pass names the row
@@ -138,7 +144,8 @@ def _settle_other_loss(
     waits = any(
         c.__module__.startswith("trl.") and "compute_loss" in vars(c) for c in type(trainer).__mro__
     )
-    if trainer.args.world_size == 1 or not waits:
+    splits = trainer.args.world_size == 1 or not waits
+    if splits:
         own_loss = _own_loss_function(trainer)
         alone = [
             ExampleLoss(shift=closest.shift, per_token=per_token, of_batch=own_loss)
@@ -156,6 +163,12 @@ def _settle_other_loss(
         note = f"{numbers}; the difference does not split by example and is not estimated."
         logger.warning("%s", note)
         return TrainerLoss(of_example=closest, notes=(note,))
+    if not splits:
+        raise UnsupportedLossError(
+            f"{numbers}. Such a loss can be split by example only in a run of one process, since "
+            f"{type(trainer).__name__}.compute_loss waits for all processes. Use the model's own "
+            "loss, or one process."
+        )
     raise UnsupportedLossError(
         f"{numbers}, and the trainer's is no mean over label tokens or examples either, so the "
         "estimates would be about another loss than the run. Use the model's own loss (without "
@@ -199,19 +212,18 @@ def evaluation_weights(
             tokens.update(zip(some, loss.of_example.count(counts).tolist(), strict=True))
         return sum(tokens[example] for example in examples)
 
-    asked = set(example_ids)
     weights = dict.fromkeys(example_ids, 0.0)
     for batches, shares in _evaluation_steps(trainer, target):
         step = [[e for row in batch for e in examples_of_row[row]] for batch in batches]
-        if not asked.intersection(*[set().union(*step)]):
+        if weights.keys().isdisjoint(itertools.chain(*step)):
             continue
         sums = [count(examples) for examples in step]
         if loss.pools_processes:
             sums = [sum(sums) / len(sums)] * len(sums)
         for examples, share, total in zip(step, shares, sums, strict=True):
-            for example in asked.intersection(examples):
-                times = examples.count(example)
-                weights[example] += share * times * tokens[example] / max(total, 1.0)
+            for example, times in Counter(examples).items():
+                if example in weights:
+                    weights[example] += share * times * tokens[example] / max(total, 1.0)
     return [weights[example] for example in example_ids]
 
 
@@ -229,6 +241,8 @@ def has_label_tokens(
 
 def evaluation_loss(trainer: Trainer, target: Any) -> float:
     """The loss that ``trainer.evaluate`` would log; nothing is logged, and nothing generated.
+
+    Call it inside of ``switch.undisturbed``, since it sets ``gather_function``.
 
     Args:
         trainer: the trainer.
@@ -259,13 +273,13 @@ def compare_evaluation(trainer: Trainer, dataset: Any, loss: TrainerLoss) -> lis
     some = dataset.select(range(size)) if has_select else Subset(dataset, range(size))
     rows = ModelRows(trainer, some)
     collate = switch.collate_function(trainer)
-    with switch.undisturbed(trainer), torch.no_grad(), trainer.compute_loss_context_manager():
+    with _evaluating(trainer):
         own = evaluation_loss(trainer, some)
         weights = evaluation_weights(trainer, some, rows, range(len(rows)), loss)
         at_once = trainer.args.eval_batch_size if loss.of_example.of_batch is None else 1
         losses = [
-            _losses(trainer, collate([rows[i] for i in some]), loss.of_example)[0]
-            for some in np.split(np.arange(len(rows)), range(at_once, len(rows), at_once))
+            _losses(trainer, collate([rows[i] for i in chunk]), loss.of_example)[0]
+            for chunk in np.split(np.arange(len(rows)), range(at_once, len(rows), at_once))
         ]
     ours = float(np.concatenate(losses) @ weights)
     if loss.notes or np.isclose(ours, own, rtol=_tolerance(trainer), atol=_tolerance(trainer)):
@@ -277,6 +291,18 @@ def compare_evaluation(trainer: Trainer, dataset: Any, loss: TrainerLoss) -> lis
     )
     logger.warning("%s", note)
     return [note]
+
+
+@contextlib.contextmanager
+def _evaluating(trainer: Trainer) -> Iterator[None]:
+    """Evaluate as the trainer does, of which its run notices nothing."""
+    with (
+        switch.undisturbed(trainer),
+        evaluation_mode(trainer.model),
+        torch.no_grad(),
+        trainer.compute_loss_context_manager(),
+    ):
+        yield
 
 
 def _evaluation_steps(trainer: Trainer, target: Any) -> list[tuple[list[list[int]], list[float]]]:
@@ -298,7 +324,7 @@ def _evaluation_steps(trainer: Trainer, target: Any) -> list[tuple[list[list[int
             shard.batch_sampler = batches
             shard.num_processes, shard.process_index = world_size, rank
             by_process.append(list(shard))
-    steps = [list(step) for step in zip_longest(*by_process, fillvalue=[])]
+    steps = [list(step) for step in itertools.zip_longest(*by_process, fillvalue=[])]
     size = trainer.args.eval_batch_size
     entries = np.full((len(steps), world_size), float(size))
     remainder = 0 if sampler.drop_last else len(loader.dataset) % rows_per_step
@@ -334,6 +360,15 @@ def _probes(trainer: Trainer, rows: ModelRows) -> list[_Probe]:
             break
     if not chosen:
         return []
+    both = [collate([e for row in chosen for e in examples_of[row]]) for _ in range(2)]
+    if not all(
+        torch.equal(both[0][k], both[1][k]) for k in both[0] if isinstance(both[0][k], Tensor)
+    ):
+        raise UnsupportedLossError(
+            "the data_collator makes other inputs or labels of the same rows each time "
+            "(mlm=True?), so that an example has no one loss. Mask the rows once, with "
+            "dataset.map, and use a data_collator that only pads."
+        )
     if trainer.args.process_index % 2:
         # Another number of label tokens in every other process tells how they are averaged.
         chosen = chosen[:1] * len(chosen)
@@ -413,8 +448,11 @@ def _closest(
             mean_PB = sum_PB / np.maximum(divisor_PB, 1)
             error_PB = np.abs(mean_PB - own_PB) / (1 + np.abs(own_PB))
             errors[TrainerLoss(of_example=loss, pools_processes=pools)] = float(error_PB.max())
-    best = min(errors, key=errors.__getitem__)
-    return best if errors[best] <= _tolerance(trainer) else None
+    least = min(errors.values())
+    if not least <= _tolerance(trainer):
+        return None
+    # Several agree where all rows have as many label tokens; the first is the likeliest.
+    return next(loss for loss, error in errors.items() if error <= least + _TIE)
 
 
 def _refuse_dependent_examples(

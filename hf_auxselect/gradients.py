@@ -608,7 +608,7 @@ class _Capture:
         if "sampled_loss" in names:
             output = replace(output, uniforms=self._uniforms(stream, [i for i, _ in rows], output))
         with torch.no_grad():
-            losses = SCALARS["loss"](output)
+            losses = SCALARS["loss"](output).detach()
         arrays = {
             "losses": losses.float().cpu().numpy(),
             "num_label_tokens": self._loss.count(output.num_label_tokens).cpu().numpy(),

@@ -37,7 +37,6 @@ from hf_auxselect.mixture import (
     task_name,
 )
 from hf_auxselect.optimizer_state import underlying
-from hf_auxselect.per_example import evaluation_mode
 from hf_auxselect.scalars import IGNORE_INDEX, Batch
 from hf_auxselect.schedule import Schedule, schedule_to_come
 
@@ -99,10 +98,10 @@ def preserved_counters(trainer: Trainer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(trainer: Trainer) -> Iterator[None]:
-    """Run evaluation steps, model in evaluation mode, of which the run never hears.
+    """Run steps of a trainer without callbacks, logs or counters of the run noticing.
 
-    Callbacks are not called; random states, counters, the modes of modules and the trainer's own
-    evaluation loaders are put back.
+    Callbacks are not called; random states, counters and the trainer's own evaluation loaders are
+    put back.
     """
     handler, missing = trainer.callback_handler, object()
     callbacks, handler.callbacks = handler.callbacks, []
@@ -113,7 +112,7 @@ def undisturbed(trainer: Trainer) -> Iterator[None]:
     if kept["gather_function"] is not missing:
         trainer.gather_function = kept["gather_function"]
     try:
-        with preserved_rng(), preserved_counters(trainer), evaluation_mode(trainer.model):
+        with preserved_rng(), preserved_counters(trainer):
             yield
     finally:
         handler.callbacks, handler.eval_dataloader = callbacks, loader

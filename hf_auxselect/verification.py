@@ -227,7 +227,7 @@ def _preserved(trainer: Trainer) -> Iterator[None]:
     schedule = copy.deepcopy(trainer.lr_scheduler.state_dict())
     scale = copy.deepcopy(scaler.state_dict()) if scaler is not None else None
     best = state.best_metric, state.best_global_step, state.best_model_checkpoint
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         with switch.undisturbed(trainer):
             yield
@@ -245,5 +245,7 @@ def _preserved(trainer: Trainer) -> Iterator[None]:
                 if name in tensors:
                     tensor.copy_(tensors[name])
         model.zero_grad()
-        model.train(was_training)
+        model.eval()
+        for module in training:
+            module.training = True
         trainer.accelerator.gradient_state._set_sync_gradients(True)
