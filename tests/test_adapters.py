@@ -11,6 +11,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, PromptTuningConfig, VeraConfig
 from peft import get_peft_model as get_peft
 from reference import loss_of_example, per_example_gradients
@@ -254,7 +255,9 @@ def test_an_encoder_decoder_model():
 
     references = per_example_gradients(model, rows, tiny.collate, margin)
     captured = captured_gradients(model, tiny.collate(rows))
-    assert largest_relative_error(captured, references) < 1e-9
+    # Transformers 4.57 takes T5's softmax in float32, 5.24 does not.
+    tolerance = 1e-9 if Version(transformers.__version__) >= Version("5.24") else 1e-6
+    assert largest_relative_error(captured, references) < tolerance
 
 
 class Doubling(nn.Linear):
@@ -633,7 +636,8 @@ class TestHalfPrecision:
         stacked = {name: torch.stack([g[name] for g in alone]).float() for name in alone[0]}
         error = largest_relative_error(captured, expected, floor=1)
         assert error < 5e-2
-        assert error < 1.5 * largest_relative_error(stacked, expected, floor=1)
+        # Each version of torch rounds otherwise: 1.64 times as much with 2.6.
+        assert error < 2 * largest_relative_error(stacked, expected, floor=1)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_under_autocast(self, kind):

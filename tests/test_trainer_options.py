@@ -21,7 +21,10 @@ WORKS = {
     "drop last": {"dataloader_drop_last": True, "per_device_train_batch_size": 7},
     "accumulation": {"gradient_accumulation_steps": 3},
     "tokens of each device": {"average_tokens_across_devices": False},
-    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # the default since 5.0
+    },
     "evaluation at start": {"eval_on_start": True, **EVALUATED},
     "few checkpoints": {"save_total_limit": 1},
     "noisy embeddings": {"neftune_noise_alpha": 5.0},
