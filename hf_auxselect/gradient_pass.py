@@ -21,7 +21,7 @@ from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_pass
 from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead
 from hf_auxselect.memory import checkpointing_enabled
 from hf_auxselect.optimizer_state import is_changed, why_not_modelled
-from hf_auxselect.per_example import check_per_example_gradients
+from hf_auxselect.per_example import compare_with_autograd
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.projection import CountSketch
 from hf_auxselect.scalars import Batch
@@ -43,7 +43,7 @@ class GradientPass:
     one_by_one: bool
 
     def check(self) -> list[str]:
-        """Capture two examples now, so that an unsupported model raises before it is trained.
+        """Check loss, optimizer and captured gradients on a few rows, before the first step.
 
         Returns:
             Sentences for the report on how the estimated loss differs from the logged one.
@@ -56,11 +56,16 @@ class GradientPass:
         if self.one_by_one or self.plan.loss.of_example.of_batch is not None:
             return notes
         with self.trainer.compute_loss_context_manager():
-            check_per_example_gradients(
+            found = compare_with_autograd(
                 self.trainer.model,
                 self.plan.examples_to_check(self.trainer.model, self._collate_fn),
                 self._collate_fn,
                 loss=self.plan.loss.of_example,
+            )
+        if found.inseparable is not None:
+            logger.warning(
+                "the gradient pass will run each example alone, which takes longer: %s.",
+                found.inseparable,
             )
         return notes
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from hf_auxselect.distributed import computed_once, gather, process_rank
 from hf_auxselect.files import JsonDict
+from hf_auxselect.fingerprint import digest
 from hf_auxselect.memory import FittingBatches, PeakMemory, num_tokens, row_length
 from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.per_example import (
@@ -37,6 +38,7 @@ from hf_auxselect.per_example import (
 )
 from hf_auxselect.projection import PROJECTION_VERSION, CountSketch
 from hf_auxselect.scalars import (
+    IGNORE_INDEX,
     NEXT_TOKEN_LOSS,
     SCALARS,
     ExampleLoss,
@@ -135,11 +137,11 @@ def capture_gradients(
         if optimizer is not None:
             scalars += ("loss", "loss@optimizer", "sampled_loss@optimizer")
 
-    if loss is None and len(target):
+    if loss is None:
+        batches = (collate_fn([target[i]]) for i in range(min(len(target), 32)))
+        batch = next((b for b in batches if (b["labels"] != IGNORE_INDEX).any()), None)
         with evaluation_mode(model):
-            loss = match_model_loss(
-                model, collate_fn([target[i] for i in range(min(len(target), 4))])
-            )
+            loss = NEXT_TOKEN_LOSS if batch is None else match_model_loss(model, batch)
 
     def examples_of(name: str, rows: Sequence[Any]) -> TaskExamples:
         return TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))
@@ -156,7 +158,7 @@ def capture_gradients(
         scalars=scalars,
         optimizer=optimizer,
         one_by_one=one_by_one,
-        loss=loss or NEXT_TOKEN_LOSS,
+        loss=loss,
         progress=progress,
     )
 
@@ -186,7 +188,6 @@ def capture_examples(
 
     Args beyond those of :func:`capture_gradients`:
         training: what is known of the training to come, kept in the metadata.
-        loss: how the loss of an example is computed.
     """
     for task in (*tasks, target):
         if not len(task.example_ids):
@@ -230,7 +231,12 @@ def capture_examples(
         loss=loss,
         whole=whole,
     )
-    metadata = capture.metadata | {"batch_size": batch_size, "training": training or {}}
+    metadata = capture.metadata | {
+        "batch_size": batch_size,
+        "training": training or {},
+        # They depend on the trainer's evaluation batches, and are written into each shard.
+        "target_weights": digest(target.example_weights).hex(),
+    }
     writer: StoreWriter | None = None
 
     def open_store() -> list[ShardSpec]:

@@ -478,10 +478,11 @@ class GradientHooks:
         finally:
             self._complaints = None
         if not complaints:
-            for name in gradients.keys() - self._received:
-                for path in self._owners[name]:
-                    complaints[path] = (
-                        f"the trainable parameter {name!r} is used outside of its module {path!r}"
+            for name in gradients:
+                for path in sorted(self._owners[name]) if name not in self._received else ():
+                    complaints.setdefault(
+                        path,
+                        f"the trainable parameter {name!r} is used outside of its module {path!r}",
                     )
         if complaints:
             self._regroup(complaints)
@@ -497,7 +498,7 @@ class GradientHooks:
             {
                 path: f"the gradients of {name!r} are not those of its examples alone"
                 for name in names
-                for path in self._owners[name]
+                for path in sorted(self._owners[name])
             }
         )
 

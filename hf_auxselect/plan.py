@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 import logging
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, TypedDict
 
@@ -92,19 +91,19 @@ class Plan:
     def examples_to_check(self, model: nn.Module, collate_fn: CollateFn) -> list[Any]:
         """Two examples whose captured gradients are compared with autograd's before the first step.
 
-        Where some have several images, or none, two of those: a batch then holds more or fewer
-        images than examples.
+        Where some have several images, or none, those two of a task that differ most from one: a
+        batch then holds more or fewer images than examples.
         """
+        loss = self.loss.of_example
         for task in (*self.examples, self.target):
             assert isinstance(task.rows, switch.ModelRows)
-            counts = task.rows.num_images(task.example_ids)
-            if (counts != 1).any():
-                place = int(np.argmax(np.abs(counts - 1)))
-                other = 0 if place else len(counts) - 1
-                return [task.rows[task.example_ids[i]] for i in {place, other}]
-        return examples_to_check(
-            model, self.examples, self.target, collate_fn, self.loss.of_example
-        )
+            others = np.abs(task.rows.num_images(task.example_ids) - 1)
+            if others.any():
+                order = np.argsort(-others, kind="stable")
+                first = replace(task, example_ids=[task.example_ids[i] for i in order])
+                second = replace(first, example_ids=first.example_ids[1:] or first.example_ids)
+                return examples_to_check(model, [first], second, collate_fn, loss)
+        return examples_to_check(model, self.examples, self.target, collate_fn, loss)
 
     def reads_per_row(
         self, weights: Mapping[str, float], max_steps: int, rows_per_step: int
@@ -224,15 +223,21 @@ def make_plan(
 
     target_ids = draw(np.arange(len(target_rows)), "the target")
     loss = settle_loss(trainer, train_rows, target_rows)
-    target_weights = evaluation_weights(trainer, target, target_rows, target_ids, loss)
-    if not sum(target_weights) > 0:
+    if not has_label_tokens(trainer, target_rows, target_ids, loss):
         raise ValueError(
             f"the target has no label tokens: in all {len(target_ids)} examples of eval_dataset "
             "that were looked at, every label is masked (-100). Look at its prompts and "
             "completions."
         )
+    target_weights = evaluation_weights(trainer, target, target_rows, target_ids, loss)
+    if not sum(target_weights) > 0:
+        raise ValueError(
+            f"dataloader_drop_last=True leaves all {len(target_ids)} examples of the target that "
+            "are read out of the trainer's evaluation batches. Lower per_device_eval_batch_size, "
+            "or pass examples_per_task=None."
+        )
     task_of_example = tasks.ids[train_rows.packed_rows]
-    examples_per_row = np.bincount(task_of_example) / tasks.counts
+    examples_per_row = np.bincount(task_of_example, minlength=len(tasks.names)) / tasks.counts
     examples = tuple(
         TaskExamples(
             name=name,
@@ -272,13 +277,13 @@ def make_plan(
             "tasks": dict(zip(tasks.names, tasks.counts.tolist(), strict=True)),
             "training rows": _digest_of_rows(train_rows, tasks),
             "target rows": _digest_of_rows(target_rows),
-            "trainable parameters": _digest_of_repr(
+            "trainable parameters": digest(
                 *(
                     (n, tuple(p.shape))
                     for n, p in trainer.model.named_parameters()
                     if p.requires_grad
                 )
-            ),
+            ).hex(),
             "number of processes": trainer.args.world_size,
             "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
             "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
@@ -349,11 +354,10 @@ def require_same_plan(plan: Plan, on_disk: PlanRecord, path: Any) -> None:
         ValueError: names each thing that changed.
     """
     before = on_disk["fingerprint"]
-    older = _older_fingerprint(plan) if _has_older_digests(before) else {}
     changed = [
         f"{what} ({before.get(what)} before, {now} now)"
         for what, now in plan.fingerprint.items()
-        if before.get(what) not in (now, older.get(what, now))
+        if before.get(what) != now
     ]
     if changed:
         raise ValueError(
@@ -414,24 +418,3 @@ def _digest_of_rows(rows: switch.ModelRows, tasks: TaskRows | None = None) -> st
 
 def _spread_out(rows: switch.ModelRows) -> range:
     return range(0, len(rows), max(1, len(rows) // 64))
-
-
-def _has_older_digests(fingerprint: JsonDict) -> bool:
-    """Whether a plan was written by version 0.1, which hashed the ``repr`` of rows."""
-    return any(len(str(fingerprint.get(what))) == 16 for what in ("training rows", "target rows"))
-
-
-def _older_fingerprint(plan: Plan) -> JsonDict:
-    """What version 0.1 wrote for the rows of this plan."""
-    train, target = plan.examples[0].rows, plan.target.rows
-    assert isinstance(train, switch.ModelRows) and isinstance(target, switch.ModelRows)
-    return {
-        "training rows": _digest_of_repr(
-            plan.tasks.ids.tolist(), [train[i] for i in _spread_out(train)]
-        ),
-        "target rows": _digest_of_repr(len(target), [target[i] for i in _spread_out(target)]),
-    }
-
-
-def _digest_of_repr(*values: Any) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]

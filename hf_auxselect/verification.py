@@ -237,7 +237,11 @@ def _preserved(trainer: Trainer) -> Iterator[None]:
             scaler.load_state_dict(scale)
         trainer.lr_scheduler.load_state_dict(schedule)
         for group, values in zip(optimizer.param_groups, groups, strict=True):
-            group.update(values)
+            for name, value in values.items():
+                if isinstance(group[name], Tensor):  # compiled steps refer to it
+                    group[name].copy_(value)
+                else:
+                    group[name] = value
         optimizer.state.clear()
         optimizer.state.update(moments)
         with torch.no_grad():

@@ -19,12 +19,12 @@ from hf_auxselect import (
     FixedSelection,
     ForwardSelection,
     GradExLogistic,
-    GradientCheckError,
     GradientStore,
     LinearizedTraining,
     RandomEnsemble,
     SelectionReport,
     TaskSelectionCallback,
+    UnsupportedLossError,
     concatenate_tasks,
 )
 from hf_auxselect.gradient_pass import GradientPass
@@ -570,14 +570,14 @@ class TestRefusals:
         ]:
             self.refuse(match, cb=callback(selector=selector), directory=run_dir)
 
-    def test_a_model_that_cannot_be_captured(self, run_dir):
+    def test_examples_that_influence_each_other(self, run_dir):
         model = tiny.llama()
         model.lm_head.register_forward_hook(lambda _, args, output: output + output.mean(0))
         self.refuse(
-            "influence each other.*one_by_one=True",
+            r"loss of an example is \d.* in a batch and \d.* alone: examples of a batch influence",
             make=tiny.plain_trainer,
             directory=run_dir,
-            error=GradientCheckError,
+            error=UnsupportedLossError,
             model=model,
         )
 

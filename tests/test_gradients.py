@@ -16,7 +16,7 @@ from hf_auxselect import (
     check_per_example_gradients,
 )
 from hf_auxselect.projection import CountSketch
-from hf_auxselect.scalars import SCALARS, LabelLogits, forward_label_logits
+from hf_auxselect.scalars import NEXT_TOKEN_LOSS, SCALARS, LabelLogits, forward_label_logits
 
 
 class TestScalars:
@@ -236,6 +236,7 @@ class TestCaptureGradients:
             directory=tmp_path,
             projection_dim=8,
             batch_size=2,
+            loss=NEXT_TOKEN_LOSS,
             progress=False,
         )
         # At most 2 rows of 12 tokens, and at most 4 * 2 rows; the check comes first.
