@@ -28,9 +28,10 @@ import torch
 from families import smollm2  # puts the recipes on the path, too
 from torch import Tensor
 
-from hf_auxselect import switch
+from hf_auxselect import data
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.per_example import GradientHooks, evaluation_mode
+from hf_auxselect.memory import evaluation_mode
+from hf_auxselect.per_example import GradientHooks
 from hf_auxselect.projection import CountSketch
 from hf_auxselect.scalars import SCALARS, forward_label_logits
 from hf_auxselect.seeds import random_words
@@ -155,10 +156,10 @@ def real_gradients(num_examples: int) -> dict[str, Tensor]:
         logging_steps=1000,
     )
     trainer.train()
-    rows = switch.ModelRows(trainer, trainer.train_dataset)
+    rows = data.ModelRows(trainer, trainer.train_dataset)
     every = max(1, len(rows) // num_examples)
     chosen = [rows[i] for i in range(0, len(rows), every)][:num_examples]
-    collate = switch.collate_function(trainer)
+    collate = data.collate_function(trainer)
     parts: dict[str, list[Tensor]] = {}
     with (
         evaluation_mode(trainer.model),

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from hf_auxselect.estimators import KernelSurrogate as KernelSurrogate
     from hf_auxselect.estimators import LinearizedTraining as LinearizedTraining
     from hf_auxselect.estimators import RidgeSurrogate as RidgeSurrogate
+    from hf_auxselect.gradient_check import GradientCheckError as GradientCheckError
+    from hf_auxselect.gradient_check import (
+        check_per_example_gradients as check_per_example_gradients,
+    )
     from hf_auxselect.gradients import capture_gradients as capture_gradients
     from hf_auxselect.mixture import concatenate_tasks as concatenate_tasks
-    from hf_auxselect.per_example import GradientCheckError as GradientCheckError
     from hf_auxselect.per_example import NonFiniteError as NonFiniteError
     from hf_auxselect.per_example import UnsupportedModuleError as UnsupportedModuleError
-    from hf_auxselect.per_example import check_per_example_gradients as check_per_example_gradients
     from hf_auxselect.plan import CostPreview as CostPreview
     from hf_auxselect.report import SelectionReport as SelectionReport
     from hf_auxselect.scalars import ExampleLoss as ExampleLoss
@@ -52,14 +54,10 @@ _MODULES = {
         "LinearizedTraining",
         "RidgeSurrogate",
     ),
+    "gradient_check": ("GradientCheckError", "check_per_example_gradients"),
     "gradients": ("capture_gradients",),
     "mixture": ("concatenate_tasks",),
-    "per_example": (
-        "GradientCheckError",
-        "NonFiniteError",
-        "UnsupportedModuleError",
-        "check_per_example_gradients",
-    ),
+    "per_example": ("NonFiniteError", "UnsupportedModuleError"),
     "plan": ("CostPreview",),
     "report": ("SelectionReport",),
     "scalars": ("ExampleLoss", "UnsupportedLossError"),

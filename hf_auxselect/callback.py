@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_auxselect import checkpoints, switch
+from hf_auxselect import checkpoints, data, switch
 from hf_auxselect.distributed import computed_once, process_rank
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
 from hf_auxselect.files import read_json, to_json, write_atomically
@@ -351,7 +351,7 @@ class TaskSelectionCallback(TrainerCallback):
         return RestOfRun(
             trainer,
             self._plan.tasks,
-            switch.target_key(trainer, self.target),
+            data.target_key(trainer, self.target),
             self._plan.seed,
             self._restart_from,
         )

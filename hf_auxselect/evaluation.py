@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.utils.data import Subset
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_auxselect import switch
+from hf_auxselect import data, switch
+from hf_auxselect.data import ModelRows
 from hf_auxselect.distributed import gather
-from hf_auxselect.per_example import evaluation_mode
+from hf_auxselect.memory import evaluation_mode
 from hf_auxselect.scalars import (
     IGNORE_INDEX,
     NEXT_TOKEN_LOSS,
@@ -40,7 +41,6 @@ from hf_auxselect.scalars import (
     forward_label_logits,
     is_encoder_decoder,
 )
-from hf_auxselect.switch import ModelRows
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def evaluation_weights(
         example_ids: the examples that are asked for.
         loss: from :func:`settle_loss`.
     """
-    collate = switch.collate_function(trainer)
+    collate = data.collate_function(trainer)
     examples_of_row: dict[int, list[int]] = {}
     for example, row in enumerate(rows.packed_rows.tolist()):
         examples_of_row.setdefault(row, []).append(example)
@@ -231,7 +231,7 @@ def has_label_tokens(
     trainer: Trainer, rows: ModelRows, example_ids: Sequence[int], loss: TrainerLoss
 ) -> bool:
     """Whether any of these examples carries loss; reads no more of them than it takes to tell."""
-    collate = switch.collate_function(trainer)
+    collate = data.collate_function(trainer)
     chunks = (example_ids[i : i + 8] for i in range(0, len(example_ids), 8))
     return any(
         count_label_tokens(trainer.model, collate([rows[i] for i in chunk]), loss.of_example).any()
@@ -272,7 +272,7 @@ def compare_evaluation(trainer: Trainer, dataset: Any, loss: TrainerLoss) -> lis
     has_select = hasattr(dataset, "select")
     some = dataset.select(range(size)) if has_select else Subset(dataset, range(size))
     rows = ModelRows(trainer, some)
-    collate = switch.collate_function(trainer)
+    collate = data.collate_function(trainer)
     with _evaluating(trainer):
         own = evaluation_loss(trainer, some)
         weights = evaluation_weights(trainer, some, rows, range(len(rows)), loss)
@@ -344,7 +344,7 @@ class _Batches(list[list[int]]):
 
 def _probes(trainer: Trainer, rows: ModelRows) -> list[_Probe]:
     """A batch of some rows that have labels, and the first of them alone."""
-    collate = switch.collate_function(trainer)
+    collate = data.collate_function(trainer)
     dataset_rows = np.unique(rows.packed_rows)
     candidates = dataset_rows[np.unique(np.linspace(0, len(dataset_rows) - 1, 64).astype(int))]
     # From both ends towards the middle, so that several tasks take part.
@@ -387,7 +387,7 @@ def _probes(trainer: Trainer, rows: ModelRows) -> list[_Probe]:
 
 def _own_loss(trainer: Trainer, rows: list[Any]) -> float:
     """The trainer's evaluation loss of a batch of rows of a dataset, by its own collator."""
-    batch = switch.own_collate_function(trainer)(rows)
+    batch = data.own_collate_function(trainer)(rows)
     loss, _, _ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
     if loss is None:
         raise UnsupportedLossError(

@@ -12,16 +12,16 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from hf_auxselect import switch
+from hf_auxselect import data, switch
 from hf_auxselect.distributed import computed_once
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDS
 from hf_auxselect.evaluation import compare_evaluation
+from hf_auxselect.gradient_check import compare_with_autograd
 from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_pass
 from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead
 from hf_auxselect.memory import checkpointing_enabled
 from hf_auxselect.optimizer_state import is_changed, why_not_modelled
-from hf_auxselect.per_example import compare_with_autograd
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.projection import CountSketch
 from hf_auxselect.scalars import Batch
@@ -51,7 +51,7 @@ class GradientPass:
         notes = list(self.plan.loss.notes)
         if needs_optimizer(self.estimator):
             notes += self._check_optimizer()
-        dataset = switch.target_dataset(self.trainer, self.target)
+        dataset = data.target_dataset(self.trainer, self.target)
         notes += compare_evaluation(self.trainer, dataset, self.plan.loss)
         if self.one_by_one or self.plan.loss.of_example.of_batch is not None:
             return notes
@@ -213,7 +213,7 @@ class GradientPass:
 
     @cached_property
     def _collate_fn(self) -> Callable[[list[Any]], Batch]:
-        return switch.collate_function(self.trainer)
+        return data.collate_function(self.trainer)
 
     @property
     def _batch_size(self) -> int:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import logging
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -25,16 +24,21 @@ from tqdm.auto import tqdm
 from hf_auxselect.distributed import computed_once, gather, process_rank
 from hf_auxselect.files import JsonDict
 from hf_auxselect.fingerprint import digest
-from hf_auxselect.memory import FittingBatches, PeakMemory, num_tokens, row_length
+from hf_auxselect.gradient_check import compare_with_autograd, examples_to_check
+from hf_auxselect.memory import (
+    FittingBatches,
+    PassCost,
+    evaluation_mode,
+    predict_batches,
+    row_length,
+)
 from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.per_example import (
     CollateFn,
     GradientHooks,
     InseparableError,
     NonFiniteError,
-    compare_with_autograd,
     differentiate,
-    evaluation_mode,
 )
 from hf_auxselect.projection import PROJECTION_VERSION, CountSketch
 from hf_auxselect.scalars import (
@@ -44,10 +48,10 @@ from hf_auxselect.scalars import (
     ExampleLoss,
     LabelLogits,
     at_least_float32,
-    count_label_tokens,
     forward_label_logits,
     match_model_loss,
 )
+from hf_auxselect.schedule import group_rates
 from hf_auxselect.seeds import random_words
 from hf_auxselect.store import Arrays, GradientStore, ShardSpec, StoreWriter
 
@@ -298,51 +302,8 @@ def capture_examples(
     return GradientStore.load(directory)
 
 
-def examples_to_check(
-    model: nn.Module,
-    tasks: Sequence[TaskExamples],
-    target: TaskExamples,
-    collate_fn: CollateFn,
-    loss: ExampleLoss,
-) -> list[Any]:
-    """An example of the tasks and one of the target: the first that has label tokens.
-
-    It is looked for among the first 32 of each task. Where the keys of the two rows differ, so that
-    one batch cannot hold both, the second one is of the tasks, too.
-    """
-
-    def with_labels(group: Sequence[TaskExamples]) -> Iterator[Any]:
-        for task in group:
-            for i in task.example_ids[:32]:
-                row = task.rows[i]
-                if count_label_tokens(model, collate_fn([row]), loss).any():
-                    yield row
-
-    of_tasks = with_labels(tasks)
-    one = next(of_tasks, tasks[0].rows[tasks[0].example_ids[0]])
-    other = next(with_labels([target]), target.rows[target.example_ids[0]])
-    keys = [set(row) if isinstance(row, Mapping) else None for row in (one, other)]
-    return [one, other] if keys[0] == keys[1] else [one, next(of_tasks, one)]
-
-
 def _warn_of_one_by_one(reason: str) -> None:
     logger.warning("the gradient pass runs each example alone, which is slower: %s.", reason)
-
-
-def group_rates(training: JsonDict | None) -> list[float] | None:
-    """Learning rate of each parameter group in the training to come, up to a common factor."""
-    rates = (training or {}).get("group_learning_rates")
-    return None if rates is None else [sum(of_group) for of_group in rates]
-
-
-@dataclass(frozen=True)
-class PassCost:
-    """Predicted cost of passes over a model."""
-
-    seconds: float
-    """That one process needs."""
-    memory: int
-    """Bytes that the largest batch takes at most, on the model's device."""
 
 
 def predict_pass(
@@ -392,24 +353,6 @@ def predict_pass(
         return predict_batches(
             model, batches, lambda rows: capture.batches("", list(enumerate(rows)))
         )
-
-
-def predict_batches(
-    model: nn.Module, batches: Sequence[list[Any]], run: Callable[[list[Any]], object]
-) -> PassCost:
-    """Cost of ``run`` for all batches: the largest one is measured, the middle one is timed.
-
-    All take the middle one's time times the ratio of the tokens, padding included.
-    """
-    sizes = [num_tokens(rows) for rows in batches]
-    order = sorted(range(len(batches)), key=lambda i: (sizes[i], len(batches[i])))
-    with PeakMemory(next(model.parameters()).device) as peak:  # this one warms up, too
-        run(batches[order[-1]])
-    middle = order[len(batches) // 2]
-    start = time.perf_counter()
-    run(batches[middle])
-    seconds = time.perf_counter() - start
-    return PassCost(seconds * sum(sizes) / sizes[middle], peak.bytes)
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_auxselect.distributed import computed_once, gather, process_rank, sum_over_processes
-from hf_auxselect.gradients import (
-    BatchLimits,
+from hf_auxselect.gradients import BatchLimits, TaskExamples
+from hf_auxselect.memory import (
+    FittingBatches,
     PassCost,
-    TaskExamples,
-    group_rates,
+    evaluation_mode,
     predict_batches,
+    row_length,
 )
-from hf_auxselect.memory import FittingBatches, row_length
 from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
-from hf_auxselect.per_example import CollateFn, evaluation_mode
+from hf_auxselect.per_example import CollateFn
 from hf_auxselect.projection import CountSketch
 from hf_auxselect.scalars import (
     NEXT_TOKEN_LOSS,
@@ -39,6 +39,7 @@ from hf_auxselect.scalars import (
     ExampleLoss,
     forward_label_logits,
 )
+from hf_auxselect.schedule import group_rates
 from hf_auxselect.store import GradientStore, add_vectors, evenly_spread
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -44,6 +46,22 @@ _OUT_OF_MEMORY = (
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache", "cache_params")
 """Arguments by which layers are handed what they computed for earlier tokens."""
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off, gradients on; every module's mode is put back.
+
+    Layers for which gradient checkpointing is enabled are checkpointed, as in training.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.enable_grad(), checkpointed(model):
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager
@@ -331,3 +349,31 @@ class _LiveBytes(TorchDispatchMode):
 
         self._storages[key] = weakref.ref(storage, forget)
         self._live += size
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Predicted cost of passes over a model."""
+
+    seconds: float
+    """That one process needs."""
+    memory: int
+    """Bytes that the largest batch takes at most, on the model's device."""
+
+
+def predict_batches(
+    model: nn.Module, batches: Sequence[list[Any]], run: Callable[[list[Any]], object]
+) -> PassCost:
+    """Cost of ``run`` for all batches: the largest one is measured, the middle one is timed.
+
+    All take the middle one's time times the ratio of the tokens, padding included.
+    """
+    sizes = [num_tokens(rows) for rows in batches]
+    order = sorted(range(len(batches)), key=lambda i: (sizes[i], len(batches[i])))
+    with PeakMemory(next(model.parameters()).device) as peak:  # this one warms up, too
+        run(batches[order[-1]])
+    middle = order[len(batches) // 2]
+    start = time.perf_counter()
+    run(batches[middle])
+    seconds = time.perf_counter() - start
+    return PassCost(seconds * sum(sizes) / sizes[middle], peak.bytes)

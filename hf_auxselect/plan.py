@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from transformers import Trainer
 
-from hf_auxselect import __version__, switch
+from hf_auxselect import __version__, data, switch
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.evaluation import (
     TrainerLoss,
@@ -27,7 +27,8 @@ from hf_auxselect.evaluation import (
 )
 from hf_auxselect.files import JsonDict
 from hf_auxselect.fingerprint import digest
-from hf_auxselect.gradients import TaskExamples, examples_to_check
+from hf_auxselect.gradient_check import examples_to_check
+from hf_auxselect.gradients import TaskExamples
 from hf_auxselect.mixture import TaskRows
 from hf_auxselect.per_example import CollateFn
 from hf_auxselect.seeds import random_permutation
@@ -96,7 +97,7 @@ class Plan:
         """
         loss = self.loss.of_example
         for task in (*self.examples, self.target):
-            assert isinstance(task.rows, switch.ModelRows)
+            assert isinstance(task.rows, data.ModelRows)
             others = np.abs(task.rows.num_images(task.example_ids) - 1)
             if others.any():
                 order = np.argsort(-others, kind="stable")
@@ -201,10 +202,10 @@ def make_plan(
         ValueError: the run is one in which a selection cannot work; says why and what to do.
     """
     switch.refuse_unsupported(trainer)
-    tasks = switch.read_tasks(trainer, task_column)
+    tasks = data.read_tasks(trainer, task_column)
     _dry_run(selector, tasks, keep)
-    target = switch.target_key(trainer, target)
-    target_set = switch.target_dataset(trainer, target)
+    target = data.target_key(trainer, target)
+    target_set = data.target_dataset(trainer, target)
     switch_step = warmup if isinstance(warmup, int) else max(1, round(warmup * max_steps))
     if switch_step + must_train_on > max_steps:
         raise ValueError(
@@ -214,8 +215,8 @@ def make_plan(
         )
     if seed is None:
         seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
-    train_rows = switch.ModelRows(trainer, trainer.train_dataset)
-    target_rows = switch.ModelRows(trainer, target_set)
+    train_rows = data.ModelRows(trainer, trainer.train_dataset)
+    target_rows = data.ModelRows(trainer, target_set)
 
     def draw(examples: np.ndarray, name: str) -> tuple[int, ...]:
         order = random_permutation(len(examples), seed, "examples", name)
@@ -299,7 +300,7 @@ def warn_of_leaked_target(plan: Plan, task_column: str) -> None:
     at most, in chunks from all over the training set.
     """
     train, target = plan.examples[0].rows, plan.target.rows
-    assert isinstance(train, switch.ModelRows) and isinstance(target, switch.ModelRows)
+    assert isinstance(train, data.ModelRows) and isinstance(target, data.ModelRows)
     columns = train.input_columns(train.columns & target.columns, task_column)
     if not columns:
         return
@@ -387,13 +388,13 @@ def _dry_run(selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str]) -
     select(selector, nothing, tasks, keep)
 
 
-def _hashes(rows: switch.ModelRows, ids: range, columns: Sequence[str]) -> Iterator[bytes]:
+def _hashes(rows: data.ModelRows, ids: range, columns: Sequence[str]) -> Iterator[bytes]:
     """Of consecutive examples, by the values of some columns."""
     for row in rows.stored(ids, columns):
         yield digest(*(row.get(name) for name in columns))
 
 
-def _digest_of_rows(rows: switch.ModelRows, tasks: TaskRows | None = None) -> str:
+def _digest_of_rows(rows: data.ModelRows, tasks: TaskRows | None = None) -> str:
     """A hash of 64 or more rows, spread out, and of which task each row belongs to.
 
     Rows that a map-style dataset makes at random are read from the same random states in every
@@ -416,5 +417,5 @@ def _digest_of_rows(rows: switch.ModelRows, tasks: TaskRows | None = None) -> st
     return digest(len(rows), ids, known).hex()
 
 
-def _spread_out(rows: switch.ModelRows) -> range:
+def _spread_out(rows: data.ModelRows) -> range:
     return range(0, len(rows), max(1, len(rows) // 64))

@@ -18,6 +18,8 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_auxselect.files import JsonDict
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -143,3 +145,9 @@ def _rate(group: Mapping[str, Any]) -> float:
 
 def _constant_momentum(optimizer: Any, count: int) -> list[list[float]]:
     return [[momentum_coefficient(group)] * count for group in optimizer.param_groups]
+
+
+def group_rates(training: JsonDict | None) -> list[float] | None:
+    """Learning rate of each parameter group in the training to come, up to a common factor."""
+    rates = (training or {}).get("group_learning_rates")
+    return None if rates is None else [sum(of_group) for of_group in rates]

@@ -31,11 +31,8 @@ from hf_auxselect import (
     capture_gradients,
     check_per_example_gradients,
 )
-from hf_auxselect.per_example import (
-    GradientHooks,
-    compare_with_autograd,
-    gradients_one_by_one,
-)
+from hf_auxselect.gradient_check import compare_with_autograd, gradients_one_by_one
+from hf_auxselect.per_example import GradientHooks
 from hf_auxselect.scalars import SCALARS, forward_label_logits
 
 SIZES = {

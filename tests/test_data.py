@@ -25,8 +25,8 @@ from hf_auxselect import (
     UnsupportedModuleError,
     concatenate_tasks,
     plan,
-    switch,
 )
+from hf_auxselect.data import ModelRows
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.mixture import TaskRows
 from hf_auxselect.seeds import random_permutation
@@ -218,7 +218,7 @@ class TestALeakedTarget:
 
     def test_equal_labels_alone_are_no_leak(self, run_dir):
         trainer = tiny.plain_trainer(run_dir)
-        rows = switch.ModelRows(trainer, trainer.train_dataset)
+        rows = ModelRows(trainer, trainer.train_dataset)
         assert rows.input_columns({"labels", "task"}, "task") == []
         assert rows.input_columns({"labels", "task", "text"}, "task") == ["labels", "text"]
         assert rows.input_columns({"labels", "id", "input_ids"}, "task") == ["input_ids", "labels"]
@@ -252,7 +252,7 @@ class TestALeakedTarget:
     def test_rows_are_read_as_they_are_stored(self, run_dir):
         """Pictures are not decoded, and the format does not matter."""
         trainer = tiny.plain_trainer(run_dir, remove_unused_columns=False)
-        rows = switch.ModelRows(trainer, pictures().with_format("torch"))
+        rows = ModelRows(trainer, pictures().with_format("torch"))
         (row,) = rows.stored(range(1, 2), ["image", "input_ids"])
         assert row["image"]["bytes"].startswith(b"\x89PNG")
         assert row["input_ids"].tolist() == [1, 2, 3]
@@ -279,7 +279,7 @@ class TestTheFingerprint:
     def of_rows(run_dir, dataset):
         trainer = tiny.plain_trainer(run_dir, remove_unused_columns=False)
         tasks = TaskRows.from_labels(["a", "b"] * (len(dataset) // 2))
-        return plan._digest_of_rows(switch.ModelRows(trainer, dataset), tasks)
+        return plan._digest_of_rows(ModelRows(trainer, dataset), tasks)
 
     def test_images(self, run_dir):
         one = self.of_rows(run_dir, pictures())
@@ -328,7 +328,7 @@ class TestTheFingerprint:
         plain = [{"x": 0, "task": t} for t in "ab"]
         for kind in (Noisy, Unseeded):
             fingerprints = set()
-            rows = switch.ModelRows(tiny.plain_trainer(run_dir), kind(plain))
+            rows = ModelRows(tiny.plain_trainer(run_dir), kind(plain))
             for seed in (1, 2):
                 torch.manual_seed(seed)
                 random.seed(seed)
@@ -471,7 +471,7 @@ class TestTaskLabels:
         }[wrapped]()
         cb = callback(selector=FixedSelection(["a", "c"], estimate=False))
         trainer = trained(tiny.plain_trainer, run_dir, cb, train_dataset=dataset)
-        tasks = switch.read_tasks(trainer, "task")
+        tasks = data.read_tasks(trainer, "task")
         expected = ["dcba"[r["task"]] for r in data]
         expected = {
             "subset": expected[10:60],

@@ -26,8 +26,14 @@ from transformers import (
 )
 
 from hf_auxselect import capture_gradients
-from hf_auxselect.memory import FittingBatches, PeakMemory, is_out_of_memory, take_rows
-from hf_auxselect.per_example import GradientHooks, evaluation_mode
+from hf_auxselect.memory import (
+    FittingBatches,
+    PeakMemory,
+    evaluation_mode,
+    is_out_of_memory,
+    take_rows,
+)
+from hf_auxselect.per_example import GradientHooks
 from hf_auxselect.scalars import SCALARS, LabelLogits
 
 V = len(VOCABULARY)

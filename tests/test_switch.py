@@ -12,15 +12,11 @@ import torch
 from reference import per_example_gradients
 
 from hf_auxselect import FixedSelection, TaskSelectionCallback, concatenate_tasks
-from hf_auxselect.per_example import GradientHooks, evaluation_mode
+from hf_auxselect.data import ModelRows, collate_function
+from hf_auxselect.memory import evaluation_mode
+from hf_auxselect.per_example import GradientHooks
 from hf_auxselect.scalars import SCALARS, forward_label_logits
-from hf_auxselect.switch import (
-    ModelRows,
-    collate_function,
-    consumed_batches,
-    find_trainer,
-    total_steps,
-)
+from hf_auxselect.switch import consumed_batches, find_trainer, total_steps
 
 TESTS = Path(__file__).parent
 
