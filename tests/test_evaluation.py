@@ -27,7 +27,13 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from hf_auxselect import GradExLogistic, UnsupportedLossError, capture_gradients
+from hf_auxselect import (
+    GradExLogistic,
+    UnsupportedLossError,
+    capture_gradients,
+    concatenate_tasks,
+)
+from hf_auxselect.projection import CountSketch
 from hf_auxselect.scalars import SCALARS, ExampleLoss, forward_label_logits
 
 VOCABULARY = len(tiny.VOCABULARY)
@@ -354,6 +360,47 @@ class TestLabelsOfOtherShapes:
         self.refuse(r"labels of shape \[., 3\]", run_dir, model, lambda n: torch.ones(n, 3))
 
 
+class TestCollators:
+    def test_one_that_masks_at_random(self, run_dir):
+        def random_mask(rows):
+            batch = masked(rows)
+            return batch | {"input_ids": torch.where(torch.rand(batch["labels"].shape) < 0.5, 0, 2)}
+
+        with pytest.raises(UnsupportedLossError, match=r"other inputs or labels.*dataset.map"):
+            anchor_and_logged(
+                tiny.plain_trainer,
+                run_dir,
+                model=bert(BertForMaskedLM),
+                data_collator=random_mask,
+            )
+
+    def test_rows_of_equal_length_leave_the_usual_mean(self, run_dir):
+        """The mean over label tokens and that over examples are then the same in what is compared.
+
+        Of the 12 rows only two, in the middle, have more label tokens.
+        """
+        rows = [{"prompt": "1+2=", "completion": "3"}] * 12
+        rows[5:7] = [{"prompt": "1+2=", "completion": "33333"}] * 2
+        anchor, logged, _ = anchor_and_logged(
+            tiny.plain_trainer,
+            run_dir,
+            train_dataset=tiny.tokenize(
+                concatenate_tasks({n: Dataset.from_list(rows[:5]) for n in "ab"})
+            ),
+            eval_dataset=tiny.tokenize(Dataset.from_list(rows)),
+        )
+        assert anchor == pytest.approx(logged, rel=1e-5)
+
+    def test_a_target_that_is_dropped_with_the_last_batch(self, run_dir):
+        with pytest.raises(ValueError, match=r"dataloader_drop_last=True leaves all 5 examples"):
+            anchor_and_logged(
+                tiny.plain_trainer,
+                run_dir,
+                eval_dataset=tiny.tokenize(tiny.sums(5, 9)),
+                dataloader_drop_last=True,
+            )
+
+
 class TestOneAtATime:
     """A loss of the trainer's own: gradients are autograd's of that loss."""
 
@@ -373,15 +420,18 @@ class TestOneAtATime:
             loss=loss,
             progress=False,
         )
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        norms = []
-        for row in rows:
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        sketch = CountSketch(64, 0)
+        for row, captured in zip(rows, store.gradients, strict=True):
             value = model(**tiny.collate([row])).loss
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-            norms.append(sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5)
-        captured = np.linalg.norm(store.gradients, axis=1)
-        # A projection keeps lengths to about 1 / sqrt(32).
-        assert captured == pytest.approx(norms, rel=0.6)
+            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            expected = sum(
+                sketch.project(name, gradient.flatten()[None])[0]
+                for name, gradient in zip(parameters, gradients, strict=True)
+                if gradient is not None
+            )
+            assert captured == pytest.approx(expected.numpy(), abs=1e-5)
+            assert np.abs(captured).max() > 1e-2
         assert store.losses[0] == pytest.approx(model(**tiny.collate(rows[:1])).loss.item())
 
 

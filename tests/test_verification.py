@@ -28,13 +28,17 @@ def callback(**options):
         {},
         {"gradient_accumulation_steps": 3, "dataloader_num_workers": 2},
         {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        },
+        {
             "max_steps": -1,
             "num_train_epochs": 2,
             "per_device_train_batch_size": 8,  # 81 rows: 11 batches, and 11 mod 3 = 2
             "gradient_accumulation_steps": 3,
         },
     ],
-    ids=["steps", "accumulation and workers", "epochs with a remainder"],
+    ids=["steps", "accumulation and workers", "checkpointing", "epochs with a remainder"],
 )
 def test_the_measured_loss_of_the_choice_is_that_of_the_run(kind, after, options, run_dir):
     """Bit by bit, with dropout: the trial starts where the run goes on."""
