@@ -153,7 +153,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.estimator = estimator or LinearizedTraining()
         self.selector = selector or ForwardSelection()
         self.after = after
-        self.keep = tuple(keep)
+        self.keep = tuple(str(k) if isinstance(k, int) else k for k in keep)  # as tasks are named
         self.examples_per_task = examples_per_task
         self.projection_dim = projection_dim
         self.batch_size = batch_size
@@ -260,6 +260,7 @@ class TaskSelectionCallback(TrainerCallback):
         with switch.preserved_rng():
             if self._needs_estimates:
                 gradient_pass = self._gradient_pass(trainer, self._plan)
+                self._notes += gradient_pass.compare_loss()
                 store = gradient_pass.run(self._directory / "gradients", self._restart_from)
             pass_seconds = time.perf_counter() - start
 

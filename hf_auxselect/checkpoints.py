@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -24,6 +23,7 @@ logger = logging.getLogger(__name__)
 DECISION_FILE = "task_selection.json"
 """In each checkpoint from the switch on."""
 STATE_FILE = "trainer_state.json"
+_GUARDED = "_auxselect_resumes_from_whole_checkpoints"
 
 
 class Decision(TypedDict):
@@ -48,20 +48,30 @@ def guard_resumption(trainer: Trainer) -> None:
     """Let ``trainer.train(resume_from_checkpoint=True)`` take the last checkpoint that is whole.
 
     Trainer saves a checkpoint file by file, and takes the one with the highest step: a process that
-    was killed while it saved could not be resumed. Shadows ``train`` on this trainer alone.
+    was killed while it saved could not be resumed. The class of this trainer alone is replaced by
+    one with such a ``train``: an attribute of the trainer would have to refer to it, and keep it
+    alive in a cycle.
     """
-    if "train" in vars(trainer):
-        return
-    reference = weakref.ref(trainer)  # a strong one would keep the trainer alive in a cycle
+    if not hasattr(trainer, _GUARDED):
+        trainer.__class__ = _guarded(type(trainer))  # type: ignore[arg-type]
 
-    @functools.wraps(type(trainer).train)
-    def train(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        trainer = reference()
-        assert trainer is not None, "a method outlives the trainer that it is called on"
-        checkpoint = resolve(trainer, resume_from_checkpoint)
-        return type(trainer).train(trainer, checkpoint, *args, **kwargs)
 
-    trainer.train = train
+@functools.cache
+def _guarded(of: type[Trainer]) -> type[Trainer]:
+    """The class, by the same name, with a ``train`` that resolves what to resume from."""
+
+    @functools.wraps(of.train)
+    def train(
+        self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        return of.train(self, resolve(self, resume_from_checkpoint), *args, **kwargs)
+
+    names = ("__module__", "__qualname__", "__doc__")
+    return type(
+        of.__name__,
+        (of,),
+        {name: getattr(of, name) for name in names} | {"train": train, _GUARDED: True},
+    )
 
 
 def resolve(trainer: Trainer, resume: str | bool | None) -> str | bool | None:

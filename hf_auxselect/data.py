@@ -243,6 +243,11 @@ class ModelRows(Sequence[Any]):
             self.packed_rows = np.arange(len(dataset))
 
     @property
+    def is_packed(self) -> bool:
+        """Whether a row may hold several examples."""
+        return self._starts is not None
+
+    @property
     def dataset(self) -> Any:
         """The dataset as the trainer reads it, with rows that are still packed."""
         return self._dataset
@@ -371,6 +376,13 @@ def collate_function(trainer: Trainer) -> Callable[[list[Any]], Batch]:
             raise ValueError(
                 f"the trainer's data_collator returns a {type(batch).__name__}; a dict of the "
                 "model's arguments is needed, with labels."
+            )
+        spans = [name for name in ("start_positions", "end_positions") if name in batch]
+        if "labels" not in batch and spans:
+            raise ValueError(
+                f"the trainer's data_collator returns {spans}: losses of spans (question "
+                "answering) are not supported, only those of labels, one for each position or for "
+                "each example. Train without TaskSelectionCallback."
             )
         if "labels" not in batch:
             raise ValueError(

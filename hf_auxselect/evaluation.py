@@ -59,7 +59,11 @@ _SMALL_DIFFERENCE = 0.05
 estimates themselves err by 1 to 3%."""
 
 _NUM_ROWS = 4
-"""Rows of the larger batch that is compared, of the training set and of the target each."""
+"""Rows of the larger batch that is compared, of the training set and of the target each: enough to
+differ in length and label tokens, at the cost of four training rows."""
+
+_NUM_CANDIDATES = 16
+"""Rows that are collated at most to find those."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +156,12 @@ def _settle_other_loss(
             for per_token in (True, False)
         ]
         found = _closest(trainer, probes, alone)
+        if found is not None and min(gather(float(own_B.min()))) < 0:
+            raise UnsupportedLossError(
+                f"the trainer's evaluation loss of some rows is {own_B.min():.4f}, below 0 "
+                f"({_likely_reason(trainer)}). The estimates take losses for positive. Add a "
+                "constant that keeps it above 0."
+            )
         if found is not None:
             logger.warning(
                 "%s. The estimates are about the trainer's loss; to split it by example, each "
@@ -260,7 +270,7 @@ def compare_evaluation(trainer: Trainer, dataset: Any, loss: TrainerLoss) -> lis
     """Evaluate some rows with the trainer, and compare with the weighted losses of the examples.
 
     Args:
-        trainer: at the beginning of its training; all processes must call this.
+        trainer: during its training; all processes must call this.
         dataset: the evaluation set whose loss is estimated.
         loss: from :func:`settle_loss`.
 
@@ -281,13 +291,14 @@ def compare_evaluation(trainer: Trainer, dataset: Any, loss: TrainerLoss) -> lis
             _losses(trainer, collate([rows[i] for i in chunk]), loss.of_example)[0]
             for chunk in np.split(np.arange(len(rows)), range(at_once, len(rows), at_once))
         ]
-    ours = float(np.concatenate(losses) @ weights)
+    # Batches without a label token have no loss, and the trainer leaves them out.
+    ours = float(np.concatenate(losses) @ weights) / max(sum(weights), 1e-12)
     if loss.notes or np.isclose(ours, own, rtol=_tolerance(trainer), atol=_tolerance(trainer)):
         return []
     note = (
         f"the trainer's evaluation of {size} rows of the target gives {own:.4f}, the weighted mean "
-        f"of the losses of their examples {ours:.4f}: {type(trainer).__name__} evaluates in a way "
-        "of its own, and estimates differ from the logged loss by about as much."
+        f"of the losses of their examples {ours:.4f} ({_likely_reason(trainer)}?). The estimates "
+        "differ from the logged loss by about as much."
     )
     logger.warning("%s", note)
     return [note]
@@ -343,46 +354,65 @@ class _Batches(list[list[int]]):
 
 
 def _probes(trainer: Trainer, rows: ModelRows) -> list[_Probe]:
-    """A batch of some rows that have labels, and the first of them alone."""
+    """A batch of some rows that have labels, and the first of them alone.
+
+    Rows are read once: a transform may make others each time.
+    """
     collate = data.collate_function(trainer)
     dataset_rows = np.unique(rows.packed_rows)
-    candidates = dataset_rows[np.unique(np.linspace(0, len(dataset_rows) - 1, 64).astype(int))]
-    # From both ends towards the middle, so that several tasks take part.
+    candidates = dataset_rows[
+        np.unique(np.linspace(0, len(dataset_rows) - 1, _NUM_CANDIDATES).astype(int))
+    ]
+    # Of all parts of the data set, so that several tasks take part.
     candidates = candidates[np.argsort(np.arange(len(candidates)) % _NUM_ROWS, kind="stable")]
-    chosen: list[int] = []
     examples_of: dict[int, list[Any]] = {}
+    counts: dict[int, int] = {}
     for row in candidates.tolist():
-        examples_of[row] = [rows[int(i)] for i in np.flatnonzero(rows.packed_rows == row)]
-        batch = collate(examples_of[row])
-        if (batch["labels"] != IGNORE_INDEX).any():
-            chosen.append(row)
-        if len(chosen) == _NUM_ROWS:
+        examples = [rows[int(i)] for i in np.flatnonzero(rows.packed_rows == row)]
+        count = int((collate(_copies(examples))["labels"] != IGNORE_INDEX).sum())
+        if count:
+            examples_of[row], counts[row] = examples, count
+        # Different numbers of label tokens tell a mean over them from a mean over examples.
+        if len(counts) >= _NUM_ROWS and len(set(counts.values())) > 1:
             break
-    if not chosen:
+    if not counts:
         return []
-    both = [collate([e for row in chosen for e in examples_of[row]]) for _ in range(2)]
-    if not all(
-        torch.equal(both[0][k], both[1][k]) for k in both[0] if isinstance(both[0][k], Tensor)
-    ):
-        raise UnsupportedLossError(
-            "the data_collator makes other inputs or labels of the same rows each time "
-            "(mlm=True?), so that an example has no one loss. Mask the rows once, with "
-            "dataset.map, and use a data_collator that only pads."
-        )
+    # The first row, then those whose number of label tokens differs from its, then the others.
+    first, *others = counts
+    chosen = [first, *sorted(others, key=lambda row: counts[row] == counts[first])][:_NUM_ROWS]
+    _refuse_random_batches(collate, [e for row in chosen for e in examples_of[row]])
     if trainer.args.process_index % 2:
         # Another number of label tokens in every other process tells how they are averaged.
         chosen = chosen[:1] * len(chosen)
     probes = []
     for some in (chosen, chosen[:1]):
         examples = [example for row in some for example in examples_of[row]]
+        as_read = [rows.dataset[row] for row in some] if rows.is_packed else _copies(examples)
         probes.append(
             _Probe(
-                batch=collate(examples),
-                alone=[collate([example]) for example in examples],
-                own=_own_loss(trainer, [rows.dataset[row] for row in some]),
+                batch=collate(_copies(examples)),
+                alone=[collate(_copies([example])) for example in examples],
+                own=_own_loss(trainer, as_read),
             )
         )
     return probes
+
+
+def _copies(examples: Sequence[Any]) -> list[Any]:
+    """Collators may change the rows that they are given."""
+    return [copy.copy(example) for example in examples]
+
+
+def _refuse_random_batches(collate: Callable[[list[Any]], Batch], examples: Sequence[Any]) -> None:
+    """Raise if a collator makes other batches of the same rows each time."""
+    one, other = (collate(_copies(examples)) for _ in range(2))
+    if all(torch.equal(one[k], other[k]) for k in one if isinstance(one[k], Tensor)):
+        return
+    raise UnsupportedLossError(
+        "the data_collator makes other inputs or labels of the same rows each time (mlm=True?), "
+        "so that an example has no one loss. Mask the rows once, with dataset.map, and use a "
+        "data_collator that only pads."
+    )
 
 
 def _own_loss(trainer: Trainer, rows: list[Any]) -> float:
@@ -403,8 +433,7 @@ def _own_loss_function(trainer: Trainer) -> Callable[[Batch], Tensor]:
     reference = weakref.ref(trainer)
 
     def of_batch(batch: Batch) -> Tensor:
-        trainer = reference()
-        assert trainer is not None, "the trainer's loss outlives the trainer"
+        trainer = switch.met(reference)
         with switch.preserved_counters(trainer):
             return trainer.compute_loss(trainer.model, dict(batch))
 

@@ -46,13 +46,12 @@ class GradientPass:
         """Check loss, optimizer and captured gradients on a few rows, before the first step.
 
         Returns:
-            Sentences for the report on how the estimated loss differs from the logged one.
+            Sentences for the report on what of the loss and of the optimizer is not modelled.
         """
         notes = list(self.plan.loss.notes)
         if needs_optimizer(self.estimator):
             notes += self._check_optimizer()
-        dataset = data.target_dataset(self.trainer, self.target)
-        notes += compare_evaluation(self.trainer, dataset, self.plan.loss)
+        self.compare_loss()
         if self.one_by_one or self.plan.loss.of_example.of_batch is not None:
             return notes
         with self.trainer.compute_loss_context_manager():
@@ -68,6 +67,14 @@ class GradientPass:
                 found.inseparable,
             )
         return notes
+
+    def compare_loss(self) -> list[str]:
+        """Evaluate some rows with the trainer; a sentence, also logged, if their loss differs.
+
+        Terms that are 0 in the first step (a distance from the initial model) show at the switch.
+        """
+        dataset = data.target_dataset(self.trainer, self.target)
+        return compare_evaluation(self.trainer, dataset, self.plan.loss)
 
     def _check_optimizer(self) -> list[str]:
         """Refuse an optimizer whose steps are not modelled; say what is not known of others."""

@@ -42,12 +42,12 @@ from hf_auxselect.per_example import (
 )
 from hf_auxselect.projection import PROJECTION_VERSION, CountSketch
 from hf_auxselect.scalars import (
-    IGNORE_INDEX,
     NEXT_TOKEN_LOSS,
     SCALARS,
     ExampleLoss,
     LabelLogits,
     at_least_float32,
+    count_label_tokens,
     forward_label_logits,
     match_model_loss,
 )
@@ -143,8 +143,9 @@ def capture_gradients(
 
     if loss is None:
         batches = (collate_fn([target[i]]) for i in range(min(len(target), 32)))
-        batch = next((b for b in batches if (b["labels"] != IGNORE_INDEX).any()), None)
         with evaluation_mode(model):
+            labelled = (b for b in batches if count_label_tokens(model, b, NEXT_TOKEN_LOSS).any())
+            batch = next(labelled, None)
             loss = NEXT_TOKEN_LOSS if batch is None else match_model_loss(model, batch)
 
     def examples_of(name: str, rows: Sequence[Any]) -> TaskExamples:

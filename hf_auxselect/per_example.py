@@ -355,6 +355,15 @@ def _reaches_below(module: nn.Module) -> bool:
     return in_lists or (has_dora and isinstance(bias, Tensor) and bias.requires_grad)
 
 
+def _parameters_of_parts(module: nn.Module) -> set[int]:
+    """Ids of the parameters of a module that are also those of a module below it."""
+    own = {id(p) for p in module.parameters(recurse=False)}
+    if not own:
+        return own
+    below = {id(p) for child in module.children() for p in child.parameters()}
+    return own & below
+
+
 class RegroupedError(Exception):
     """Parameters were assigned to modules around their own; the batch must run once more."""
 
@@ -422,10 +431,12 @@ class GradientHooks:
             owns_all = module in whole or _reaches_below(module)
             if owns_all:
                 below.update(module.modules())
+            # A head may hold the bias that a layer below it uses: of both, the layer owns it.
+            of_parts = set() if owns_all else _parameters_of_parts(module)
             own = {
                 local: self.names[id(parameter)]
                 for local, parameter in module.named_parameters(recurse=owns_all)
-                if parameter.requires_grad
+                if parameter.requires_grad and id(parameter) not in of_parts
             }
             for name in own.values():
                 self._owners[name].add(path)

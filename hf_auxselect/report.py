@@ -386,6 +386,7 @@ class SelectionReport(_Content):
             [[row.loss - row.low for row in rows], [row.high - row.loss for row in rows]]
         )
         all_tasks, chosen = self.row("all tasks"), self.row("chosen")
+        errors = np.maximum(errors, 0.0)  # a loss below 0 lies outside of its interval
         kept = np.array([self.weights[row.left_out or ""] > 0 for row in rows])
         for mask, colour, label in [
             (kept, "#0072b2", "left out: a selected task"),

@@ -100,7 +100,12 @@ def labels_of(model: nn.Module, batch: Batch, loss: ExampleLoss) -> Tensor:
     Raises:
         UnsupportedLossError: labels that are no class numbers, as in regression.
     """
-    labels = batch["labels"]
+    labels = batch.get("labels")
+    if labels is None:
+        raise UnsupportedLossError(
+            f"the batch has no labels (it has {sorted(batch)}); supported are losses of labels, "
+            "one for each example [B] or one for each position [B, S]."
+        )
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim > 2:
         got = (
             f"{labels.dtype} labels of shape {list(labels.shape)}"
@@ -242,7 +247,9 @@ def match_model_loss(model: nn.Module, batch: Batch) -> ExampleLoss:
             total = SCALARS["loss"](result) @ result.num_label_tokens.to(result.logits.dtype)
             found[shift] = float(total / result.num_label_tokens.sum().clamp(min=1))
     closest = min(found, key=lambda shift: abs(found[shift] - float(own)))
-    is_half = any(p.dtype in _HALF for p in model.parameters())
+    is_half = torch.is_autocast_enabled(own.device.type) or any(
+        p.dtype in _HALF for p in model.parameters()
+    )
     if math.isclose(found[closest], float(own), rel_tol=5e-2 if is_half else 1e-3):
         return ExampleLoss(shift=closest)
     raise UnsupportedLossError(

@@ -13,6 +13,7 @@ import logging
 import math
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -40,8 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 def callers() -> Iterator[FrameType]:
-    """The frames of the call stack, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
+    """The frames of the call stack above the function that iterates, the innermost first."""
+    # Its own frame would refer to itself, through f_locals, and keep what it found alive.
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -59,6 +61,13 @@ def find_trainer(callback: TrainerCallback) -> Trainer | None:
         ):
             return caller
     return None
+
+
+def met(reference: weakref.ref[Trainer]) -> Trainer:
+    """The trainer of a weak reference that one of its own methods follows."""
+    trainer = reference()
+    assert trainer is not None, "a method outlives the trainer that it is called on"
+    return trainer
 
 
 @contextlib.contextmanager
@@ -196,7 +205,7 @@ class MixtureBatches:
     """Batches of a mixture, from a loader that the trainer itself builds."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+        self._trainer = weakref.ref(trainer)
         self.loader: Any = None
         self.iterator: Iterator[Any] | None = None
 
@@ -240,7 +249,7 @@ class MixtureBatches:
         Raises:
             ValueError: the trainer's loader does not take its sampler from ``_get_train_sampler``.
         """
-        trainer = self._trainer
+        trainer = met(self._trainer)
         shadowed = vars(trainer).get("_get_train_sampler")
         trainer._get_train_sampler = lambda *args, **kwargs: sampler
         try:
@@ -286,29 +295,37 @@ class BatchSource:
 
     def __init__(self, trainer: Trainer) -> None:
         self.mixture = MixtureBatches(trainer)
-        self._trainer = trainer
-        self._original = trainer.get_batch_samples
+        # After an error in train() this object lives on; the trainer need not.
+        self._trainer = weakref.ref(trainer)
+        self._shadowed = vars(trainer).get("get_batch_samples")
         trainer.get_batch_samples = self._get_batch_samples
 
     def remove(self) -> None:
         """Give the trainer its own method back, and stop the loader."""
         self.mixture.close()
-        if vars(self._trainer).get("get_batch_samples") == self._get_batch_samples:
-            del self._trainer.get_batch_samples
+        trainer = self._trainer()
+        if trainer is None or vars(trainer).get("get_batch_samples") != self._get_batch_samples:
+            return
+        del trainer.get_batch_samples
+        if self._shadowed is not None:
+            trainer.get_batch_samples = self._shadowed
 
     def _get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        if self.mixture.iterator is None:
-            return self._original(epoch_iterator, num_batches, device)
-        self._retire(epoch_iterator)
-        return self._original(self.mixture.iterator, num_batches, device)
+        trainer = met(self._trainer)
+        if self.mixture.iterator is not None:
+            self._retire(trainer, epoch_iterator)
+            epoch_iterator = self.mixture.iterator
+        if self._shadowed is not None:
+            return self._shadowed(epoch_iterator, num_batches, device)
+        return type(trainer).get_batch_samples(trainer, epoch_iterator, num_batches, device)
 
-    def _retire(self, epoch_iterator: Any) -> None:
+    def _retire(self, trainer: Trainer, epoch_iterator: Any) -> None:
         """Stop the trainer's own loader, which is read no more, with its workers."""
         epoch_iterator.close()
-        base = getattr(self._trainer.callback_handler.train_dataloader, "base_dataloader", None)
+        base = getattr(trainer.callback_handler.train_dataloader, "base_dataloader", None)
         if base is not None:
             base._iterator = None  # persistent workers live as long as this
-        for loader in self._trainer.accelerator.gradient_state.dataloader_references:
+        for loader in trainer.accelerator.gradient_state.dataloader_references:
             if loader is not None and loader is not self.mixture.loader:
                 loader.end()
 

@@ -1,5 +1,6 @@
 """The run as a user sees it: phases, files, and what is refused."""
 
+import contextlib
 import gc
 import json
 import logging
@@ -372,14 +373,24 @@ class TestMeetingTheTrainer:
         assert set("".join(seen[:4])) > {"d"}
         assert set("".join(seen[4:])) == {"d"}
 
-    def test_a_trainer_is_freed_when_it_is_out_of_use(self, run_dir):
+    @pytest.mark.parametrize("until", ["its making", "its end", "an error"])
+    def test_a_trainer_is_freed_when_it_is_out_of_use(self, until, run_dir):
         """At once, not at the next collection of cycles: it holds a model."""
-        cb = callback()
-        trainer = tiny.plain_trainer(run_dir, cb)
-        trainer.train()
-        freed = weakref.ref(trainer)
+
+        class Stop(tiny.TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 6 and until == "an error":
+                    raise KeyboardInterrupt
+
+        cb = callback(selector=FixedSelection(["a"], estimate=False))
+        gc.collect()
         gc.disable()
         try:
+            trainer = tiny.plain_trainer(run_dir, cb, Stop())
+            freed = weakref.ref(trainer)
+            if until != "its making":
+                with contextlib.suppress(KeyboardInterrupt):
+                    trainer.train()
             del trainer
             assert freed() is None
         finally:

@@ -297,6 +297,22 @@ class TestWhatDoesNotSplitByExample:
         assert "output_router_logits=True" in warning
         assert "does not split by example" in warning
 
+    def test_one_that_is_zero_in_the_first_step_is_told(self, run_dir):
+        """As a distance from the initial adapter is: it shows at the switch."""
+
+        class Anchored(Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+                loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+                bs = [p for n, p in model.named_parameters() if "lora_B" in n]
+                loss = loss + 10 * sum(p.square().sum() for p in bs)
+                return (loss, outputs) if return_outputs else loss
+
+        anchor, logged, cb = anchor_and_logged(tiny.plain_trainer, run_dir, trainer_class=Anchored)
+        assert logged > 1.005 * anchor
+        (warning,) = cb.report.warnings
+        assert "(Anchored.compute_loss?)" in warning
+        assert f"gives {logged:.1f}"[:-1] in warning
+
     def test_a_large_one_is_refused_with_both_numbers(self, run_dir):
         with pytest.raises(
             UnsupportedLossError,
@@ -347,7 +363,12 @@ class TestLabelsOfOtherShapes:
 
     def test_regression(self, run_dir):
         model = bert(BertForSequenceClassification, num_labels=1)
-        self.refuse(r"torch.float32 labels of shape \[.\]", run_dir, model, torch.rand)
+        self.refuse(
+            r"torch.float32 labels of shape \[.\]",
+            run_dir,
+            model,
+            lambda n: torch.linspace(0, 1, n),
+        )
 
     def test_regression_on_integers(self, run_dir):
         model = bert(BertForSequenceClassification, num_labels=1)
