@@ -172,9 +172,12 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def keep(tensors: Sequence[Tensor]) -> Any:
-        """A node of the graph; read its ``saved_tensors`` once in each backward."""
+        """An empty tensor; read ``grad_fn.saved_tensors`` of it once in each backward.
+
+        Without the tensor, PyTorch 2.6 frees what its ``grad_fn`` has saved.
+        """
         root = torch.empty(0, requires_grad=True)
-        return _Kept.apply(root, *(tensor.data for tensor in tensors)).grad_fn
+        return _Kept.apply(root, *(tensor.data for tensor in tensors))
 
     @staticmethod
     def forward(ctx: Any, root: Tensor, *tensors: Tensor) -> Tensor:
@@ -623,7 +626,7 @@ class GradientHooks:
         self._received.update(call.own.values())
         if self._complaints:
             return  # the batch will run again
-        tensors = kept.saved_tensors  # inside of a checkpoint, its layer runs again now
+        tensors = kept.grad_fn.saved_tensors  # inside of a checkpoint, its layer runs again now
         size = call.layout.batch_size
         at_once = size
         if self.in_parts:

@@ -246,6 +246,8 @@ def match_model_loss(model: nn.Module, batch: Batch) -> ExampleLoss:
             result = forward_label_logits(model, batch, ExampleLoss(shift=shift))
             total = SCALARS["loss"](result) @ result.num_label_tokens.to(result.logits.dtype)
             found[shift] = float(total / result.num_label_tokens.sum().clamp(min=1))
+    # In PyTorch 2.6, casts that autocast keeps from here would let no gradient through.
+    torch.clear_autocast_cache()
     closest = min(found, key=lambda shift: abs(found[shift] - float(own)))
     is_half = torch.is_autocast_enabled(own.device.type) or any(
         p.dtype in _HALF for p in model.parameters()

@@ -340,7 +340,8 @@ def architecture(name: str, **options) -> nn.Module:
         **SIZES | {"max_position_embeddings": 64} | options
     )
     model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
-    model.set_experts_implementation("eager")
+    if hasattr(model, "set_experts_implementation"):  # Transformers 4 knows eager ones alone
+        model.set_experts_implementation("eager")
     return model
 
 
@@ -411,6 +412,8 @@ class TestArchitectures:
 
     def test_experts_that_are_multiplied_as_a_group(self):
         model = experts_adapted(ARCHITECTURES["Mixtral"]()).float()
+        if not hasattr(model.get_base_model(), "set_experts_implementation"):
+            pytest.skip("needs Transformers 5")
         model.get_base_model().set_experts_implementation("grouped_mm")
         self.compare(model, tolerance=1e-4)
 

@@ -440,6 +440,7 @@ class TestPreview:
             train_dataset=concatenate_tasks({"a": rows(10), "b": rows(10)}),
             eval_dataset=rows(8),
             gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             per_device_train_batch_size=8,
         )
         predicted = cb.preview(trainer).memory_mib
