@@ -18,7 +18,12 @@ from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDS
 from hf_auxselect.evaluation import compare_evaluation
 from hf_auxselect.gradient_check import compare_with_autograd
-from hf_auxselect.gradients import AT_OPTIMIZER, capture_examples, predict_pass
+from hf_auxselect.gradients import (
+    AT_OPTIMIZER,
+    capture_examples,
+    predict_pass,
+    warn_of_one_by_one,
+)
 from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead
 from hf_auxselect.memory import checkpointing_enabled
 from hf_auxselect.optimizer_state import is_changed, why_not_modelled
@@ -62,10 +67,7 @@ class GradientPass:
                 loss=self.plan.loss.of_example,
             )
         if found.inseparable is not None:
-            logger.warning(
-                "the gradient pass will run each example alone, which takes longer: %s.",
-                found.inseparable,
-            )
+            warn_of_one_by_one(found.inseparable)
         return notes
 
     def compare_loss(self) -> list[str]:

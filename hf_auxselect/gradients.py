@@ -222,7 +222,7 @@ def capture_examples(
             whole = found.whole
             if found.inseparable is not None:
                 one_by_one = True
-                _warn_of_one_by_one(found.inseparable)
+                warn_of_one_by_one(found.inseparable)
             else:
                 logger.info("captured gradients agree with autograd; error %.1e", found.error)
     capture = _Capture(
@@ -303,7 +303,8 @@ def capture_examples(
     return GradientStore.load(directory)
 
 
-def _warn_of_one_by_one(reason: str) -> None:
+def warn_of_one_by_one(reason: str) -> None:
+    """Log that examples cannot be captured in batches, and why."""
     logger.warning("the gradient pass runs each example alone, which is slower: %s.", reason)
 
 
@@ -470,23 +471,16 @@ class _Capture:
         # A gradient scales by P^(1/2), the parameters themselves by its inverse. What decays by
         # less than the others is as if it were smaller: so weight decay's constant part is exact.
         return {
-            "momentum": self._project_all(
-                {n: m * state.scales[n] for n, m in state.momentum.items()}
-            ),
-            "parameters": self._project_all(
-                {
+            name: self._sketch.project_all(values).cpu().numpy()
+            for name, values in {
+                "momentum": {n: m * state.scales[n] for n, m in state.momentum.items()},
+                "parameters": {
                     n: state.to_coordinates(n, p.detach().float().flatten() * state.decay_ratios[n])
                     for n, p in self._trainable.items()
                     if n in state.scales
-                }
-            ),
+                },
+            }.items()
         }
-
-    def _project_all(self, values: Mapping[str, Tensor]) -> np.ndarray:
-        parts = [
-            self._sketch.project(name, value.unsqueeze(0))[0] for name, value in values.items()
-        ]
-        return torch.stack(parts).sum(0).cpu().numpy()
 
     def prepare_tables(self) -> None:
         """Build the projection's tables, which would else be built within a backward pass."""
@@ -547,7 +541,7 @@ class _Capture:
                 # The check has seen other examples: not every model uses its parts in each batch.
                 self._hooks.__exit__()
                 self._hooks = None
-                _warn_of_one_by_one(str(error))
+                warn_of_one_by_one(str(error))
         parts = [self._run(stream, [row]) for row in rows]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

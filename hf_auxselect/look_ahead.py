@@ -30,7 +30,7 @@ from hf_auxselect.memory import (
     row_length,
 )
 from hf_auxselect.optimizer_state import OptimizerState, read_optimizer
-from hf_auxselect.per_example import CollateFn
+from hf_auxselect.per_example import CollateFn, differentiate
 from hf_auxselect.projection import CountSketch
 from hf_auxselect.scalars import (
     NEXT_TOKEN_LOSS,
@@ -113,8 +113,7 @@ def look_ahead(
     to_second_points, to_ends = np.split(coefficients, [len(tasks)])
 
     def project(values: Values) -> np.ndarray:
-        parts = [sketch.project(name, value[None])[0] for name, value in values.items()]
-        return torch.stack(parts).sum(0).double().cpu().numpy() if parts else np.zeros(sketch.dim)
+        return sketch.project_all(values).double().cpu().numpy()
 
     rank, _ = process_rank()
     bar = tqdm(
@@ -356,10 +355,7 @@ def _gradients(
     """Of a weighted sum of the losses of a batch's examples, by parameter."""
     losses = SCALARS["loss"](forward_label_logits(model, batch, loss))
     weights = torch.as_tensor(shares, dtype=losses.dtype, device=losses.device)
-    values = torch.autograd.grad(losses @ weights, list(parameters.values()), allow_unused=True)
-    return {
-        name: value for name, value in zip(parameters, values, strict=True) if value is not None
-    }
+    return differentiate(losses @ weights, parameters)
 
 
 def _losses(model: nn.Module, batch: Batch, loss: ExampleLoss) -> Tensor:

@@ -24,10 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_auxselect.memory import is_out_of_memory
-from hf_auxselect.scalars import (
-    Batch,
-    at_least_float32,
-)
+from hf_auxselect.scalars import HALF, Batch, at_least_float32
 
 CollateFn = Callable[[list[Any]], Batch]
 ReceiveFn = Callable[[str, Tensor], None]
@@ -36,7 +33,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_HALF = (torch.float16, torch.bfloat16)
 _FULL = (torch.float32, torch.float64)
 _LISTS = (nn.ParameterList, nn.ParameterDict)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -596,7 +592,7 @@ class GradientHooks:
                 autocast=_autocast_dtype(value),
                 vectorise=vectorise,
             )
-            self.half_precision |= value.dtype in _HALF or call.autocast is not None
+            self.half_precision |= value.dtype in HALF or call.autocast is not None
             if call.splits_by_example(tensors, value):
                 kept = _Kept.keep(tensors)
                 value.register_hook(partial(self._after_backward, call, kept))

@@ -5,6 +5,8 @@ Shapes: B examples of a batch, P entries of one parameter, D projection_dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -75,6 +77,11 @@ class CountSketch:
         entry, sign = self._table(name, gradients.shape[1], gradients)
         dealt = gradients.index_select(1, entry).mul_(sign)
         return dealt.view(len(gradients), -1, self.dim).sum(1)
+
+    def project_all(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Project a flat tensor [P] of each of some parameters, by name; their sum: [D]."""
+        parts = [self.project(name, value.unsqueeze(0))[0] for name, value in values.items()]
+        return torch.stack(parts).sum(0) if parts else torch.zeros(self.dim)
 
     def _table(self, name: str, num_entries: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Entry that each of the q*D slots (slot s belongs to cell s mod D) takes, and its sign."""

@@ -26,7 +26,8 @@ Batch = Mapping[str, Any]
 IGNORE_INDEX = -100
 """Label of positions that carry no loss, in all of Transformers."""
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+"""Floating-point types that lose sums over many terms."""
 
 
 class UnsupportedLossError(ValueError):
@@ -35,7 +36,7 @@ class UnsupportedLossError(ValueError):
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision as float32; anything else as it is."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def match_model_loss(model: nn.Module, batch: Batch) -> ExampleLoss:
     torch.clear_autocast_cache()
     closest = min(found, key=lambda shift: abs(found[shift] - float(own)))
     is_half = torch.is_autocast_enabled(own.device.type) or any(
-        p.dtype in _HALF for p in model.parameters()
+        p.dtype in HALF for p in model.parameters()
     )
     if math.isclose(found[closest], float(own), rel_tol=5e-2 if is_half else 1e-3):
         return ExampleLoss(shift=closest)

@@ -413,8 +413,6 @@ class TestArchitectures:
 
     def test_experts_that_are_multiplied_as_a_group(self):
         model = experts_adapted(ARCHITECTURES["Mixtral"]()).float()
-        if not hasattr(model.get_base_model(), "set_experts_implementation"):
-            pytest.skip("needs Transformers 5")
         model.get_base_model().set_experts_implementation("grouped_mm")
         self.compare(model, tolerance=1e-4)
 
