@@ -20,8 +20,10 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 100000000000
 
 # Where runs are killed matters to files, and not to versions.
-CORE_TESTS ?= --deselect tests/test_resume.py::TestKills $(addprefix tests/test_,versions.py callback.py switch.py gradients.py mixture.py \
-	estimators.py resume.py trainer_options.py adapters.py launch.py)
+CORE_TESTS ?= --deselect tests/test_resume.py::TestKills $(addprefix tests/,test_versions.py \
+	test_callback.py test_tasks.py test_resume.py test_launch.py trainer/test_batches.py \
+	trainer/test_options.py capture/test_examples.py capture/test_adapters.py \
+	estimators/test_estimators.py)
 
 .PHONY: demo test check clean test-versions test-oldest test-newest
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_auxselect import GradientStore
-from hf_auxselect.scalars import LabelLogits, token_margins
+from hf_auxselect.capture.scalars import LabelLogits, token_margins
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,14 +63,14 @@ from hf_auxselect import (
     RidgeSurrogate,
     TaskSelectionCallback,
 )
-from hf_auxselect.data import ModelRows, collate_function
+from hf_auxselect.capture.examples import TaskExamples
+from hf_auxselect.capture.probes import losses_at
+from hf_auxselect.capture.scalars import SCALARS
 from hf_auxselect.estimators import Estimate, FittedCalibrated, FittedEstimator
 from hf_auxselect.estimators.base import rank_correlation
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.gradients import TaskExamples
-from hf_auxselect.look_ahead import losses_at
-from hf_auxselect.scalars import SCALARS
-from hf_auxselect.switch import trainable_state
+from hf_auxselect.trainer.access import trainable_state
+from hf_auxselect.trainer.data import ModelRows, collate_function
 
 IN_NATS = (
     LinearizedTraining,

@@ -28,10 +28,10 @@ from trl import SFTTrainer
 from truth import CACHE, make_trainer, warm_up
 
 from hf_auxselect import AbstractEstimator, Estimate, FittedEstimator, GradientStore
-from hf_auxselect.data import collate_function
+from hf_auxselect.capture.scalars import Batch
 from hf_auxselect.estimators import normalize_mixtures
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.scalars import Batch
+from hf_auxselect.trainer.data import collate_function
 
 Array = np.ndarray
 Rows = list[list[int]]

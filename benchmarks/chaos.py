@@ -31,9 +31,9 @@ from transformers.utils import logging as transformers_logging
 from truth import RESULTS, make_trainer
 
 from hf_auxselect import TaskSelectionCallback
-from hf_auxselect.checkpoints import is_whole, saved_checkpoints
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.switch import trainable_state
+from hf_auxselect.trainer.access import trainable_state
+from hf_auxselect.trainer.checkpoints import is_whole, saved_checkpoints
 
 SWITCH_STEP = 16
 PHASES = (

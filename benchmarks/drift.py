@@ -42,15 +42,15 @@ from trl import SFTTrainer
 from truth import CACHE, RESULTS, StopAt, digest, make_trainer, warm_up
 
 from hf_auxselect import GradientStore, LinearizedTraining
-from hf_auxselect.data import collate_function
+from hf_auxselect.capture.examples import TaskExamples, capture_examples
+from hf_auxselect.capture.optimizer_state import read_optimizer
+from hf_auxselect.capture.probes import EXAMPLES_AHEAD
+from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.estimators.base import kernel_distance
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.gradients import TaskExamples, capture_examples
-from hf_auxselect.look_ahead import EXAMPLES_AHEAD
-from hf_auxselect.optimizer_state import read_optimizer
-from hf_auxselect.projection import CountSketch
-from hf_auxselect.store import add_vectors, evenly_spread
-from hf_auxselect.switch import trainable_state
+from hf_auxselect.store.arrays import add_vectors, evenly_spread
+from hf_auxselect.trainer.access import trainable_state
+from hf_auxselect.trainer.data import collate_function
 
 POINTS = (0.5, 0.75)
 """Of the warm-up."""

@@ -27,9 +27,9 @@ from families import FAMILIES, smollm2
 from sklearn.linear_model import LogisticRegression
 
 from hf_auxselect import GradExLogistic, GradientStore, LinearizedTraining
+from hf_auxselect.capture.scalars import SCALARS, forward_label_logits
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.scalars import SCALARS, forward_label_logits
-from hf_auxselect.store import Arrays
+from hf_auxselect.store.arrays import Arrays
 
 RESULTS = Path(__file__).resolve().parent / "results" / "estimates.json"
 NUM_TASKS, NUM_PER_TASK, NUM_TARGET, DIM = 38, 100, 256, 512

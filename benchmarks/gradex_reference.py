@@ -50,14 +50,14 @@ from truth import RESULTS as TRUTH
 from truth import warm_up
 
 from hf_auxselect import AbstractEstimator, Estimate, FittedEstimator, GradientStore
-from hf_auxselect.data import collate_function
+from hf_auxselect.capture.check import check_per_example_gradients
+from hf_auxselect.capture.hooks import GradientHooks
+from hf_auxselect.capture.memory import evaluation_mode
+from hf_auxselect.capture.scalars import SCALARS, at_least_float32, forward_label_logits
 from hf_auxselect.estimators import normalize_mixtures
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.gradient_check import check_per_example_gradients
-from hf_auxselect.memory import evaluation_mode
-from hf_auxselect.per_example import GradientHooks
-from hf_auxselect.scalars import SCALARS, at_least_float32, forward_label_logits
 from hf_auxselect.seeds import random_words
+from hf_auxselect.trainer.data import collate_function
 
 RESULTS = TRUTH.parent / "gradex_reference"
 

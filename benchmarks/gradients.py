@@ -52,11 +52,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_auxselect import LinearizedTraining
+from hf_auxselect.capture.examples import AT_OPTIMIZER, _Capture
+from hf_auxselect.capture.optimizer_state import read_optimizer
+from hf_auxselect.capture.projection import CountSketch
+from hf_auxselect.capture.scalars import IGNORE_INDEX, SCALARS, Batch, forward_label_logits
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.gradients import AT_OPTIMIZER, _Capture  # the pass without its store
-from hf_auxselect.optimizer_state import read_optimizer
-from hf_auxselect.projection import CountSketch
-from hf_auxselect.scalars import IGNORE_INDEX, SCALARS, Batch, forward_label_logits
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gradients.json"
 DIM = 512

@@ -22,9 +22,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_auxselect import TaskSelectionCallback, concatenate_tasks
+from hf_auxselect.capture.memory import PeakMemory
+from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.gradient_pass import GradientPass
-from hf_auxselect.memory import PeakMemory
-from hf_auxselect.projection import CountSketch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
 VOCABULARY, LONGEST, BATCH_SIZE, DIM = 4096, 128, 8, 4096

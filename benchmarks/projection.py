@@ -28,13 +28,13 @@ import torch
 from families import smollm2  # puts the recipes on the path, too
 from torch import Tensor
 
-from hf_auxselect import data
+from hf_auxselect.capture.hooks import GradientHooks
+from hf_auxselect.capture.memory import evaluation_mode
+from hf_auxselect.capture.projection import CountSketch
+from hf_auxselect.capture.scalars import SCALARS, forward_label_logits
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.memory import evaluation_mode
-from hf_auxselect.per_example import GradientHooks
-from hf_auxselect.projection import CountSketch
-from hf_auxselect.scalars import SCALARS, forward_label_logits
 from hf_auxselect.seeds import random_words
+from hf_auxselect.trainer import data
 
 RESULTS = Path(__file__).resolve().parent / "results" / "projection.json"
 

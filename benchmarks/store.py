@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_auxselect import GradientStore, LinearizedTraining
-from hf_auxselect.store import Arrays, ShardSpec, StoreWriter
+from hf_auxselect.store.arrays import Arrays, ShardSpec, StoreWriter
 
 SHARD_SIZE = 4096
 NUM_TASKS = 10

@@ -8,8 +8,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hf_auxselect._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from hf_auxselect.callback import TaskSelectionCallback as TaskSelectionCallback
+    from hf_auxselect.capture.check import GradientCheckError as GradientCheckError
+    from hf_auxselect.capture.check import (
+        check_per_example_gradients as check_per_example_gradients,
+    )
+    from hf_auxselect.capture.examples import capture_gradients as capture_gradients
+    from hf_auxselect.capture.hooks import NonFiniteError as NonFiniteError
+    from hf_auxselect.capture.hooks import UnsupportedModuleError as UnsupportedModuleError
+    from hf_auxselect.capture.scalars import ExampleLoss as ExampleLoss
+    from hf_auxselect.capture.scalars import UnsupportedLossError as UnsupportedLossError
     from hf_auxselect.estimators import AbstractEstimator as AbstractEstimator
     from hf_auxselect.estimators import Estimate as Estimate
     from hf_auxselect.estimators import FittedEstimator as FittedEstimator
@@ -18,18 +29,8 @@ if TYPE_CHECKING:
     from hf_auxselect.estimators import KernelSurrogate as KernelSurrogate
     from hf_auxselect.estimators import LinearizedTraining as LinearizedTraining
     from hf_auxselect.estimators import RidgeSurrogate as RidgeSurrogate
-    from hf_auxselect.gradient_check import GradientCheckError as GradientCheckError
-    from hf_auxselect.gradient_check import (
-        check_per_example_gradients as check_per_example_gradients,
-    )
-    from hf_auxselect.gradients import capture_gradients as capture_gradients
-    from hf_auxselect.mixture import concatenate_tasks as concatenate_tasks
-    from hf_auxselect.per_example import NonFiniteError as NonFiniteError
-    from hf_auxselect.per_example import UnsupportedModuleError as UnsupportedModuleError
     from hf_auxselect.plan import CostPreview as CostPreview
-    from hf_auxselect.report import SelectionReport as SelectionReport
-    from hf_auxselect.scalars import ExampleLoss as ExampleLoss
-    from hf_auxselect.scalars import UnsupportedLossError as UnsupportedLossError
+    from hf_auxselect.report.report import SelectionReport as SelectionReport
     from hf_auxselect.selectors import AbstractSelector as AbstractSelector
     from hf_auxselect.selectors import BackwardElimination as BackwardElimination
     from hf_auxselect.selectors import ExhaustiveSearch as ExhaustiveSearch
@@ -37,13 +38,17 @@ if TYPE_CHECKING:
     from hf_auxselect.selectors import ForwardSelection as ForwardSelection
     from hf_auxselect.selectors import RandomEnsemble as RandomEnsemble
     from hf_auxselect.selectors import Selection as Selection
-    from hf_auxselect.store import GradientStore as GradientStore
-    from hf_auxselect.store import StoreError as StoreError
+    from hf_auxselect.store.arrays import GradientStore as GradientStore
+    from hf_auxselect.store.arrays import StoreError as StoreError
+    from hf_auxselect.tasks import concatenate_tasks as concatenate_tasks
 
-__version__ = "0.1.0"
 
 _MODULES = {
     "callback": ("TaskSelectionCallback",),
+    "capture.check": ("GradientCheckError", "check_per_example_gradients"),
+    "capture.examples": ("capture_gradients",),
+    "capture.hooks": ("NonFiniteError", "UnsupportedModuleError"),
+    "capture.scalars": ("ExampleLoss", "UnsupportedLossError"),
     "estimators": (
         "AbstractEstimator",
         "Estimate",
@@ -54,13 +59,8 @@ _MODULES = {
         "LinearizedTraining",
         "RidgeSurrogate",
     ),
-    "gradient_check": ("GradientCheckError", "check_per_example_gradients"),
-    "gradients": ("capture_gradients",),
-    "mixture": ("concatenate_tasks",),
-    "per_example": ("NonFiniteError", "UnsupportedModuleError"),
     "plan": ("CostPreview",),
-    "report": ("SelectionReport",),
-    "scalars": ("ExampleLoss", "UnsupportedLossError"),
+    "report.report": ("SelectionReport",),
     "selectors": (
         "AbstractSelector",
         "BackwardElimination",
@@ -70,7 +70,8 @@ _MODULES = {
         "RandomEnsemble",
         "Selection",
     ),
-    "store": ("GradientStore", "StoreError"),
+    "store.arrays": ("GradientStore", "StoreError"),
+    "tasks": ("concatenate_tasks",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

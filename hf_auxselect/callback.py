@@ -26,12 +26,10 @@ from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_auxselect import checkpoints, data, switch
 from hf_auxselect.distributed import computed_once, process_rank
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
 from hf_auxselect.files import read_json, to_json, write_atomically
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
-from hf_auxselect.mixture import MixtureSampler
 from hf_auxselect.plan import (
     CostPreview,
     Plan,
@@ -41,10 +39,15 @@ from hf_auxselect.plan import (
     select,
     warn_of_leaked_target,
 )
-from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
-from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
-from hf_auxselect.store import GradientStore
-from hf_auxselect.verification import RestOfRun, measure, mixtures_to_calibrate, mixtures_to_verify
+from hf_auxselect.report.report import Measurement, SelectionReport, calibrated, strategy_record
+from hf_auxselect.sampler import MixtureSampler
+from hf_auxselect.selectors.base import AbstractSelector, FixedSelection, ForwardSelection
+from hf_auxselect.store.arrays import GradientStore
+from hf_auxselect.trainer import access, checkpoints, data, support
+from hf_auxselect.trainer.batches import BatchSource, consumed_batches
+from hf_auxselect.trainer.schedule import restart, schedule_restart
+from hf_auxselect.trainer.trial_runs import RestOfRun
+from hf_auxselect.verification import measure, mixtures_to_calibrate, mixtures_to_verify
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +177,7 @@ class TaskSelectionCallback(TrainerCallback):
         self._trainer: weakref.ref[Trainer] | None = None
         self._initial: dict[str, torch.Tensor] = {}
         self._plan: Plan | None = None
-        self._batches: switch.BatchSource | None = None
+        self._batches: BatchSource | None = None
         self._decision: checkpoints.Decision | None = None
         self._notes: list[str] = []
 
@@ -192,9 +195,9 @@ class TaskSelectionCallback(TrainerCallback):
             ValueError: the run is one in which a selection cannot work.
         """
         self._meet(trainer)
-        with switch.preserved_rng():
+        with access.preserved_rng():
             loader = trainer.get_train_dataloader()
-            max_steps = switch.total_steps(trainer, loader)
+            max_steps = access.total_steps(trainer, loader)
             plan = self._make_plan(trainer, max_steps)
             preview = self._gradient_pass(trainer, plan).preview()
         steps = (self.verify + self.calibrate) * (max_steps - plan.switch_step)
@@ -203,7 +206,7 @@ class TaskSelectionCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = switch.find_trainer(self)
+        trainer = access.find_trainer(self)
         if trainer is not None:
             self._meet(trainer)
 
@@ -214,17 +217,17 @@ class TaskSelectionCallback(TrainerCallback):
         if self._batches is not None:  # of a `train()` that was broken off
             self._batches.remove()
         self.report = self._plan = self._batches = self._decision = None
-        with switch.preserved_rng():
+        with access.preserved_rng():
             plan = self._make_plan(trainer, state.max_steps)
             warn_of_leaked_target(plan, self.task_column)
-            switch.warn_of_differences(trainer, is_rewritten=self.after != "observe")
+            support.warn_of_differences(trainer, is_rewritten=self.after != "observe")
             if self._needs_estimates:
                 self._notes = self._gradient_pass(trainer, plan).check()
         resumed = state.global_step > 0
         self._plan = self._resume_plan(plan) if resumed else self._start_plan(plan)
         if self.after == "restart":
             self._settle_initial(trainer, resumed)
-            switch.schedule_restart(trainer, self._plan.switch_step)
+            schedule_restart(trainer, self._plan.switch_step)
         if self.after != "observe":
             self._batches = self._shadow_batches(trainer)
         if state.global_step >= self._plan.switch_step:
@@ -257,7 +260,7 @@ class TaskSelectionCallback(TrainerCallback):
         start = time.perf_counter()
         fitted: FittedEstimator | None = None
         store: GradientStore | None = None
-        with switch.preserved_rng():
+        with access.preserved_rng():
             if self._needs_estimates:
                 gradient_pass = self._gradient_pass(trainer, self._plan)
                 self._notes += gradient_pass.compare_loss()
@@ -296,9 +299,9 @@ class TaskSelectionCallback(TrainerCallback):
             self._verify(trainer, report, fitted)
         if state.is_world_process_zero:
             tqdm.write(report.to_text())
-        switch.log(trainer, report.metrics())
+        access.log(trainer, report.metrics())
         if self.after == "restart":
-            switch.restart(trainer, self._initial)
+            restart(trainer, self._initial)
         self._switch(trainer, state)
 
     def _make_report(
@@ -323,7 +326,7 @@ class TaskSelectionCallback(TrainerCallback):
                 "max_steps": trainer.state.max_steps,
                 "keep": list(self.keep),
                 "seed": self._plan.seed,
-                "model": switch.model_name(trainer),
+                "model": access.model_name(trainer),
                 "versions": self._plan.to_dict()["versions"],
                 "reads_per_row": self._plan.reads_per_row(
                     selection.weights,
@@ -371,7 +374,7 @@ class TaskSelectionCallback(TrainerCallback):
         per_epoch = len(trainer.callback_handler.train_dataloader)
         accumulation = trainer.args.gradient_accumulation_steps
         at_switch, now, at_end = (
-            switch.consumed_batches(step, per_epoch, accumulation)
+            consumed_batches(step, per_epoch, accumulation)
             for step in (self._plan.switch_step, state.global_step, state.max_steps)
         )
         self._batches.mixture.start(
@@ -497,7 +500,7 @@ class TaskSelectionCallback(TrainerCallback):
         """Know the values that a restart goes back to: those at step 0."""
         path = self._directory / "initial_adapter.safetensors"
         if not resumed:
-            self._initial = switch.trainable_state(trainer.model)
+            self._initial = access.trainable_state(trainer.model)
             if process_rank()[0] == 0:
                 write_atomically(path, save(self._initial))
         elif path.is_file():
@@ -514,12 +517,12 @@ class TaskSelectionCallback(TrainerCallback):
                 path,
             )
 
-    def _shadow_batches(self, trainer: Trainer) -> switch.BatchSource:
+    def _shadow_batches(self, trainer: Trainer) -> BatchSource:
         assert self._plan is not None
-        batches = switch.BatchSource(trainer)
+        batches = BatchSource(trainer)
         counts = self._plan.tasks.counts
         try:
-            with switch.preserved_rng():
+            with access.preserved_rng():
                 batches.mixture.build_loader(
                     MixtureSampler(self._plan.tasks, counts / counts.sum(), self._plan.seed)
                 )
@@ -541,10 +544,10 @@ class TaskSelectionCallback(TrainerCallback):
         self._trainer = weakref.ref(trainer)
         checkpoints.guard_resumption(trainer)
         if self.after == "restart" and trainer.model is not None:
-            self._initial = switch.trainable_state(trainer.model)
+            self._initial = access.trainable_state(trainer.model)
 
     def _current_trainer(self) -> Trainer:
-        trainer = switch.find_trainer(self) or (self._trainer and self._trainer())
+        trainer = access.find_trainer(self) or (self._trainer and self._trainer())
         if trainer is None:
             raise RuntimeError(
                 "TaskSelectionCallback does not know its trainer; call callback.attach(trainer) "

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from hf_auxselect.report import SelectionReport, printable
+from hf_auxselect.report.report import SelectionReport, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

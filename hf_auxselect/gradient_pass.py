@@ -12,25 +12,26 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from hf_auxselect import data, switch
-from hf_auxselect.distributed import computed_once
-from hf_auxselect.estimators import AbstractEstimator
-from hf_auxselect.estimators.base import NUM_ENDS
-from hf_auxselect.evaluation import compare_evaluation
-from hf_auxselect.gradient_check import compare_with_autograd
-from hf_auxselect.gradients import (
+from hf_auxselect.capture.check import compare_with_autograd
+from hf_auxselect.capture.examples import (
     AT_OPTIMIZER,
     capture_examples,
     predict_pass,
     warn_of_one_by_one,
 )
-from hf_auxselect.look_ahead import look_ahead, losses_at, predict_look_ahead
-from hf_auxselect.memory import checkpointing_enabled
-from hf_auxselect.optimizer_state import is_changed, why_not_modelled
+from hf_auxselect.capture.memory import checkpointing_enabled
+from hf_auxselect.capture.optimizer_state import is_changed, why_not_modelled
+from hf_auxselect.capture.probes import look_ahead, losses_at, predict_look_ahead
+from hf_auxselect.capture.projection import CountSketch
+from hf_auxselect.capture.scalars import Batch
+from hf_auxselect.distributed import computed_once
+from hf_auxselect.estimators import AbstractEstimator
+from hf_auxselect.estimators.base import NUM_ENDS
 from hf_auxselect.plan import CostPreview, Plan
-from hf_auxselect.projection import CountSketch
-from hf_auxselect.scalars import Batch
-from hf_auxselect.store import GradientStore, add_vectors
+from hf_auxselect.store.arrays import GradientStore, add_vectors
+from hf_auxselect.trainer import access, data
+from hf_auxselect.trainer.evaluation import compare_evaluation
+from hf_auxselect.trainer.schedule import schedule_after, training_to_come
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,9 @@ class GradientPass:
     def _check_optimizer(self) -> list[str]:
         """Refuse an optimizer whose steps are not modelled; say what is not known of others."""
         trainer = self.trainer
-        schedule = switch.schedule_after(trainer, self.plan.switch_step)
+        schedule = schedule_after(trainer, self.plan.switch_step)
         first_step = max(self.plan.switch_step, trainer.state.global_step)
-        name = switch.optimizer_name(trainer)
+        name = access.optimizer_name(trainer)
         reason = why_not_modelled(trainer.model, trainer.optimizer, schedule, first_step=first_step)
         estimator = type(self.estimator).__name__
         if reason is not None:
@@ -171,7 +172,7 @@ class GradientPass:
             initial: trainable parameters at step 0 if training restarts there, else None.
         """
         trainer, plan = self.trainer, self.plan
-        training = switch.training_to_come(trainer, plan.switch_step, restarts=initial is not None)
+        training = training_to_come(trainer, plan.switch_step, restarts=initial is not None)
         if plan.examples_per_row:
             training["examples_per_row"] = plan.examples_per_row
         progress = not trainer.args.disable_tqdm

@@ -17,22 +17,23 @@ from numpy.typing import ArrayLike
 from torch import nn
 from transformers import Trainer
 
-from hf_auxselect import __version__, data, switch
+from hf_auxselect._version import __version__
+from hf_auxselect.capture.check import examples_to_check
+from hf_auxselect.capture.examples import TaskExamples
+from hf_auxselect.capture.hooks import CollateFn
 from hf_auxselect.estimators import Estimate
-from hf_auxselect.evaluation import (
+from hf_auxselect.files import JsonDict
+from hf_auxselect.fingerprint import digest
+from hf_auxselect.seeds import random_permutation
+from hf_auxselect.selectors.base import AbstractSelector, EstimateFn, FixedSelection, Selection
+from hf_auxselect.tasks import TaskRows
+from hf_auxselect.trainer import access, data, support
+from hf_auxselect.trainer.evaluation import (
     TrainerLoss,
     evaluation_weights,
     has_label_tokens,
     settle_loss,
 )
-from hf_auxselect.files import JsonDict
-from hf_auxselect.fingerprint import digest
-from hf_auxselect.gradient_check import examples_to_check
-from hf_auxselect.gradients import TaskExamples
-from hf_auxselect.mixture import TaskRows
-from hf_auxselect.per_example import CollateFn
-from hf_auxselect.seeds import random_permutation
-from hf_auxselect.selectors import AbstractSelector, EstimateFn, FixedSelection, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ def make_plan(
     Raises:
         ValueError: the run is one in which a selection cannot work; says why and what to do.
     """
-    switch.refuse_unsupported(trainer)
+    support.refuse_unsupported(trainer)
     tasks = data.read_tasks(trainer, task_column)
     _dry_run(selector, tasks, keep)
     target = data.target_key(trainer, target)
@@ -411,7 +412,7 @@ def _digest_of_rows(rows: data.ModelRows, tasks: TaskRows | None = None) -> str:
             hashes.append(digest(rows.without_format(i)))
         return b"".join(hashes)
 
-    with switch.preserved_rng():
+    with access.preserved_rng():
         first = read()
         known = first if rows.is_stored or read() == first else b""
     return digest(len(rows), ids, known).hex()

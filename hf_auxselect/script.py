@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from hf_auxselect.callback import DIRECTORY_NAME, TaskSelectionCallback
 from hf_auxselect.files import read_json
 from hf_auxselect.plan import PlanRecord
-from hf_auxselect.report import SelectionReport, strategy_record
+from hf_auxselect.report.report import SelectionReport, strategy_record
 
 
 class _Verified(BaseException):

@@ -21,9 +21,9 @@ from hf_auxselect import (
     TaskSelectionCallback,
     capture_gradients,
 )
-from hf_auxselect.gradients import TaskExamples
-from hf_auxselect.look_ahead import look_ahead
-from hf_auxselect.switch import preserved_rng
+from hf_auxselect.capture.examples import TaskExamples
+from hf_auxselect.capture.probes import look_ahead
+from hf_auxselect.trainer.access import preserved_rng
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:

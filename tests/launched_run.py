@@ -19,7 +19,7 @@ def main(output: Path, *, dies: bool) -> None:
     trainer = tiny.sft_trainer(output, callback, learning_rate=0.0)
     rank = trainer.args.process_index
     if dies and rank == 1:
-        from hf_auxselect.gradients import _Capture
+        from hf_auxselect.capture.examples import _Capture
 
         _Capture.shard = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
     trainer.train()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
-from hf_auxselect.store import GradientStore
+from hf_auxselect.store.arrays import GradientStore
 
 
 def margin_of_example(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

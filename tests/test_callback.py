@@ -28,9 +28,9 @@ from hf_auxselect import (
     UnsupportedLossError,
     concatenate_tasks,
 )
+from hf_auxselect.capture.memory import PeakMemory
+from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.gradient_pass import GradientPass
-from hf_auxselect.memory import PeakMemory
-from hf_auxselect.projection import CountSketch
 
 
 class TestARun:

@@ -175,7 +175,7 @@ print("ended with", trainer.evaluate()["eval_loss"])
         assert main(command) == 0
         before = (directory / "report" / "report.json").read_bytes()
         monkeypatch.setattr(
-            "hf_auxselect.verification.RestOfRun.fine_tune",
+            "hf_auxselect.trainer.trial_runs.RestOfRun.fine_tune",
             lambda self, shares, progress: (_ for _ in ()).throw(OSError("disk full")),
         )
         assert main(command) == 1

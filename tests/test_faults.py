@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import callback, trained
 
 from hf_auxselect import NonFiniteError
-from hf_auxselect.store import StoreWriter
+from hf_auxselect.store.arrays import StoreWriter
 
 OPTIONS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 

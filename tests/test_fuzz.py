@@ -10,9 +10,9 @@ from test_report import random_store, report_of
 from test_store import VECTORS, complete
 
 from hf_auxselect import GradientStore, SelectionReport
-from hf_auxselect.checkpoints import is_whole, load_decision
 from hf_auxselect.files import read_json
 from hf_auxselect.plan import PlanRecord
+from hf_auxselect.trainer.checkpoints import is_whole, load_decision
 
 DECISION = {
     "selected": ["a"],

@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib.metadata import entry_points, files
 from pathlib import Path
 
@@ -13,117 +14,31 @@ import hf_auxselect
 
 PACKAGE = Path(hf_auxselect.__file__).parent
 
-# Modules of the package that each may import. Data flows one way: trainer -> gradients -> store ->
-# estimates -> selection -> mixture -> trainer, and everything -> report.
-LAYOUT = {
-    "__init__": set(),  # names are imported when they are used
-    "distributed": set(),
-    "doubts": set(),
-    "files": set(),
-    "fingerprint": set(),
-    "memory": set(),
-    "packing": set(),
-    "seeds": set(),
-    "mixture": {"packing", "seeds"},
-    "projection": {"seeds"},
-    "scalars": {"memory"},
-    "schedule": {"files"},
-    "selectors": {"seeds"},
-    "store": {"files"},
-    "data": {"mixture", "scalars"},
-    "estimators": {"files", "seeds", "store"},
-    "optimizer_state": {"schedule"},
-    "per_example": {"memory", "scalars"},
-    "gradient_check": {"memory", "per_example", "scalars"},
-    "report": {"doubts", "estimators", "files", "selectors", "store"},
-    "switch": {"mixture", "optimizer_state", "schedule"},
-    "checkpoints": {"files", "report", "switch"},
-    "evaluation": {"data", "distributed", "memory", "scalars", "switch"},
-    "gradients": {
-        "distributed",
-        "files",
-        "fingerprint",
-        "gradient_check",
-        "memory",
-        "optimizer_state",
-        "per_example",
-        "projection",
-        "scalars",
-        "schedule",
-        "seeds",
-        "store",
-    },
-    "look_ahead": {
-        "distributed",
-        "gradients",
-        "memory",
-        "optimizer_state",
-        "per_example",
-        "projection",
-        "scalars",
-        "schedule",
-        "store",
-    },
-    "plan": {
-        "__init__",
-        "data",
-        "estimators",
-        "evaluation",
-        "files",
-        "fingerprint",
-        "gradient_check",
-        "gradients",
-        "mixture",
-        "per_example",
-        "seeds",
-        "selectors",
-        "switch",
-    },
-    "verification": {
-        "distributed",
-        "estimators",
-        "evaluation",
-        "mixture",
-        "optimizer_state",
-        "report",
-        "schedule",
-        "selectors",
-        "switch",
-    },
-    "gradient_pass": {
-        "data",
-        "distributed",
-        "estimators",
-        "evaluation",
-        "gradient_check",
-        "gradients",
-        "look_ahead",
-        "memory",
-        "optimizer_state",
-        "plan",
-        "projection",
-        "scalars",
-        "store",
-        "switch",
-    },
-    "callback": {
-        "checkpoints",
-        "data",
-        "distributed",
-        "estimators",
-        "files",
-        "gradient_pass",
-        "mixture",
-        "plan",
-        "report",
-        "selectors",
-        "store",
-        "switch",
-        "verification",
-    },
-    "script": {"callback", "files", "plan", "report"},
-    "cli": {"report", "script"},
-}
+# Modules and packages; each may import those below it. Data flows one way: trainer -> gradients ->
+# store -> estimates -> selection -> mixture -> trainer, and everything -> report.
+LAYERS = [
+    "cli",
+    "script",
+    "callback",
+    "gradient_pass",
+    "verification",
+    "plan",
+    "trainer",
+    "report",
+    "selectors",
+    "estimators",
+    "capture",
+    "store",
+    "sampler",
+    "tasks",
+    "packing",
+    "fingerprint",
+    "seeds",
+    "distributed",
+    "files",
+    "__init__",  # its names are imported when they are used
+    "_version",
+]
 
 
 def module_of(path):
@@ -132,58 +47,62 @@ def module_of(path):
 
 
 def imports_of(path):
-    """Modules of the package that a file imports when it is run."""
-    found = set()
+    """Dotted names within the package of what a file imports when it is run."""
     tree = ast.parse(path.read_text())
-    typing_only = [
+    typing_only = {
         child
         for node in tree.body
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for child in ast.walk(node)
-    ]
+    }
+    found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node not in typing_only:
-            if node.module == "hf_auxselect":
-                names = {alias.name for alias in node.names}
-                found |= {
-                    name if (PACKAGE / f"{name}.py").exists() else "__init__" for name in names
-                }
-            elif node.module and node.module.startswith("hf_auxselect."):
-                found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and node.module and node not in typing_only:
+            package, _, module = node.module.partition(".")
+            if package == "hf_auxselect":
+                for alias in node.names:
+                    name = f"{module}.{alias.name}".strip(".")
+                    path = PACKAGE / name.replace(".", "/")
+                    is_module = path.with_suffix(".py").exists() or path.is_dir()
+                    found.add(name if is_module else module or "__init__")
     return found
 
 
-def test_modules_import_only_what_the_layout_allows():
-    modules: dict[str, set[str]] = {}
+def test_imports_go_down_the_layers():
+    found = {module_of(path) for path in PACKAGE.rglob("*.py")}
+    assert found == set(LAYERS)
     for path in PACKAGE.rglob("*.py"):
-        modules.setdefault(module_of(path), set()).update(imports_of(path) - {module_of(path)})
-    assert set(modules) == set(LAYOUT)
-    for module, imports in modules.items():
-        assert imports <= LAYOUT[module], f"{module} imports {imports - LAYOUT[module]}"
+        own = LAYERS.index(module_of(path))
+        for name in imports_of(path):
+            assert LAYERS.index(name.split(".")[0]) >= own, f"{path.name} imports {name}"
+
+
+def test_no_modules_import_each_other():
+    graph = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): imports_of(path)
+        for path in PACKAGE.rglob("*.py")
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_only_these_modules_know_transformers():
     knowing = {
-        module_of(path)
+        path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
-        if any(
+        if module_of(path) != "trainer"
+        and any(
             isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers"
             for node in ast.walk(ast.parse(path.read_text()))
         )
     }
     assert knowing == {
-        "callback",
-        "checkpoints",
-        "data",
-        "evaluation",
-        "gradient_pass",
-        "memory",
-        "plan",
-        "script",
-        "switch",
-        "verification",
-        "per_example",
-    }  # memory for GradientCheckpointingLayer, per_example for Conv1D alone
+        "callback.py",
+        "capture/hooks.py",  # for Conv1D alone
+        "capture/memory.py",  # for GradientCheckpointingLayer alone
+        "gradient_pass.py",
+        "plan.py",
+        "script.py",
+    }
 
 
 def test_importing_is_silent_and_imports_nothing_heavy():
@@ -213,7 +132,9 @@ def test_type_checkers_see_the_same_names():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert seen - {"annotations", "TYPE_CHECKING", "Any"} == set(hf_auxselect.__all__)
+    assert seen - {"annotations", "TYPE_CHECKING", "Any", "__version__"} == set(
+        hf_auxselect.__all__
+    )
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from trl import pack_dataset
 
 from hf_auxselect import FixedSelection, GradExLogistic, GradientStore, concatenate_tasks
-from hf_auxselect.data import ModelRows, read_tasks
 from hf_auxselect.packing import TaskDataset
+from hf_auxselect.trainer.data import ModelRows, read_tasks
 
 STRATEGIES = ["bfd", "bfd_split", "wrapped"]
 

@@ -4,18 +4,15 @@
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import record
 
 from hf_auxselect import GradientStore, SelectionReport
 
 RECORDED = Path(__file__).parent / "recorded"
-sys.path.insert(0, str(RECORDED))
-
-import record
 
 
 @pytest.mark.parametrize("name", record.RUNS)

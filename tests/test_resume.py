@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import callback, trained
 
 from hf_auxselect import FixedSelection, RandomEnsemble, SelectionReport
-from hf_auxselect.checkpoints import is_whole
+from hf_auxselect.trainer.checkpoints import is_whole
 
 
 @pytest.fixture(scope="module")

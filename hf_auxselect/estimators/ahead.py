@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hf_auxselect.estimators.base import Array
-from hf_auxselect.store import GradientStore
+from hf_auxselect.store.arrays import GradientStore
 
 _LEAST_CHANGE = 0.01
 """Share of a gradient by which it must have changed for a secant to say more than rounding does."""

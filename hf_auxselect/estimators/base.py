@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from threadpoolctl import ThreadpoolController
 
-from hf_auxselect.store import GradientStore
+from hf_auxselect.store.arrays import GradientStore
 
 Array = np.ndarray
 

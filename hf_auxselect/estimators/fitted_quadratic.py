@@ -25,7 +25,7 @@ from hf_auxselect.estimators.base import (
     rank_correlation,
 )
 from hf_auxselect.estimators.quadratic import QuadraticModel, chunks_of_tasks
-from hf_auxselect.store import GradientStore
+from hf_auxselect.store.arrays import GradientStore
 
 _MIXTURES_AT_ONCE = 32
 

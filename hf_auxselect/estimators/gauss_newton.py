@@ -18,7 +18,7 @@ from hf_auxselect.estimators.base import (
 )
 from hf_auxselect.estimators.fitted_quadratic import Effects, FittedQuadratic, check_options
 from hf_auxselect.estimators.quadratic import QuadraticModel
-from hf_auxselect.store import GradientStore
+from hf_auxselect.store.arrays import GradientStore
 
 Curvature = Literal["sampled", "empirical"]
 

@@ -24,7 +24,7 @@ from hf_auxselect.estimators.fitted_quadratic import Effects, FittedQuadratic, c
 from hf_auxselect.estimators.quadratic import QuadraticModel, chunks_of_tasks
 from hf_auxselect.estimators.recursion import Recursion
 from hf_auxselect.files import JsonDict
-from hf_auxselect.store import GradientStore
+from hf_auxselect.store.arrays import GradientStore
 
 _ROWS_OF_BATCHES = 2048
 _LEAST_BATCHES = 8

@@ -21,7 +21,7 @@ from hf_auxselect.estimators.base import (
     normalize_mixtures,
     outlier_share,
 )
-from hf_auxselect.store import GradientStore
+from hf_auxselect.store.arrays import GradientStore
 
 _MAX_NEWTON_STEPS = 100
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from hf_auxselect.estimators.ahead import Ahead, with_losses, with_secant
 from hf_auxselect.estimators.base import Array, kernel_distance, one_blas_thread
-from hf_auxselect.store import GradientStore, evenly_spread
+from hf_auxselect.store.arrays import GradientStore, evenly_spread
 
 _NUMBERS_AT_ONCE = 2**21
 """Numbers of gradients that are in memory at once (16 MB in float64)."""

@@ -22,7 +22,7 @@ from hf_auxselect.estimators.base import (
 )
 from hf_auxselect.estimators.linearized import LinearizedTraining
 from hf_auxselect.seeds import random_permutation, random_words
-from hf_auxselect.store import GradientStore
+from hf_auxselect.store.arrays import GradientStore
 
 _MIN_MIXTURES = 3
 """With fewer, every mixture that is left out is predicted by one other, whatever the penalty."""

@@ -1,0 +1,1 @@
+"""Per-example gradients: captured by hooks, projected, and checked against autograd."""

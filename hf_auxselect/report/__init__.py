@@ -1,0 +1,1 @@
+"""The selection report: what was chosen, what was expected of the alternatives, and why."""

@@ -1,0 +1,203 @@
+"""A run's checkpoints: which of them are whole, and the decision that each carries."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
+from hf_auxselect.report.report import SelectionReport
+from hf_auxselect.trainer.access import callers, preserved_rng
+
+logger = logging.getLogger(__name__)
+
+DECISION_FILE = "task_selection.json"
+"""In each checkpoint from the switch on."""
+STATE_FILE = "trainer_state.json"
+_GUARDED = "_auxselect_resumes_from_whole_checkpoints"
+
+
+class Decision(TypedDict):
+    """What is written to ``selection.json``, and into each checkpoint from the switch on."""
+
+    selected: list[str]
+    weights: dict[str, float]
+    """Task -> share of the training examples; sums to 1."""
+    estimated_loss: float | None
+    """Of the target with this mixture, with its interval; nats per label token."""
+    low: float | None
+    high: float | None
+    estimated_loss_all: float | None
+    switch_step: int
+    after: str
+    seed: int
+    estimator: JsonDict
+    selector: JsonDict
+
+
+def guard_resumption(trainer: Trainer) -> None:
+    """Let ``trainer.train(resume_from_checkpoint=True)`` take the last checkpoint that is whole.
+
+    Trainer saves a checkpoint file by file, and takes the one with the highest step: a process that
+    was killed while it saved could not be resumed. The class of this trainer alone is replaced by
+    one with such a ``train``: an attribute of the trainer would have to refer to it, and keep it
+    alive in a cycle.
+    """
+    if not hasattr(trainer, _GUARDED):
+        trainer.__class__ = _guarded(type(trainer))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _guarded(of: type[Trainer]) -> type[Trainer]:
+    """The class, by the same name, with a ``train`` that resolves what to resume from."""
+
+    @functools.wraps(of.train)
+    def train(
+        self: Trainer, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        return of.train(self, resolve(self, resume_from_checkpoint), *args, **kwargs)
+
+    names = ("__module__", "__qualname__", "__doc__")
+    return type(
+        of.__name__,
+        (of,),
+        {name: getattr(of, name) for name in names} | {"train": train, _GUARDED: True},
+    )
+
+
+def resolve(trainer: Trainer, resume: str | bool | None) -> str | bool | None:
+    """The checkpoint to resume from, given what the user asked for.
+
+    Raises:
+        ValueError: the user asked for a checkpoint by name that is not whole.
+    """
+    if not resume:
+        return resume
+    if resume is not True:
+        path = Path(resume)
+        if path.is_dir() and not is_whole(path):
+            raise ValueError(
+                f"resume_from_checkpoint={str(resume)!r} is not whole: its {STATE_FILE} is missing "
+                "or damaged, as after a stop while it was saved. Pass an earlier one, or "
+                "resume_from_checkpoint=True for the last that is whole."
+            )
+        return resume
+    found = saved_checkpoints(Path(trainer.args.output_dir))
+    whole = [path for path in found if is_whole(path, trainer.args.world_size)]
+    if found and found[-1] not in whole:
+        logger.warning(
+            "%s is not whole: the run was stopped while it saved it. %s.",
+            found[-1],
+            f"Resuming from {whole[-1]}" if whole else "There is no other; starting anew",
+        )
+        return str(whole[-1]) if whole else None
+    return resume
+
+
+def is_whole(checkpoint: Path, num_processes: int = 1) -> bool:
+    """Whether a checkpoint was saved to its end: Trainer writes its state last."""
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    if num_processes == 1 or not (checkpoint / "optimizer.pt").is_file():
+        return True
+    # Of several processes the first may be done before the others have saved theirs.
+    return all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(num_processes))
+
+
+def saved_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, in the order of their steps."""
+    steps = {
+        int(step): path
+        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (step := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit()
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
+def resumed_checkpoint(trainer: Trainer) -> Path | None:
+    """The checkpoint that the running ``trainer.train()`` resumes from, found on the call stack."""
+    for frame in callers():
+        if frame.f_locals.get("self") is trainer and "resume_from_checkpoint" in frame.f_locals:
+            checkpoint = frame.f_locals["resume_from_checkpoint"]
+            return Path(checkpoint) if checkpoint else None
+    return None
+
+
+@contextlib.contextmanager
+def random_states_of_checkpoint(trainer: Trainer) -> Iterator[None]:
+    """Those of an unbroken run; a resumed trainer takes them up only later, at its first batch."""
+    with preserved_rng():
+        trainer._load_rng_state(resumed_checkpoint(trainer))
+        yield
+
+
+def decision_of(report: SelectionReport) -> Decision:
+    """The decision that a report tells of."""
+    chosen = report.row("chosen") if report.rows else None
+    return Decision(
+        selected=report.selected,
+        weights=report.weights,
+        estimated_loss=chosen.loss if chosen else None,
+        low=chosen.low if chosen else None,
+        high=chosen.high if chosen else None,
+        estimated_loss_all=report.row("all tasks").loss if report.rows else None,
+        switch_step=report.run["switch_step"],
+        after=report.run["after"],
+        seed=report.run["seed"],
+        estimator=report.estimator,
+        selector=report.selector,
+    )
+
+
+def save_decision(trainer: Trainer, decision: Decision) -> None:
+    """Put a copy of the decision into the checkpoint that has just been saved."""
+    folder = Path(trainer._get_output_dir(trial=None))
+    path = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}" / DECISION_FILE
+    write_atomically(path, to_json(decision))
+
+
+def read_decision(trainer: Trainer, of_run: Path, task_names: Sequence[str]) -> Decision | None:
+    """The decision that belongs to the resumed checkpoint: its own copy, or else the run's.
+
+    Args:
+        trainer: whose ``train()`` is running.
+        of_run: path of the run's decision.
+        task_names: of the run.
+
+    Raises:
+        ValueError: the file is damaged, or about other tasks; names it.
+    """
+    checkpoint = resumed_checkpoint(trainer)
+    for path in [*([checkpoint / DECISION_FILE] if checkpoint else []), of_run]:
+        if path.is_file():
+            return load_decision(path, task_names)
+    return None
+
+
+def load_decision(path: Path, task_names: Sequence[str]) -> Decision:
+    """A decision on these tasks.
+
+    Raises:
+        ValueError: the file is damaged, or about other tasks; names it.
+    """
+    decision = read_json(path, Decision)
+    weights = decision["weights"]
+    if set(weights) != set(task_names):
+        raise ValueError(
+            f"{path}: decides on the tasks {sorted(weights)}, but the run has {sorted(task_names)}."
+        )
+    total = sum(weights.values())
+    if min(weights.values()) < 0 or not math.isclose(total, 1, abs_tol=1e-6):
+        raise ValueError(f"{path}: damaged (the weights are no shares that sum to 1).")
+    return decision

@@ -1,0 +1,92 @@
+"""Which settings of a Trainer are supported: what is refused, and what is warned about."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Raise for settings under which the selection would be wrong or impossible.
+
+    Raises:
+        ValueError: names the setting, and what to do.
+    """
+    args = trainer.args
+    of_trl = [c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")]
+    if of_trl and "SFTTrainer" not in of_trl:
+        raise ValueError(
+            f"{type(trainer).__name__} trains on preferences, rewards or generated answers, not on "
+            "a mean of losses of label tokens, which is what is estimated. Use SFTTrainer or "
+            "Trainer: select there with the preferred answers as the target, and give "
+            f"{type(trainer).__name__} the tasks that were selected."
+        )
+    sharded = [name for name, p in trainer.model.named_parameters() if isinstance(p, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"the model's parameter {sharded[0]!r} is sharded over processes (a DTensor, as "
+            "distributed_config or tp_plan in from_pretrained make it), so one process cannot "
+            "capture gradients alone. Load the model whole on each process and launch with DDP."
+        )
+    if trainer.train_dataset is None:
+        raise ValueError("the trainer has no train_dataset; there are no tasks to select from.")
+    if isinstance(trainer.train_dataset, IterableDataset) or not hasattr(
+        trainer.train_dataset, "__len__"
+    ):
+        raise ValueError(
+            "train_dataset is an iterable dataset; rows of a dropped task could not be left out. "
+            "Join the tasks' streams with concatenate_tasks({name: stream, ...}, take=n), which "
+            "reads the first n rows of each."
+        )
+    if trainer.hp_search_backend is not None:
+        raise ValueError(
+            "hyperparameter_search makes a model and an output directory for each trial, so that "
+            "one selection would be written over another. Search without TaskSelectionCallback "
+            "(trainer.remove_callback), then train with the best values and with it."
+        )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        kind = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+        raise ValueError(
+            f"{kind} shards parameters, whose per-example gradients cannot be captured. Use DDP "
+            "(torchrun or `accelerate launch --multi_gpu`); a LoRA adapter seldom needs sharding."
+        )
+    if getattr(args, "loss_type", "nll") != "nll":
+        raise ValueError(
+            f"loss_type={args.loss_type!r} is a loss whose gradient is not that of its value, so "
+            "the value after training cannot be estimated; set loss_type='nll'."
+        )
+
+
+def warn_of_differences(trainer: Trainer, *, is_rewritten: bool) -> None:
+    """Say where a run will not be quite what the user's settings say.
+
+    Args:
+        trainer: before its first step.
+        is_rewritten: whether the mixture is, after the switch.
+    """
+    strategy = sampling_strategy(trainer)
+    if is_rewritten and strategy != "random":
+        logger.warning(
+            "train_sampling_strategy=%r rules the warm-up; the mixture after it is drawn at "
+            "random, in the shares of the selection.",
+            strategy,
+        )
+
+
+def sampling_strategy(trainer: Trainer) -> str:
+    """How the trainer draws its rows: ``train_sampling_strategy``.
+
+    Before transformers 5.2 ``group_by_length=True`` stood for the value of that name.
+    """
+    if getattr(trainer.args, "group_by_length", False):
+        return "group_by_length"
+    return getattr(trainer.args, "train_sampling_strategy", "random")

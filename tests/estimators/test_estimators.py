@@ -1,0 +1,777 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import (
+    bootstrap_width,
+    linearized_training,
+    logistic_displacement,
+    logistic_estimate,
+    of_rows,
+    random_store,
+    rebuilt,
+    store_of_few_rows,
+)
+from scipy.stats import spearmanr
+
+from hf_auxselect import (
+    GaussNewton,
+    GradExLogistic,
+    GradientStore,
+    LinearizedTraining,
+    RidgeSurrogate,
+    capture_gradients,
+)
+from hf_auxselect.estimators import normalize_mixtures
+from hf_auxselect.estimators.base import (
+    NORMAL_95,
+    NUM_ENDS,
+    kernel_distance,
+    random_subsets,
+    rank_correlation,
+)
+from hf_auxselect.estimators.quadratic import QuadraticModel
+from hf_auxselect.estimators.recursion import Recursion
+from hf_auxselect.sampler import MixtureSampler
+from hf_auxselect.tasks import TaskRows
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-1, 1)), min_size=2, max_size=12))
+def test_rank_correlation_is_that_of_scipy(pairs):
+    one, other = np.array(pairs).T
+    expected = 0.0 if min(np.ptp(one), np.ptp(other)) == 0 else spearmanr(one, other).statistic
+    assert rank_correlation(one, other) == pytest.approx(expected, abs=1e-12)
+
+
+class TestNormalizeMixtures:
+    def test_subsets_pool_rows_and_weights_are_shares(self):
+        sizes = [30, 10, 60]
+        subset = normalize_mixtures([[True, True, False]], sizes)
+        weights = normalize_mixtures([[3, 1, 0]], sizes)
+        assert subset.tolist() == weights.tolist() == [[0.75, 0.25, 0]]
+        assert normalize_mixtures([[1.0, 1.0, 0.0]], sizes).tolist() == [[0.5, 0.5, 0]]
+
+    def test_a_row_of_zeros_stays(self):
+        assert normalize_mixtures(np.zeros((1, 2)), [1, 1]).tolist() == [[0, 0]]
+
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            ([True, False], r"shape \[mixtures, 2\], one column per task, got \[2\]"),
+            ([[1, 1, 1]], r"got \[1, 3\]"),
+            ([[1, -1]], "not negative"),
+            ([[np.nan, 1]], "finite"),
+        ],
+    )
+    def test_bad_weights(self, weights, message):
+        with pytest.raises(ValueError, match=message):
+            normalize_mixtures(weights, [1, 1])
+
+
+masks = st.lists(st.booleans(), min_size=3, max_size=3).filter(any)
+
+
+class TestGradExLogistic:
+    @given(st.integers(0, 5), st.lists(masks, min_size=1, max_size=4))
+    def test_it_is_its_definition(self, seed, subsets):
+        store = random_store(seed)
+        fitted = GradExLogistic(regularization=0.03).fit(store)
+        expected = [logistic_estimate(store, np.array(mask), 0.03) for mask in subsets]
+        assert fitted.estimate(subsets).loss == pytest.approx(expected, rel=1e-6)
+
+    def test_mixture_weights_share_the_loss_among_tasks(self):
+        store = random_store(1)
+        weights = np.array([0.2, 0.0, 0.8])
+        shares = weights[store.task_ids] / np.array([7, 12, 5])[store.task_ids]
+        w = logistic_displacement(
+            store.outputs.astype(float), store.gradients.astype(float), shares, 0.05
+        )
+        fitted = GradExLogistic(regularization=0.05).fit(store)
+        # The fitted displacement is a rotation of the reference.
+        assert np.linalg.norm(fitted.displacement([10 * weights])) == pytest.approx(
+            np.linalg.norm(w), rel=1e-6
+        )
+        moved = store.target.outputs + store.target.gradients @ w
+        losses = (
+            store.target.losses + np.logaddexp(0, -moved) - np.logaddexp(0, -store.target.outputs)
+        )
+        assert fitted.estimate([weights]).loss[0] == pytest.approx(
+            losses @ store.target.example_weights, rel=1e-6
+        )
+
+    def test_it_solves_badly_conditioned_and_separable_problems_to_its_tolerance(self):
+        store = random_store(2, counts=(4, 5), dim=40)
+        scaled = dict(store._scalars)
+        outputs, gradients = scaled["margin"]
+        gradients = gradients * np.logspace(-3, 3, 40, dtype=np.float32)
+        hard = rebuilt(store, scalars={"margin": (outputs, gradients)})
+        fitted = GradExLogistic(regularization=1e-6, tolerance=1e-9).fit(hard)
+        mask = np.array([True, True])
+        w = logistic_displacement(
+            outputs.astype(float), gradients.astype(float), np.full(9, 1 / 9), 1e-6
+        )
+        margins = outputs + gradients @ w
+        objective = np.logaddexp(0, -margins).mean() + 1e-6 * w @ w
+        mine = fitted.displacement([mask])[0]
+        mine_margins = outputs + fitted._gradients_NR @ mine
+        assert np.logaddexp(0, -mine_margins).mean() + 1e-6 * mine @ mine <= objective * (1 + 1e-9)
+
+    def test_no_training_leaves_the_loss_at_the_anchor(self):
+        store = random_store(3)
+        estimate = GradExLogistic().fit(store).estimate(np.zeros((1, 3)))
+        assert estimate.loss[0] == pytest.approx(store.target.task_losses[0], rel=1e-6)
+        assert estimate.weights.tolist() == [[0, 0, 0]]
+
+    def test_a_margin_of_one_token_is_exact_in_nats(self):
+        """With one label token each, loss = softplus(-margin), and so it stays after a step."""
+        store = random_store(4)
+        target = store.target
+        exact = rebuilt(
+            target,
+            losses=np.logaddexp(0, -target.outputs),
+            num_label_tokens=np.ones(len(target), int),
+            example_weights=None,
+        )
+        store = rebuilt(store, target=exact)
+        w = logistic_displacement(
+            store.outputs.astype(float), store.gradients.astype(float), np.full(24, 1 / 24), 0.1
+        )
+        nats = np.logaddexp(0, -(exact.outputs + exact.gradients @ w)).mean()
+        estimate = GradExLogistic(regularization=0.1).fit(store).estimate(np.ones((1, 3), bool))
+        assert estimate.loss[0] == pytest.approx(nats, rel=1e-6)
+
+    def test_the_mean_margin_is_turned_into_nats_with_the_spread_of_the_anchor(self):
+        """Two tokens with margins m +- d: the gap to the softplus of the mean is kept."""
+        mean, spread, step = 0.3, 2.0, 0.5
+        before = np.logaddexp(0, -np.array([mean - spread, mean + spread])).mean()
+        target = GradientStore(
+            task_names=["target"],
+            task_ids=[0],
+            example_ids=[0],
+            losses=np.array([before]),
+            num_label_tokens=np.array([2]),
+            scalars={"margin": (np.array([mean]), np.array([[1.0]]))},
+        )
+        store = GradientStore(
+            task_names=["a"],
+            task_ids=[0],
+            example_ids=[0],
+            losses=np.array([1.0]),
+            num_label_tokens=np.array([1]),
+            scalars={"margin": (np.array([0.0]), np.array([[1.0]]))},
+            target=target,
+        )
+        # The regularization that makes the solution w = step: 2 lambda w = 1 / (1 + e^w).
+        regularization = 1 / (1 + np.exp(step)) / (2 * step)
+        estimate = GradExLogistic(regularization=regularization).fit(store).estimate([[True]])
+        moved = before + np.logaddexp(0, -(mean + step)) - np.logaddexp(0, -mean)
+        assert estimate.loss[0] == pytest.approx(moved, rel=1e-6)
+
+    def test_the_default_does_not_depend_on_the_scale_of_gradients(self):
+        store = random_store(6)
+        outputs, gradients = store.scalar("margin")
+        target_outputs, target_gradients = store.target.scalar("margin")
+        scaled = rebuilt(
+            store,
+            scalars={"margin": (outputs, 100 * gradients)},
+            target=rebuilt(
+                store.target, scalars={"margin": (target_outputs, 100 * target_gradients)}
+            ),
+        )
+        one, other = (GradExLogistic().fit(s).estimate([[True] * 3]) for s in (store, scaled))
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+
+    def test_the_interval_is_that_of_a_bootstrap(self):
+        store = random_store(7, counts=(40, 60), num_target=80, dim=4)
+        options = GradExLogistic(regularization=0.1)
+        mask = np.array([[True, True]])
+        estimate = options.fit(store).estimate(mask)
+        expected = bootstrap_width(store, lambda drawn: options.fit(drawn).estimate(mask).loss[0])
+        assert estimate.high[0] - estimate.low[0] == pytest.approx(expected, rel=0.15)
+        assert estimate.low[0] < estimate.loss[0] < estimate.high[0]
+
+    def test_diagnostics_are_numbers(self):
+        outputs, gradients = random_store(8).scalar("margin")
+        gradients = gradients.copy()
+        gradients[3] *= 1000
+        store = rebuilt(random_store(8), scalars={"margin": (outputs, gradients)})
+        diagnostics = GradExLogistic().fit(store).diagnostics()
+        assert all(isinstance(value, float) for value in diagnostics.values())
+        assert diagnostics["outlier_gradient_share"] == pytest.approx(1 / 24)
+        assert diagnostics["anchor_loss_nats"] == pytest.approx(store.target.task_losses[0])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"regularization": 0}, "regularization must be positive, got 0"),
+            ({"tolerance": 1}, "tolerance must be between 0 and 1, got 1"),
+        ],
+    )
+    def test_bad_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            GradExLogistic(**options)
+
+    def test_options_cannot_be_changed(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            GradExLogistic().tolerance = 1
+
+
+def without_curvature(seed, counts):
+    """Rows of one token in 4 of 60 dimensions; gradients alone move, and only the target bends."""
+    store = random_store(seed, counts=counts, dim=60, max_grad_norm=0.0)
+    few = (np.arange(60) < 4).astype(np.float32)
+
+    def scalars(part, bend):
+        gradients = {"loss@optimizer": 0.3, "sampled_loss@optimizer": bend}
+        return part._scalars | {
+            name: (part.outputs, factor * few * (1 + part.scalar(name)[1]))
+            for name, factor in gradients.items()
+        }
+
+    return rebuilt(
+        store,
+        scalars=scalars(store, 0.0),
+        num_label_tokens=np.ones_like(store.num_label_tokens),
+        example_weights=None,
+        metadata={
+            "optimizer": store.metadata["optimizer"] | {"steps_taken": None, "weight_decay": 0.0},
+            "training": store.metadata["training"],
+        },
+        vectors={name: np.zeros(60, np.float32) for name in store.vectors},
+        target=rebuilt(store.target, scalars=scalars(store.target, 1.0)),
+    )
+
+
+def at(model, displacements):
+    """Displacements within a model's axes, and what they are made of outside: nothing."""
+    inside = displacements @ model._axes_DR
+    return inside, np.zeros((len(inside), len(model.b_KD) + len(model.vectors_VR)))
+
+
+class TestLinearizedTraining:
+    @given(
+        seed=st.integers(0, 20),
+        subsets=st.lists(masks, min_size=1, max_size=3),
+        rank=st.sampled_from([1, 3, 6, None]),
+        max_grad_norm=st.sampled_from([0.0, 0.5, 100.0]),
+        steps_taken=st.sampled_from([None, 1, 30]),
+        task_sizes=st.sampled_from([(7, 12, 5), (7, 20, 90)]),
+        look_ahead=st.booleans(),
+    )
+    def test_it_is_its_definition(
+        self, seed, subsets, rank, max_grad_norm, steps_taken, task_sizes, look_ahead
+    ):
+        store = random_store(
+            seed,
+            max_grad_norm=max_grad_norm,
+            steps_taken=steps_taken,
+            look_ahead=look_ahead,
+        )
+        store = rebuilt(store, task_sizes=task_sizes)
+        rates = [0.3, 0.2, 0.1]
+        expected = [
+            linearized_training(
+                store, normalize_mixtures([mask], task_sizes)[0], rank=rank, learning_rates=rates
+            )
+            for mask in subsets
+        ]
+        fitted = LinearizedTraining(rank=rank, learning_rates=rates).fit(store)
+        assert fitted.estimate(subsets).loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+    def test_it_looks_ahead_along_its_own_displacements(self):
+        store = random_store(3, dim=40)
+        fitted = LinearizedTraining().fit(store)
+        displacements, subsets = [], normalize_mixtures(random_subsets(3), store.task_sizes)
+        for rows in subsets:
+            effects = fitted._effects(rows[None])
+            displacements.append(fitted._model._axes_DR @ effects.delta_MR[0])
+        second_points, ends = LinearizedTraining().way_ahead(store)
+        for k, found in enumerate(second_points):
+            mean = np.average(displacements, axis=0, weights=subsets[:, k])
+            assert found == pytest.approx(2 / 3 * mean, rel=1e-9)
+        assert ends == pytest.approx(np.array(displacements[:NUM_ENDS]), rel=1e-9)
+
+    def test_nothing_is_measured_ahead_unless_it_is_asked_for(self):
+        assert LinearizedTraining(look_ahead=False).way_ahead(random_store()) is None
+        assert GaussNewton().way_ahead(random_store()) is None
+        surrogate = RidgeSurrogate(base=LinearizedTraining())
+        expected = LinearizedTraining().way_ahead(random_store())
+        for found, of_base in zip(surrogate.way_ahead(random_store()), expected, strict=True):
+            assert np.array_equal(found, of_base)
+
+    def test_what_was_measured_is_left_alone_unless_it_is_asked_for(self):
+        store = random_store(5, look_ahead=True)
+        plain = LinearizedTraining().fit(random_store(5)).estimate(np.eye(3, dtype=bool)).loss
+        left_alone = LinearizedTraining(look_ahead=False).fit(store)
+        assert left_alone.estimate(np.eye(3, dtype=bool)).loss.tolist() == plain.tolist()
+        used = LinearizedTraining().fit(store)
+        assert used.estimate(np.eye(3, dtype=bool)).loss.tolist() != plain.tolist()
+
+    def test_losses_at_the_ends_are_believed(self):
+        # With one end, and all of the target's examples read there, the model says what was
+        # measured, but for a thousandth of what it would have said.
+        plain = random_store(5)
+        end = LinearizedTraining(rank=6).way_ahead(plain)[1][:1]
+        target = plain.target
+        b = target.example_weights @ target.scalar("loss@optimizer")[1].astype(np.float64)
+        model = LinearizedTraining(rank=6).fit(plain)._model
+        before = float(b @ end[0]) + float(model.target_change(*at(model, end))[1][0])
+        ahead = {
+            "second_points": np.zeros((3, 6)),
+            "gradient_changes": np.zeros((3, 6)),
+            "ends": end,
+            "end_changes": np.full((1, len(target)), before + 0.3),
+        }
+        model = LinearizedTraining(rank=6).fit(plain.with_vectors(ahead))._model
+        after = float(b @ end[0]) + float(model.target_change(*at(model, end))[1][0])
+        assert after == pytest.approx(before + 0.3 / 1.001, rel=1e-5)
+        residual = model.diagnostics_ahead()["target_residual"]
+        assert residual == pytest.approx(0.3 / model.anchor_loss, rel=1e-5)
+
+    def test_changes_that_rounding_could_make_are_no_secant(self):
+        store, losses = random_store(5, look_ahead=True), []
+        for change in (0.0, 1e-7):
+            at_rest = np.zeros((3, 6))
+            ahead = {"second_points": at_rest, "gradient_changes": at_rest + change}
+            fitted = LinearizedTraining(rank=6).fit(store.with_vectors(ahead))
+            losses.append(fitted.estimate(np.eye(3, dtype=bool)).loss)
+        assert losses[1].tolist() == losses[0].tolist()
+
+    def test_the_residual_is_what_curvature_had_not_foreseen(self):
+        store = random_store(6, dim=40, counts=(30, 30, 30), look_ahead=True)
+        fitted = LinearizedTraining(look_ahead=False).fit(store)
+        displacements = np.random.default_rng(0).normal(size=(3, 40))
+        phi = store.scalar("sampled_loss@optimizer")[1].astype(np.float64)
+        changes = []
+        for k in range(3):
+            own = store.task_ids == k
+            H = (phi[own] * fitted._model.share_N[own, None]).T @ phi[own]
+            changes.append((H - np.trace(H) / 40 * np.eye(40)) @ displacements[k])
+
+        def diagnostics(gradient_changes):
+            ahead = {"second_points": displacements, "gradient_changes": gradient_changes}
+            return LinearizedTraining(rank=40).fit(store.with_vectors(ahead)).diagnostics()
+
+        assert diagnostics(np.array(changes))["linearization_residual"] < 1e-5
+        assert diagnostics(2 * np.array(changes))["linearization_residual"] == pytest.approx(0.5)
+        assert "linearization_residual" not in fitted.diagnostics()
+
+    def test_the_kernel_drifts_as_far_as_mean_gradients_turn(self):
+        # One of three orthogonal vectors becomes equal to another: five of nine inner products are
+        # 1 then instead of three.
+        rows = np.eye(3, 6)
+        assert kernel_distance(rows, rows[[0, 0, 2]]) == pytest.approx(1 - 3 / np.sqrt(3 * 5))
+        assert kernel_distance(rows, 2 * rows) == pytest.approx(0)  # longer, but as they were
+
+        store = random_store(6, look_ahead=True)
+        gradients = store.scalar("loss@optimizer")[1]
+        before = np.array(
+            [
+                np.average(gradients[own], 0, weights=store.num_label_tokens[own])
+                for own in (store.task_ids == k for k in range(len(store.task_names)))
+            ]
+        )
+        after = before + store.vectors["gradient_changes"]
+        drift = LinearizedTraining().fit(store).diagnostics()["kernel_drift"]
+        assert drift == pytest.approx(kernel_distance(before, after), rel=1e-6)
+
+    def test_clipping_is_that_of_many_batches(self):
+        # Of as many dimensions as inner products of different rows need to be much alike.
+        store = random_store(2, counts=(40, 60, 50), dim=200, max_grad_norm=6.0)
+        shares = np.array([[0.5, 0.3, 0.2]])
+        fitted = LinearizedTraining().fit(store)
+        g, tokens = store.scalar("loss")[1].astype(np.float64), store.num_label_tokens
+        rng = np.random.default_rng(0)
+        factors, of_tasks = [], []
+        for _ in range(4000):
+            task = rng.choice(3, 4, p=shares[0])
+            rows = np.array([rng.choice(np.flatnonzero(store.task_ids == k)) for k in task])
+            norm = np.linalg.norm(tokens[rows] @ g[rows] / tokens[rows].sum())
+            factors.append(min(1.0, 6.0 / norm))
+            of_tasks.append(np.bincount(task, tokens[rows], minlength=3) / tokens[rows].sum())
+        expected = np.array(factors) @ np.array(of_tasks) / np.sum(of_tasks, axis=0)
+        assert fitted._clipping(shares)[0] == pytest.approx(expected, rel=0.05)
+
+    def test_no_mixtures(self):
+        assert len(LinearizedTraining().fit(random_store(2)).estimate(np.zeros((0, 3)))) == 0
+
+    @pytest.mark.parametrize("num_steps", [6, 20])
+    def test_the_noise_of_minibatches_is_that_of_many_runs(self, num_steps):
+        """Steps of 4 of the rows, as the sampler draws them, in the quadratic model itself."""
+        store = without_curvature(11, (27, 33))
+        gradients, target = store.scalar("loss@optimizer")[1], store.target
+        phi = target.scalar("sampled_loss@optimizer")[1]
+        target_H = (phi.T * target.example_weights) @ phi
+        target_H -= np.trace(target_H) / 60 * np.eye(60)  # what a projection would have added
+        tasks, bends = TaskRows(("a", "b"), store.task_ids), []
+        noise = gradients - gradients.mean(0)
+        for seed in range(2000):
+            sampler = MixtureSampler(tasks, [27 / 60, 33 / 60], seed, length=4 * num_steps)
+            epsilon, momentum = np.zeros((2, 60))
+            for rows in np.reshape(list(sampler), (num_steps, 4)):
+                momentum = 0.9 * momentum + 0.1 * noise[rows].mean(0)
+                epsilon = epsilon - 0.5 * momentum
+            bends.append(epsilon @ target_H @ epsilon / 2)
+        options = LinearizedTraining(learning_rates=[0.5] * num_steps)
+        noisy = options.fit(store).estimate([[True, True]]).loss[0]
+        store.metadata["training"]["examples_per_step"] = 10**6
+        added = noisy - options.fit(store).estimate([[True, True]]).loss[0]
+        assert added == pytest.approx(np.mean(bends), abs=4 * np.std(bends) / 2000**0.5)
+
+    def test_few_captured_rows_do_not_bend_the_loss_in_the_mean(self):
+        store = without_curvature(12, (40, 40))
+        store.metadata["training"]["examples_per_step"] = 10**6
+        options = LinearizedTraining(learning_rates=[0.5] * 9)
+        rng, losses = np.random.default_rng(0), []
+        for _ in range(500):
+            rows = np.concatenate([40 * k + rng.choice(40, 10, replace=False) for k in (0, 1)])
+            losses.append(options.fit(of_rows(store, rows)).estimate([[True, True]]).loss[0])
+        everything = options.fit(store).estimate([[True, True]]).loss[0]
+        assert np.mean(losses) == pytest.approx(everything, abs=4 * np.std(losses) / 500**0.5)
+
+    def test_rates_come_from_the_trainer_unless_given(self):
+        store = random_store(1)
+        rates = store.metadata["training"]["learning_rates"]
+        given = LinearizedTraining(learning_rates=rates).fit(store).estimate([[True] * 3])
+        assert LinearizedTraining().fit(store).estimate([[True] * 3]).loss == given.loss
+        longer = LinearizedTraining(learning_rates=[0.02] * 9).fit(store)
+        assert longer.estimate([[True] * 3]).loss != given.loss
+
+    def test_no_training_leaves_the_loss_at_the_anchor_and_is_certain(self):
+        store = random_store(2)
+        estimate = LinearizedTraining().fit(store).estimate(np.zeros((1, 3)))
+        assert estimate.loss[0] == pytest.approx(store.target.task_losses[0], rel=1e-6)
+        assert estimate.low[0] == estimate.high[0] == estimate.loss[0]
+
+    def test_steps_that_would_overshoot_for_good_end_where_training_just_converges(self):
+        recursion = Recursion(
+            np.full(500, 2.0),
+            momentum_coefficient=0.9,
+            steps_taken=None,
+            weight_decay=0.0,
+        )
+        stable = 2 * 1.9 / (0.1 * 2.0)  # heavy-ball momentum diverges above
+        response = recursion.response(np.array([0.1, 0.5 * stable, 2 * stable, 1e9]))
+        expected = 1 / np.array([0.1, 0.5 * stable, 0.9 * stable, 0.9 * stable])
+        assert response.gradient == pytest.approx(expected, rel=1e-3)
+
+    def test_it_foretells_short_real_training(self, tmp_path):
+        """A few steps of SGD with momentum on a tiny model, in the range of its first order."""
+        model = tiny.llama()
+        model.requires_grad_(False)
+        # One parameter of 384 entries fits into 512 cells without a collision: no projection error.
+        model.model.layers[0].mlp.down_proj.requires_grad_(True)
+        tasks = {
+            "sums": list(tiny.tokenize(tiny.sums(12, 1))),
+            "letters": list(tiny.tokenize(tiny.sums(12, 2, letters=True))),
+        }
+        target = list(tiny.tokenize(tiny.sums(12, 5)))
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        rate, steps = 2.0, 6
+        sgd = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], rate, momentum=0.5
+        )
+        store = capture_gradients(
+            model,
+            tasks,
+            target,
+            tiny.collate,
+            directory=tmp_path,
+            projection_dim=512,
+            optimizer=sgd,
+            progress=False,
+        )
+        fitted = LinearizedTraining(rank=36, learning_rates=[rate] * steps).fit(store)
+        estimated = fitted.estimate(np.eye(2, dtype=bool)).loss - fitted.estimate([[0, 0]]).loss
+
+        measured = []
+        for task in tasks.values():
+            model.load_state_dict(start)
+            sgd.state.clear()
+            batch = tiny.collate(task)
+            for _ in range(steps):
+                sgd.zero_grad()
+                model(**batch).loss.backward()
+                sgd.step()
+            with torch.no_grad():
+                measured.append(float(model(**tiny.collate(target)).loss))
+        change = np.array(measured) - store.target.task_losses[0]
+        assert abs(change).min() > 1e-4
+        assert estimated == pytest.approx(change, rel=0.1)
+
+    def test_the_interval_is_that_of_a_bootstrap(self):
+        """Without model error, when the captured rows are a small part of all."""
+        store = store_of_few_rows()
+        options = LinearizedTraining(model_error=0.0, learning_rates=[0.2] * 2)
+        mask = np.array([[True, True]])
+        estimate = options.fit(store).estimate(mask)
+        expected = bootstrap_width(store, lambda drawn: options.fit(drawn).estimate(mask).loss[0])
+        assert estimate.high[0] - estimate.low[0] == pytest.approx(expected, rel=0.25)
+
+    def test_nothing_is_left_to_chance_if_all_rows_were_captured(self):
+        estimate = LinearizedTraining(model_error=0.0).fit(random_store(5)).estimate([[True] * 3])
+        assert estimate.low[0] == estimate.high[0] == estimate.loss[0]
+
+    def test_diagnostics_are_numbers(self):
+        diagnostics = LinearizedTraining().fit(random_store(7)).diagnostics()
+        assert all(isinstance(value, float) for value in diagnostics.values())
+        assert 0 < diagnostics["clipping_factor_all_tasks"] <= 1
+        assert abs(diagnostics["rank_correlation_with_number_of_tasks"]) <= 1
+        assert 1 / 9 < diagnostics["largest_target_example_share"] < 1
+
+    def test_the_sampling_error_is_told_next_to_what_mixtures_differ_by(self):
+        """That of the intervals, in the root mean square; none if all rows were captured."""
+        store = random_store(4, counts=(60, 80), num_target=90, dim=4, max_grad_norm=0.0)
+        store = rebuilt(store, task_sizes=[90, 10**6])
+        few = LinearizedTraining(model_error=0.0, learning_rates=[0.2] * 2).fit(store)
+        estimate = few.estimate(random_subsets(len(store.task_names)))
+        errors = (estimate.high - estimate.low) / (2 * NORMAL_95)
+        expected = np.sqrt((errors**2).mean()) / estimate.loss.std()
+        told = few.diagnostics()["sampling_error_over_spread"]
+        assert told == pytest.approx(expected, rel=1e-6) and told > 0
+        every_row = LinearizedTraining().fit(random_store(7)).diagnostics()
+        assert every_row["sampling_error_over_spread"] == 0
+        only = LinearizedTraining().fit(random_store(7, counts=(9,))).diagnostics()
+        assert only["sampling_error_over_spread"] == 0
+
+    def test_what_depends_on_the_length_of_the_step_alone_is_told(self):
+        """All tasks push the same way, by different lengths, and no curvature bends the loss."""
+        store = random_store(3, counts=(4, 4, 4, 4), dim=5, max_grad_norm=0.0)
+        lengths = np.array([1.0, 2.0, 3.0, 4.0])[store.task_ids][:, None]
+        flat = {
+            "loss@optimizer": (store.outputs, (lengths * np.eye(5)[0]).astype(np.float32)),
+            "sampled_loss@optimizer": (store.outputs, np.zeros((16, 5), np.float32)),
+        }
+        target_outputs = store.target.outputs
+        target = {
+            "loss@optimizer": (target_outputs, np.tile(np.eye(5)[0], (9, 1)).astype(np.float32)),
+            "sampled_loss@optimizer": (target_outputs, np.zeros((9, 5), np.float32)),
+        }
+        store = rebuilt(
+            store,
+            scalars=store._scalars | flat,
+            target=rebuilt(store.target, scalars=store.target._scalars | target),
+            metadata={
+                "optimizer": store.metadata["optimizer"] | {"weight_decay": 0.0},
+                "training": store.metadata["training"],
+            },
+            vectors=store.vectors | {"momentum": np.zeros(5, np.float32)},
+        )
+        diagnostics = LinearizedTraining().fit(store).diagnostics()
+        assert diagnostics["rank_correlation_with_step_norm"] == pytest.approx(-1, abs=0.02)
+        assert diagnostics["largest_target_example_share"] == pytest.approx(
+            store.target.example_weights.max()
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rank": 0}, "rank must be at least 1, got 0"),
+            ({"model_error": -1}, "model_error must not be negative, got -1"),
+            ({"learning_rates": []}, "learning_rates must be rates of one or more steps"),
+            ({"learning_rates": [0.1, -0.1]}, "learning_rates must be rates"),
+        ],
+    )
+    def test_bad_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            LinearizedTraining(**options)
+
+    def test_a_store_without_the_optimizer(self):
+        store = rebuilt(random_store(8), metadata={})
+        with pytest.raises(ValueError, match="captured with the optimizer"):
+            LinearizedTraining().fit(store)
+
+    def test_a_store_without_the_steps_to_come(self):
+        store = random_store(8)
+        store = rebuilt(store, metadata={"optimizer": store.metadata["optimizer"]})
+        with pytest.raises(ValueError, match="does not know the steps to come"):
+            LinearizedTraining().fit(store)
+
+
+@pytest.mark.parametrize("options", [GradExLogistic(), LinearizedTraining()], ids=repr)
+def test_order_of_tasks_and_number_of_mixtures_do_not_matter(options, monkeypatch):
+    store = random_store(5)
+    subsets = np.random.default_rng(0).random((50, 3)) < 0.5
+    whole = options.fit(store).estimate(subsets)
+    order = np.array([2, 0, 1])
+    permuted = rebuilt(
+        store,
+        task_names=[store.task_names[k] for k in order],
+        task_ids=np.argsort(order)[store.task_ids],
+        task_sizes=store.task_sizes[order],
+    )
+    other = options.fit(permuted).estimate(subsets[:, order])
+    assert other.loss == pytest.approx(whole.loss, rel=1e-9)
+    monkeypatch.setattr("hf_auxselect.estimators.logistic._ELEMENTS_AT_ONCE", 100)
+    monkeypatch.setattr("hf_auxselect.estimators.fitted_quadratic._MIXTURES_AT_ONCE", 7)
+    chunked = options.fit(store).estimate(subsets)
+    assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)
+    assert chunked.high == pytest.approx(whole.high, rel=1e-9)
+
+
+DIFFERENCES = [GradExLogistic(), LinearizedTraining(), GaussNewton(), RidgeSurrogate()]
+
+
+@pytest.mark.parametrize("options", DIFFERENCES, ids=lambda options: type(options).__name__)
+@pytest.mark.parametrize("reference", [[True, True, True], [0.2, 0.0, 0.8], [0.0, 0.0, 0.0]])
+def test_a_difference_is_one_of_losses(options, reference):
+    store = random_store(6, max_grad_norm=0.0)
+    store = rebuilt(store, losses=store.losses + 5)  # no loss is cut at 0
+    store = rebuilt(store, target=rebuilt(store.target, losses=store.target.losses + 5))
+    fitted = options.fit(store)
+    masks = np.array([[True, False, False], [False, True, True], [True, True, True]])
+    difference = fitted.difference(masks, reference)
+    losses = fitted.estimate(masks).loss - fitted.estimate([reference]).loss
+    assert difference.loss == pytest.approx(losses, abs=1e-9)
+    assert (difference.low <= difference.loss).all()
+    assert (difference.loss <= difference.high).all()
+
+
+class TestDifferencesOfQuadraticModels:
+    @pytest.mark.parametrize("options", [LinearizedTraining(), GaussNewton()], ids=repr)
+    def test_nothing_differs_from_itself(self, options):
+        store = rebuilt(random_store(6), task_sizes=[10**6] * 3)
+        difference = options.fit(store).difference([[True, True, False]], [True, True, False])
+        assert difference.low == pytest.approx(0, abs=1e-12)
+        assert difference.high == pytest.approx(0, abs=1e-12)
+
+    def test_the_interval_is_that_of_a_bootstrap(self):
+        store = store_of_few_rows()
+        options = LinearizedTraining(model_error=0.0, learning_rates=[0.2] * 2)
+        masks, reference = np.array([[True, True]]), [True, False]
+        fitted = options.fit(store)
+        difference = fitted.difference(masks, reference)
+        expected = bootstrap_width(
+            store, lambda drawn: options.fit(drawn).difference(masks, reference).loss[0]
+        )
+        width = difference.high[0] - difference.low[0]
+        assert width == pytest.approx(expected, rel=0.25)
+        of_loss = fitted.estimate(masks)
+        assert width < 0.9 * (of_loss.high[0] - of_loss.low[0])  # what is shared cancels
+
+    @pytest.mark.parametrize("given_up", [0.0, 2.0])
+    def test_errors_of_the_model_are_shared_as_far_as_displacements_are_aligned(self, given_up):
+        store = random_store(6)  # every row was captured: the model's error is all there is
+        if given_up:  # by a restart
+            store = store.with_vectors({"initial_losses": store.target.losses + given_up})
+            losses = store.vectors["initial_losses"].astype(np.float64)  # rounded to float32
+            given_up = store.target.example_weights @ (losses - store.target.losses)
+        fitted = LinearizedTraining(model_error=0.3).fit(store)
+        masks = np.array([[True, True, False], [True, False, True], [False, False, False]])
+        one = fitted._effects(normalize_mixtures(masks, store.task_sizes))
+        other = fitted._effects(normalize_mixtures(masks[:1], store.task_sizes))
+        difference = fitted.difference(masks, masks[0])
+        omega = store.target.example_weights
+        for m in range(3):
+            delta, reference = one.delta_MR[m], other.delta_MR[0]
+            lengths = np.linalg.norm(delta) * np.linalg.norm(reference)
+            cosine = delta @ reference / lengths if lengths > 0 else 0.0
+            variance = 0.0
+            for x, y in (
+                (one.linear_MT[m] @ omega, other.linear_MT[0] @ omega),
+                (one.quadratic_M[m], other.quadratic_M[0]),
+                (given_up * masks[m].any(), given_up),
+            ):
+                variance += x**2 + y**2 - 2 * max(cosine, 0.0) * x * y
+            width = 2 * 1.6448536 * 0.3 * np.sqrt(max(variance, 0.0))
+            assert difference.high[m] - difference.low[m] == pytest.approx(width, abs=1e-7)
+
+    def test_a_restart_is_less_certain_by_what_it_gives_up(self):
+        store, masks = random_store(6), np.array([[True, False, True], [False, False, False]])
+        losses = store.target.losses.copy()
+        losses[[0, 8]] += [1.0, 2.0]  # those that are read there are spread over all
+        given_up = store.target.example_weights[[0, 8]] @ [1.0, 2.0]
+        given_up /= store.target.example_weights[[0, 2, 5, 8]].sum()
+        there = store.with_vectors({"initial_losses": losses[[0, 2, 5, 8]]})
+        estimates = [
+            LinearizedTraining(model_error=0.3).fit(s).estimate(masks) for s in (store, there)
+        ]
+        assert estimates[1].loss.tolist() == estimates[0].loss.tolist()
+        added = [(e.high - e.loss)[0] / 1.6448536 / 0.3 for e in estimates]
+        assert added[1] ** 2 - added[0] ** 2 == pytest.approx(given_up**2, rel=1e-5)
+        assert estimates[1].high[1] == estimates[1].low[1]  # no training, no restart
+
+
+class TestPackedRows:
+    """A row of several examples is one draw of the trainer's, and several of the store's."""
+
+    PER_ROW = (2, 1, 3)
+
+    @pytest.fixture
+    def store(self):
+        store = random_store(3, counts=(4, 5, 3))
+        packed = {f"task{k}": float(m) for k, m in enumerate(self.PER_ROW)}
+        training = store.metadata["training"] | {"examples_per_row": packed}
+        return rebuilt(
+            store,
+            task_sizes=[2, 5, 1],
+            metadata=store.metadata | {"training": training},
+        )
+
+    def test_a_row_has_the_label_tokens_of_its_examples(self, store):
+        model = QuadraticModel(store, _read_loss, rank=None)
+        tokens = [store.num_label_tokens[store.task_ids == k].mean() for k in range(3)]
+        share = np.array([0.5, 0.3, 0.2]) * self.PER_ROW * tokens
+        weights = model.token_weights(np.array([[0.5, 0.3, 0.2]]))
+        assert weights[0] == pytest.approx(share / share.sum(), rel=1e-12)
+
+    def test_a_row_varies_as_a_sum_of_examples_does(self, store):
+        """Against all rows that could be made of the captured examples."""
+        model = QuadraticModel(store, _read_loss, rank=6)
+        gradients = store.scalar("loss")[1].astype(float)
+        rows = np.array([[0.5, 0.3, 0.2]])
+        moments = []
+        for k, m in enumerate(self.PER_ROW):
+            own = np.flatnonzero(store.task_ids == k)
+            sums = [
+                (store.num_label_tokens[list(row), None] * gradients[list(row)]).sum(0)
+                for row in itertools.product(own, repeat=m)
+            ]
+            moments.append(np.mean([np.outer(s, s) for s in sums], 0))
+        tokens = rows[0] @ model.tokens_per_row_K
+        w = model.token_weights(rows)
+        b = w[0] @ model.b_KD
+        expected = np.tensordot(rows[0], moments, 1) / tokens**2 - np.outer(b, b)
+        covariance = model.row_covariance(rows, w).inner[0]
+        axes = model.outwards(np.eye(model.rank))
+        assert axes.T @ covariance @ axes == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+    def test_nothing_is_missing_where_all_examples_of_the_rows_were_captured(self, store):
+        model = QuadraticModel(store, _read_loss, rank=None)
+        assert model.missing_K.tolist() == [0, 0, 0]
+        half = rebuilt(store, task_sizes=[4, 10, 2])
+        model = QuadraticModel(half, _read_loss, rank=None)
+        assert model.missing_K.tolist() == [0.5, 0.5, 0.5]
+        plain = random_store(3, counts=(4, 5, 3))
+        unpacked = QuadraticModel(rebuilt(plain, task_sizes=[8, 10, 6]), _read_loss, rank=None)
+        w = np.array([[0.2, 0.5, 0.3]])
+        for one, other in zip(
+            model.capture_covariance(w), unpacked.capture_covariance(w), strict=True
+        ):
+            assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
+
+    def test_the_logistic_model_weighs_examples_not_rows(self, store):
+        fitted = GradExLogistic(regularization=0.05).fit(store)
+        shares = np.array([0.5, 0.3, 0.2]) * self.PER_ROW
+        plain = GradExLogistic(regularization=0.05).fit(random_store(3, counts=(4, 5, 3)))
+        assert fitted.estimate([[0.5, 0.3, 0.2]]).loss == pytest.approx(
+            plain.estimate([shares]).loss, rel=1e-9
+        )
+
+    def test_clipping_is_that_of_batches_of_all_examples_of_their_rows(self, store):
+        fitted = LinearizedTraining().fit(store)
+        assert fitted._batch_size == round(4 * (2 * 2 + 5 * 1 + 1 * 3) / 8)
+        rows = normalize_mixtures([[True, True, True]], store.task_sizes)
+        drawn = fitted._batches(rows)[1]
+        share = np.bincount(drawn.ravel(), minlength=3) / drawn.size
+        assert share == pytest.approx(np.array([4, 5, 3]) / 12, abs=0.01)
+
+
+def _read_loss(store, rows):
+    g = store.scalar("loss")[1][rows].astype(float)
+    return g, g

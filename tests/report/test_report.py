@@ -1,0 +1,280 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from reference import random_store
+
+from hf_auxselect import (
+    FixedSelection,
+    ForwardSelection,
+    GaussNewton,
+    GradExLogistic,
+    KernelSurrogate,
+    LinearizedTraining,
+    RidgeSurrogate,
+    SelectionReport,
+)
+from hf_auxselect.estimators.reliability import DOUBTS, OF_A_RESTART
+from hf_auxselect.report.report import escape_markdown, estimator_from, printable, strategy_record
+from hf_auxselect.selectors.base import RandomEnsemble
+
+
+def report_of(store, selector=None):
+    fitted = GradExLogistic().fit(store)
+    selection = (selector or ForwardSelection()).select(fitted.estimate, store.task_names)
+    report = SelectionReport(
+        weights=selection.weights,
+        scores=selection.scores,
+        history=list(selection.history),
+        estimator=strategy_record(GradExLogistic()),
+        selector=strategy_record(ForwardSelection()),
+        run={"after": "continue", "switch_step": 4, "model": "tiny", "seconds": 1.5},
+    )
+    report.add_estimates(fitted, selection, store, seed=0)
+    return report
+
+
+@pytest.fixture
+def report():
+    return report_of(random_store(1))
+
+
+class TestTheComparison:
+    def test_it_has_what_a_reader_wants_to_compare(self, report):
+        store = random_store(1)
+        fitted = GradExLogistic().fit(store)
+        size = len(report.selected)
+        names = [row.name for row in report.rows]
+        assert names == [
+            "no further training",
+            "chosen",
+            "all tasks",
+            f"random {size} of 3 tasks",
+            *(f"all without {name}" for name in store.task_names),
+        ]
+        assert report.row("no further training").loss == pytest.approx(store.target.task_losses[0])
+        everything = fitted.estimate(np.ones((1, 3), bool))
+        assert report.row("all tasks").loss == pytest.approx(everything.loss[0], rel=1e-12)
+        assert report.row("all tasks").low == pytest.approx(everything.low[0], rel=1e-12)
+        without = fitted.estimate([[True, False, True]])
+        assert report.row("all without task1").high == pytest.approx(without.high[0], rel=1e-12)
+        assert report.row("all without task1").left_out == "task1"
+
+    def test_the_difference_to_all_tasks_is_told_in_words(self, report):
+        chosen, everything = report.row("chosen").loss, report.row("all tasks").loss
+        assert report.difference.loss == pytest.approx(chosen - everything)
+        sentence = report.compared_with_all_tasks()
+        assert sentence.startswith("The chosen mixture, less all tasks: -")
+        assert sentence in report.to_text()
+        unsure = dataclasses.replace(report.difference, low=-0.1, high=0.1)
+        report.difference = unsure
+        assert "cannot be told from all tasks" in report.compared_with_all_tasks()
+        assert "cannot be told from all tasks" in report.to_markdown()
+        sure = dataclasses.replace(report.difference, low=-0.2, high=-0.1)
+        report.difference = sure
+        assert "cannot be told" not in report.to_markdown()
+
+    def test_all_tasks_do_not_differ_from_all_tasks(self):
+        store = random_store(2)
+        report = report_of(store, FixedSelection(store.task_names))
+        assert report.compared_with_all_tasks() == "The chosen mixture is that of all tasks."
+
+    def test_random_subsets_have_the_chosen_size(self):
+        store = random_store(2, counts=(3, 4, 5, 6))
+        report = report_of(store, FixedSelection(["task0", "task2"]))
+        fitted = GradExLogistic().fit(store)
+        subsets = RandomEnsemble(num_subsets=200, subset_size=2, seed=0).subsets(4)
+        row = report.row("random 2 of 4 tasks")
+        losses = fitted.estimate(subsets).loss
+        assert row.loss == pytest.approx(losses.mean())
+        assert [row.low, row.high] == pytest.approx(np.quantile(losses, [0.05, 0.95]))
+
+
+class TestDoubts:
+    @pytest.mark.parametrize("doubt", DOUBTS, ids=lambda doubt: doubt.diagnostic)
+    def test_values_above_the_limit_are_warned_of(self, doubt, monkeypatch):
+        store = random_store(3)
+        fitted = GradExLogistic().fit(store)
+        selection = ForwardSelection().select(fitted.estimate, store.task_names)
+        for value, warned in [(1.01, True), (0.99, False), (-3.0, False)]:
+            report = SelectionReport(weights=selection.weights)
+            told = {doubt.diagnostic: value * doubt.limit}
+            monkeypatch.setattr(type(fitted), "diagnostics", lambda self, told=told: told)
+            report.add_estimates(fitted, selection, store, seed=0)
+            assert report.warnings == [doubt.text.format(value * doubt.limit)] * warned
+
+    @pytest.mark.parametrize("after", ["continue", "restart"])
+    def test_a_restart_is_warned_of(self, after):
+        store = random_store(3, after=after)
+        fitted = GradExLogistic().fit(store)
+        selection = ForwardSelection().select(fitted.estimate, store.task_names)
+        report = SelectionReport(weights=selection.weights)
+        report.add_estimates(fitted, selection, store, seed=0)
+        assert (OF_A_RESTART in report.warnings) == (after == "restart")
+
+    def test_the_default_estimator_gives_each(self):
+        diagnostics = LinearizedTraining().fit(random_store(3, look_ahead=True)).diagnostics()
+        assert all(np.isfinite(diagnostics[doubt.diagnostic]) for doubt in DOUBTS)
+
+
+class TestFiles:
+    def test_it_is_read_back_as_it_was(self, report, tmp_path):
+        report.save(tmp_path / "report")
+        again = SelectionReport.load(tmp_path / "report")
+        assert again.to_dict() == report.to_dict()
+        assert again.history == report.history
+        assert SelectionReport.load(tmp_path).to_dict() == report.to_dict()
+
+    def test_the_picture_is_one(self, report, tmp_path):
+        report.save(tmp_path)
+        assert (tmp_path / "left_out.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_without_estimates_there_is_no_picture(self, tmp_path):
+        SelectionReport(weights={"a": 1.0, "b": 0.0}).save(tmp_path)
+        assert not (tmp_path / "left_out.png").exists()
+        assert "left_out.png" not in (tmp_path / "README.md").read_text()
+
+    @pytest.mark.parametrize(
+        "content", ["", "{", "[]", '{"selected": []}', '{"selected": [], "x": 1}']
+    )
+    def test_a_damaged_report_is_named(self, content, tmp_path):
+        (tmp_path / "report.json").write_text(content)
+        with pytest.raises(ValueError, match=r"report\.json: damaged"):
+            SelectionReport.load(tmp_path)
+
+    def test_no_report(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"report\.json is missing"):
+            SelectionReport.load(tmp_path)
+
+    def test_an_unknown_estimator(self, report, tmp_path):
+        report.estimator = {"name": "Oracle"}
+        report.save(tmp_path / "report")
+        (tmp_path / "gradients").mkdir()
+        loaded = SelectionReport.load(tmp_path)
+        with pytest.raises((ValueError, FileNotFoundError)):
+            loaded.estimate(["task0"])
+
+
+class TestWhatIf:
+    def test_names_weights_and_arrays(self):
+        store = random_store(3)
+        report = report_of(store)
+        fitted = report._fitted = GradExLogistic().fit(store)
+        assert (
+            report.estimate(["task0", "task2"]).loss == fitted.estimate([[True, False, True]]).loss
+        )
+        mixture = report.estimate({"task0": 1, "task1": 3})
+        assert mixture.loss == fitted.estimate([[0.25, 0.75, 0.0]]).loss
+        assert len(report.estimate(np.ones((4, 3), bool))) == 4
+
+    def test_unknown_tasks(self, report):
+        with pytest.raises(ValueError, match="unknown task 'x'; the report knows"):
+            report.estimate(["x"])
+        with pytest.raises(TypeError, match="got the string 'task0'"):
+            report.estimate("task0")
+
+
+class TestRendering:
+    def test_the_page(self, report):
+        page = report.to_markdown()
+        assert page.startswith("# Task selection\n")
+        for name in report.selected:
+            assert f"**{name}**" in page
+        for row in report.rows:
+            assert f"| {row.name} | {row.loss:.4f} | {row.low:.4f} | {row.high:.4f} |" in page
+        assert "| switch\\_step | 4 |" in page
+        assert page.endswith("\n")
+
+    def test_the_table(self, report):
+        lines = report.to_text().splitlines()
+        assert lines[0].startswith(f"Selected {len(report.selected)} of 3 tasks: ")
+        assert len(lines) == 3 + len(report.rows)
+
+    def test_warnings_are_shown(self, report):
+        report.warnings = ["this is *odd*"]
+        assert "Warning: this is *odd*" in report.to_text()
+        assert "> **Warning.** this is \\*odd\\*" in report.to_markdown()
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "a|b",
+            "`rm`",
+            "<script>alert(1)</script>",
+            "a\nb",
+            "\x1b[31mred",
+            "\u202eevil",
+            "$x_1$",
+            "[l](u)",
+        ],
+    )
+    def test_names_cannot_break_out(self, name, tmp_path):
+        store = random_store(4)
+        store.task_names[1] = name
+        report = report_of(store, FixedSelection([name]))
+        report.save(tmp_path)
+        page, text = report.to_markdown(), report.to_text()
+        assert "<script>" not in page
+        assert "\x1b" not in page + text
+        assert "\u202e" not in page + text
+        assert len(text.splitlines()) == 3 + len(report.rows)
+        table = [line for line in page.splitlines() if line.startswith("| all without")]
+        assert [line.replace("\\|", "").count("|") for line in table] == [5] * 3
+        assert json.loads((tmp_path / "report.json").read_text())["selected"] == [name]
+
+    def test_printable(self):
+        assert printable("ü – ok") == "ü – ok"
+        assert printable("a\tb") == "a\\tb"
+
+    def test_escaping_is_undone_by_a_reader_of_markdown(self):
+        assert escape_markdown("a_b|c") == "a\\_b\\|c"
+        assert escape_markdown("<b>&") == "&lt;b&gt;&amp;"
+
+
+class TestStrategies:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            GradExLogistic(regularization=0.5),
+            LinearizedTraining(learning_rates=[0.2, 0.1]),
+            GaussNewton(curvature="empirical", damping=0.2),
+            RidgeSurrogate(),
+            KernelSurrogate(
+                base=RidgeSurrogate(base=LinearizedTraining(learning_rates=[0.1])),
+                num_subsets=9,
+                gammas=[1.0],
+            ),
+        ],
+        ids=repr,
+    )
+    def test_they_are_read_back(self, options):
+        record = json.loads(json.dumps(strategy_record(options)))
+        again = estimator_from(record)
+        assert again == options
+        assert strategy_record(again) == record
+
+    def test_an_estimator_within_another_is_part_of_the_report(self, report, tmp_path):
+        store = random_store(1)
+        options = RidgeSurrogate(base=GradExLogistic(regularization=0.5))
+        report.estimator = strategy_record(options)
+        assert report.estimator["base"] == strategy_record(options.base)
+        report.save(tmp_path / "report")
+        loaded = SelectionReport.load(tmp_path)
+        assert "GradExLogistic" in loaded.to_markdown()
+        loaded._fitted = estimator_from(loaded.estimator).fit(store)
+        assert loaded.estimate(["task1"]).loss == options.fit(store).estimate([[0, 1, 0]]).loss
+
+    def test_an_unknown_one_within_another_is_named(self):
+        record = strategy_record(RidgeSurrogate()) | {"base": {"name": "Oracle"}}
+        with pytest.raises(ValueError, match="unknown estimator 'Oracle'"):
+            estimator_from(record)
+
+    def test_an_unknown_one_is_named(self):
+        with pytest.raises(ValueError, match=r"unknown estimator 'Oracle'; known are \['GaussN"):
+            estimator_from({"name": "Oracle"})
+
+    def test_records_are_json(self):
+        record = strategy_record(FixedSelection({"a": 1.0}))
+        assert record == {"name": "FixedSelection", "tasks": {"a": 1.0}, "estimate": True}
+        assert json.dumps(record)
