@@ -1,4 +1,4 @@
-"""Captured per-example gradients against autograd's, one example at a time.
+"""The check that captured per-example gradients are those of autograd, one example at a time.
 
 Shapes: B examples of a batch.
 """
@@ -9,34 +9,46 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from hf_auxselect.capture.batching import TaskExamples
 from hf_auxselect.capture.hooks import (
     ONE_BY_ONE,
-    CollateFn,
     GradientHooks,
     InseparableError,
     NonFiniteError,
-    autograd_gradients,
 )
 from hf_auxselect.capture.memory import evaluation_mode
+from hf_auxselect.capture.module_gradients import autograd_gradients, trainable_parameters
 from hf_auxselect.capture.scalars import (
     NEXT_TOKEN_LOSS,
     SCALARS,
+    CollateFn,
     ExampleLoss,
     count_label_tokens,
     forward_label_logits,
     match_model_loss,
 )
 
-if TYPE_CHECKING:
-    from hf_auxselect.capture.examples import TaskExamples
+TOLERANCES = (2e-3, 5e-2)
+HALF_PRECISION_TOLERANCES = (0.2, 0.8)
+"""Largest relative error of an example's gradient, and of one parameter's part of it, that rounding
+may cause; in float32, and where half precision takes part. Measured: in a model of 30 layers up to
+3e-4 and 7e-4 in float32, and 0.1 and 0.35 in bfloat16, more on some processors than on others. A
+fault is of order 0.1 to 1; that of a parameter without a hook, 1."""
+
+_LEAST_NORM = 1e-3
+"""A parameter whose gradient is a smaller part of the whole is measured against this part of it. A
+convention: below it, rounding in the other parameters dominates."""
+
+NUM_CANDIDATES = 32
+"""How many examples of a task are searched for one with label tokens. A convention."""
 
 
 class GradientCheckError(RuntimeError):
-    """Captured gradients that differ from autograd's; names the parameter."""
+    """Captured gradients differ from autograd's; names the parameter."""
 
 
 def gradients_one_by_one(
@@ -47,10 +59,10 @@ def gradients_one_by_one(
     scalar: str = "margin",
     loss: ExampleLoss = NEXT_TOKEN_LOSS,
 ) -> Iterator[dict[str, Tensor]]:
-    """Autograd's gradient of each example, run alone: slow, obviously right, for any model.
+    """Compute autograd's gradient of each example, run alone: slow, but right for any model.
 
     Args:
-        model: a model with trainable parameters, in the mode that is meant.
+        model: a model with trainable parameters, in the mode in which it is to run.
         examples: rows for ``collate_fn``.
         collate_fn: turns a list of examples into the model's keyword arguments with labels.
         scalar: what is differentiated, a key of ``SCALARS``.
@@ -62,7 +74,7 @@ def gradients_one_by_one(
     Raises:
         UnsupportedModuleError: no trainable parameter gets a gradient.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = trainable_parameters(model)
     for row in examples:
         value = SCALARS[scalar](forward_label_logits(model, collate_fn([row]), loss)).sum()
         yield autograd_gradients(value, trainable)
@@ -74,8 +86,8 @@ class Comparison:
 
     error: float
     """Largest relative error of an example's gradient; 0 if examples must run alone."""
-    whole: frozenset[str]
-    """``GradientHooks.whole`` for this model."""
+    rerun: frozenset[str]
+    """``GradientHooks.rerun`` for this model."""
     inseparable: str | None
     """Why examples must run alone; None: they need not."""
 
@@ -91,7 +103,7 @@ def check_per_example_gradients(
     """Compare the captured gradients of a batch with autograd's, one example at a time.
 
     The examples run once as one batch, as in the gradient pass, and once each alone, which is slow
-    and obviously right. Two examples of different length show most faults (a module that mixes
+    but right. Two examples of different length show most faults (a module that mixes
     examples, padding that is attended to, a parameter without a hook).
 
     Args:
@@ -109,11 +121,9 @@ def check_per_example_gradients(
 
     Raises:
         GradientCheckError: that error exceeds 2e-3 (0.2 where half precision takes part), or that
-            of a single parameter exceeds 5e-2 (half precision: 0.8). Rounding stays below: in a
-            model of 30 layers up to 3e-4 and 7e-4 were seen in float32, and 0.1 and 0.35 in
-            bfloat16, more on some processors than on others. A fault is of order 0.1 to 1; of a
-            parameter that has no hook, 1. Or no example has a label token, or all gradients are
-            zero, so that there is nothing to compare.
+            of a single parameter exceeds 5e-2 (half precision: 0.8), which is more than rounding
+            causes. Or no example has a label token, or all gradients are zero, so that there is
+            nothing to compare.
         UnsupportedModuleError: no gradient reaches a trainable parameter.
         NonFiniteError: a gradient of autograd's is NaN or infinite.
     """
@@ -131,7 +141,7 @@ def compare_with_autograd(
     scalar: str = "margin",
     loss: ExampleLoss = NEXT_TOKEN_LOSS,
 ) -> Comparison:
-    """:func:`check_per_example_gradients`, with what the gradient pass is to know of it."""
+    """:func:`check_per_example_gradients`; the gradient pass uses all of its result."""
     captured: dict[str, Tensor] = {}
 
     def receive(name: str, gradients: Tensor) -> None:
@@ -162,16 +172,19 @@ def compare_with_autograd(
         )
         _refuse_references(references)
         if inseparable is not None:
-            return Comparison(0.0, hooks.whole, inseparable)
+            return Comparison(0.0, hooks.rerun, inseparable)
         largest, errors = found = _compare(captured, references)
-        tolerance, of_parameter = (0.2, 0.8) if hooks.half_precision else (2e-3, 5e-2)
+        tolerance, of_parameter = HALF_PRECISION_TOLERANCES if hooks.half_precision else TOLERANCES
         with hooks, contextlib.suppress(InseparableError):
-            # Sizes may agree by chance, or positions come before examples: modules around tell.
+            # Sizes may agree by chance, or positions come before examples: modules around them
+            # then give other gradients.
             while not (largest <= tolerance and max(errors.values()) <= of_parameter):
-                hooks.widen(name for name, error in errors.items() if not error <= tolerance)
+                hooks.move_owners_up(
+                    name for name, error in errors.items() if not error <= tolerance
+                )
                 hooks.capture(run)
                 largest, errors = _compare(captured, references)
-            return Comparison(largest, hooks.whole, None)
+            return Comparison(largest, hooks.rerun, None)
     largest, errors = found
     culprit = max(errors, key=errors.__getitem__)
     raise GradientCheckError(
@@ -185,7 +198,7 @@ def compare_with_autograd(
 
 
 def _refuse_references(references: Sequence[Mapping[str, Tensor]]) -> None:
-    """Raise where there is nothing to compare with."""
+    """Raise if autograd's gradients are not finite, or all 0."""
     norms = [math.hypot(*(float(g.double().norm()) for g in r.values())) for r in references]
     for row, norm in enumerate(norms):
         if not math.isfinite(norm):
@@ -215,8 +228,7 @@ def _compare(
         of_example = math.hypot(*differences.values()) / (norm or 1.0)
         largest = largest if of_example <= largest else of_example
         for name, difference in differences.items():
-            # A parameter with next to no gradient is measured against 0.1% of the whole.
-            error = difference / (max(norms[name], 1e-3 * norm) or 1.0)
+            error = difference / (max(norms[name], _LEAST_NORM * norm) or 1.0)
             errors[name] = errors[name] if error <= errors[name] else error  # NaN stays
     return largest, errors
 
@@ -228,15 +240,15 @@ def examples_to_check(
     collate_fn: CollateFn,
     loss: ExampleLoss,
 ) -> list[Any]:
-    """An example of the tasks and one of the target: the first that has label tokens.
+    """The first example of the tasks, and the first of the target, that have label tokens.
 
-    It is looked for among the first 32 of each task. Where the keys of the two rows differ, so that
-    one batch cannot hold both, the second one is of the tasks, too.
+    They are searched among the first 32 of each task. Where the keys of the two rows differ, so
+    that one batch cannot hold both, the second one is of the tasks, too.
     """
 
     def with_labels(group: Sequence[TaskExamples]) -> Iterator[Any]:
         for task in group:
-            for i in task.example_ids[:32]:
+            for i in task.example_ids[:NUM_CANDIDATES]:
                 row = task.rows[i]
                 if count_label_tokens(model, collate_fn([row]), loss).any():
                     yield row

@@ -1,79 +1,57 @@
 """The gradient pass: projected gradients of chosen examples of every task, into a store.
 
-Shapes: B examples of a batch, N examples in all, D projection_dim.
+Shapes: N examples, D projection_dim.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from hf_auxselect.capture.check import compare_with_autograd, examples_to_check
-from hf_auxselect.capture.hooks import (
-    CollateFn,
-    GradientHooks,
-    InseparableError,
-    NonFiniteError,
-    differentiate,
+from hf_auxselect.capture.batching import BatchLimits, TaskExamples
+from hf_auxselect.capture.check import (
+    NUM_CANDIDATES,
+    compare_with_autograd,
+    examples_to_check,
 )
-from hf_auxselect.capture.memory import (
-    FittingBatches,
-    PassCost,
-    evaluation_mode,
-    predict_batches,
-    row_length,
+from hf_auxselect.capture.example_gradients import (
+    ExampleGradients,
+    warn_of_one_by_one,
 )
-from hf_auxselect.capture.optimizer_state import OptimizerState, read_optimizer
-from hf_auxselect.capture.projection import PROJECTION_VERSION, CountSketch
+from hf_auxselect.capture.hooks import NonFiniteError
+from hf_auxselect.capture.memory import evaluation_mode
+from hf_auxselect.capture.optimizer_state import read_optimizer
+from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import (
+    AT_OPTIMIZER,
     NEXT_TOKEN_LOSS,
     SCALARS,
+    CollateFn,
     ExampleLoss,
-    LabelLogits,
-    at_least_float32,
     count_label_tokens,
-    forward_label_logits,
     match_model_loss,
 )
-from hf_auxselect.capture.schedule import group_rates
-from hf_auxselect.distributed import computed_once, gather, process_rank
-from hf_auxselect.files import JsonDict
+from hf_auxselect.distributed import gather, on_main_process, process_rank
 from hf_auxselect.fingerprint import digest
-from hf_auxselect.seeds import random_words
-from hf_auxselect.store.arrays import Arrays, GradientStore, ShardSpec, StoreWriter
+from hf_auxselect.store.arrays import GradientStore
+from hf_auxselect.store.format import Arrays, Role, task_entry
+from hf_auxselect.store.records import RemainingTraining
+from hf_auxselect.store.writer import ShardSpec, StoreWriter
 
 logger = logging.getLogger(__name__)
 
-AT_OPTIMIZER = "@optimizer"
-"""Suffix of a scalar whose gradient is taken in the coordinates of the optimizer's steps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskExamples:
-    """The examples of one task that the pass reads."""
-
-    name: str
-    rows: Sequence[Any]
-    """All rows of a dataset; ``example_ids`` picks some."""
-    example_ids: Sequence[int]
-    """Ascending row numbers."""
-    num_rows: int
-    """Rows that the task has for training."""
-    example_weights: Sequence[float] | None = None
-    """Share of each example in the task's loss; None: in proportion to its label tokens."""
+_SHARDS_OF_TASK = 16
+_LEAST_SHARD, _LARGEST_SHARD = 32, 4096
+"""Number of shards of a task, and the fewest and most examples of a shard. A convention: shards are
+small enough to share out among processes and to lose, and few enough to list."""
 
 
 def capture_gradients(
@@ -82,6 +60,7 @@ def capture_gradients(
     target: Sequence[Any],
     collate_fn: CollateFn,
     *,
+    groups: Mapping[str, Sequence[Any]] | None = None,
     directory: str | Path,
     projection_dim: int = 4096,
     batch_size: int = 16,
@@ -99,11 +78,13 @@ def capture_gradients(
     with the same arguments.
 
     Args:
-        model: the model at the anchor, on its device; its trainable parameters are differentiated.
+        model: the model, on its device. Gradients are those of its trainable parameters, where
+            they are now (the linearization point).
         tasks: name -> examples of each auxiliary task.
         target: examples of the target.
         collate_fn: turns a list of examples into the model's keyword arguments with ``labels``
             (int64 [B, S], -100 where there is no loss), on the model's device.
+        groups: name -> examples of further targets.
         directory: where the store is written.
         projection_dim: D, length of a projected gradient.
         batch_size: examples of a forward pass if they are as long as the longest; shorter ones are
@@ -119,14 +100,16 @@ def capture_gradients(
         one_by_one: run each example alone, without hooks: slow, but right for any model. A model
             whose tensors do not split by example runs so in any case.
         loss: how the loss of an example follows from the model; None: found by comparing with the
-            loss that the model itself returns for labels.
+            loss that the model itself returns for labels. A store in ``directory`` that was
+            captured with another loss is replaced.
         progress: show a progress bar.
 
     Returns:
         The store, read from ``directory``.
 
     Raises:
-        ValueError: no task, an empty task or target, an unknown scalar, an unsupported optimizer.
+        ValueError: no task; an empty task, target or group; an unknown scalar; an unsupported
+            optimizer.
         UnsupportedLossError: the model's own loss is no negative log-likelihood of its labels.
         UnsupportedModuleError, GradientCheckError: see :func:`check_per_example_gradients`.
         NonFiniteError: a loss or gradient is NaN or infinite; names task and row.
@@ -142,7 +125,7 @@ def capture_gradients(
             scalars += ("loss", "loss@optimizer", "sampled_loss@optimizer")
 
     if loss is None:
-        batches = (collate_fn([target[i]]) for i in range(min(len(target), 32)))
+        batches = (collate_fn([target[i]]) for i in range(min(len(target), NUM_CANDIDATES)))
         with evaluation_mode(model):
             labelled = (b for b in batches if count_label_tokens(model, b, NEXT_TOKEN_LOSS).any())
             batch = next(labelled, None)
@@ -156,6 +139,7 @@ def capture_gradients(
         [examples_of(name, rows) for name, rows in tasks.items()],
         examples_of("target", target),
         collate_fn,
+        groups=[examples_of(name, rows) for name, rows in (groups or {}).items()],
         directory=directory,
         projection_dim=projection_dim,
         batch_size=batch_size,
@@ -174,13 +158,14 @@ def capture_examples(
     target: TaskExamples,
     collate_fn: CollateFn,
     *,
+    groups: Sequence[TaskExamples] = (),
     directory: str | Path,
     projection_dim: int,
     batch_size: int,
     seed: int,
     scalars: Sequence[str],
     optimizer: torch.optim.Optimizer | None = None,
-    training: JsonDict | None = None,
+    training: RemainingTraining | None = None,
     one_by_one: bool = False,
     loss: ExampleLoss = NEXT_TOKEN_LOSS,
     progress: bool = True,
@@ -192,11 +177,12 @@ def capture_examples(
     (``directory`` must be visible to all).
 
     Args beyond those of :func:`capture_gradients`:
-        training: what is known of the training to come, kept in the metadata.
+        training: the training after the switch, kept in the store.
     """
-    for task in (*tasks, target):
+    parts = with_roles(tasks, target, groups)
+    for task, role in parts:
         if not len(task.example_ids):
-            raise ValueError(f"task {task.name!r} has no examples.")
+            raise ValueError(f"{role} {task.name!r} has no examples.")
     for spec in scalars:
         if spec.removesuffix(AT_OPTIMIZER) not in SCALARS:
             raise ValueError(
@@ -208,24 +194,24 @@ def capture_examples(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     rank, world_size = process_rank()
-    shards = _plan_shards(tasks, target)
-    by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
-    rates = group_rates(training)
+    shards = plan_shards(parts)
+    by_key = {(task.name, role): task for task, role in parts}
+    rates = None if training is None else training.total_group_rates
     state = None if optimizer is None else read_optimizer(model, optimizer, rates)
     sketch = CountSketch(projection_dim, seed)
     one_by_one = one_by_one or loss.of_batch is not None
-    whole: frozenset[str] = frozenset()
+    rerun: frozenset[str] = frozenset()
     if not one_by_one:
         with contextlib.suppress(NonFiniteError):  # the pass itself names task and row
             checked = examples_to_check(model, tasks, target, collate_fn, loss)
             found = compare_with_autograd(model, checked, collate_fn, loss=loss)
-            whole = found.whole
+            rerun = found.rerun
             if found.inseparable is not None:
                 one_by_one = True
                 warn_of_one_by_one(found.inseparable)
             else:
                 logger.info("captured gradients agree with autograd; error %.1e", found.error)
-    capture = _Capture(
+    capture = ExampleGradients(
         model,
         collate_fn,
         sketch,
@@ -234,14 +220,18 @@ def capture_examples(
         state,
         one_by_one=one_by_one,
         loss=loss,
-        whole=whole,
+        rerun=rerun,
     )
     metadata = capture.metadata | {
         "batch_size": batch_size,
-        "training": training or {},
+        "training": {} if training is None else training.to_json(),
         # They depend on the trainer's evaluation batches, and are written into each shard.
         "target_weights": digest(target.example_weights).hex(),
     }
+    if groups:
+        metadata["group_weights"] = {
+            group.name: digest(group.example_weights).hex() for group in groups
+        }
     writer: StoreWriter | None = None
 
     def open_store() -> list[ShardSpec]:
@@ -249,18 +239,15 @@ def capture_examples(
         writer = StoreWriter(
             directory,
             scalars=scalars,
-            tasks=[
-                {"name": task.name, "target": is_target, "num_rows": task.num_rows}
-                for task, is_target in _with_target(tasks, target)
-            ],
+            tasks=[task_entry(task.name, role, task.num_rows) for task, role in parts],
             shards=shards,
             metadata=metadata,
             vectors=capture.vectors(),
         )
         return writer.pending
 
-    pending = computed_once(open_store)  # only the first process has a writer
-    limits = BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
+    pending = on_main_process(open_store)  # only the first process has a writer
+    limits = BatchLimits.of(1 if one_by_one else batch_size, [task for task, _ in parts])
     num_done = sum(len(shard.example_ids) for shard in shards if shard not in pending)
     bar = tqdm(
         total=num_done + sum(len(shard.example_ids) for shard in pending),
@@ -281,7 +268,7 @@ def capture_examples(
             result: Arrays | Exception | None = None
             if rank < len(round_of_shards):
                 shard = round_of_shards[rank]
-                task = by_key[shard.task, shard.is_target]
+                task = by_key[shard.task, shard.role]
                 try:
                     result = capture.shard(shard, task, limits, advance=bar.update)
                 except Exception as caught:  # raised in all processes, so that none waits for it
@@ -291,7 +278,7 @@ def capture_examples(
                 if isinstance(other, Exception):
                     raise other
             # A full disk, say, is an error in all processes.
-            computed_once(functools.partial(write, round_of_shards, results))
+            on_main_process(functools.partial(write, round_of_shards, results))
             bar.update(sum(len(shard.example_ids) for shard in round_of_shards[1:]))
     if capture.fixed_with_gradient:
         logger.warning(
@@ -303,344 +290,23 @@ def capture_examples(
     return GradientStore.load(directory)
 
 
-def warn_of_one_by_one(reason: str) -> None:
-    """Log that examples cannot be captured in batches, and why."""
-    logger.warning("the gradient pass runs each example alone, which is slower: %s.", reason)
+def with_roles(
+    tasks: Sequence[TaskExamples], target: TaskExamples, groups: Sequence[TaskExamples]
+) -> list[tuple[TaskExamples, Role]]:
+    """All that is captured, in the order of the store."""
+    parts: list[tuple[TaskExamples, Role]] = [(task, "task") for task in tasks]
+    return [*parts, (target, "target"), *((group, "group") for group in groups)]
 
 
-def predict_pass(
-    model: nn.Module,
-    tasks: Sequence[TaskExamples],
-    target: TaskExamples,
-    collate_fn: CollateFn,
-    *,
-    projection_dim: int,
-    batch_size: int,
-    scalars: Sequence[str],
-    one_by_one: bool = False,
-    loss: ExampleLoss = NEXT_TOKEN_LOSS,
-) -> PassCost:
-    """Cost of the pass for one process, from two of its batches: see :func:`predict_batches`.
-
-    The memory is that of a batch, without the tables of the projection and without the optimizer's
-    state.
-    """
-    one_by_one = one_by_one or loss.of_batch is not None
-    limits = BatchLimits.of(1 if one_by_one else batch_size, [*tasks, target])
-    by_key = {(task.name, is_target): task for task, is_target in _with_target(tasks, target)}
-    batches: list[list[Any]] = []
-    for shard in _plan_shards(tasks, target):
-        rows = [by_key[shard.task, shard.is_target].rows[i] for i in shard.example_ids]
-        lengths = np.array([row_length(row) for row in rows])
-        batches += [[rows[i] for i in chosen] for chosen in limits.cut(lengths)]
-    # The optimizer may not exist yet.
-    scales = {
-        name: torch.ones(1, device=p.device).expand(p.numel())
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-    sketch = CountSketch(projection_dim, 0)
-    capture = _Capture(
-        model,
-        collate_fn,
-        sketch,
-        scalars,
-        0,
-        None,
-        scales=scales,
-        one_by_one=one_by_one,
-        loss=loss,
-    )
-    with capture:
-        return predict_batches(
-            model, batches, lambda rows: capture.batches("", list(enumerate(rows)))
-        )
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """How many examples fit into a batch: as many tokens as in one of the longest examples."""
-
-    tokens: int
-    """With padding."""
-    examples: int
-
-    @classmethod
-    def of(cls, batch_size: int, tasks: Sequence[TaskExamples]) -> BatchLimits:
-        """Batches of short examples hold more of them, up to four times ``batch_size``.
-
-        A batch of any length then needs no more memory for activations than training on the longest
-        rows does.
-        """
-        if batch_size == 1:
-            return cls(0, 1)
-        longest = max(row_length(task.rows[i]) for task in tasks for i in task.example_ids)
-        return cls(batch_size * longest, 4 * batch_size if longest else batch_size)
-
-    def cut(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Positions of the examples of each batch, by ascending length."""
-        order = np.argsort(lengths, kind="stable")
-        start = 0
-        for end in range(1, len(order) + 1):
-            size = end + 1 - start
-            if (
-                end == len(order)
-                or size > self.examples
-                or size * lengths[order[end]] > self.tokens
-            ):
-                yield order[start:end]
-                start = end
-
-
-class _Capture:
-    """Runs batches and collects losses, outputs and projected gradients of their examples.
-
-    Attributes:
-        fixed_with_gradient: parameters that the optimizer has not stepped so far, but that had a
-            gradient in some batch.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        collate_fn: CollateFn,
-        sketch: CountSketch,
-        scalars: Sequence[str],
-        seed: int,
-        optimizer: OptimizerState | None,
-        *,
-        scales: Mapping[str, Tensor] | None = None,
-        one_by_one: bool = False,
-        loss: ExampleLoss = NEXT_TOKEN_LOSS,
-        whole: frozenset[str] = frozenset(),
-    ) -> None:
-        self._loss = loss
-        self._model = model
-        self._collate_fn = collate_fn
-        self._sketch = sketch
-        self._scalars = scalars
-        self._seed = seed
-        self._optimizer = optimizer
-        self._scales = (scales or {}) if optimizer is None else optimizer.scales
-        self._fitting = FittingBatches()
-        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._hooks = None if one_by_one else GradientHooks(model, self._receive, whole=whole)
-        if self._hooks is not None:
-            self._hooks.in_parts = True
-        self._projected: dict[str, Tensor] = {}
-        self.fixed_with_gradient: set[str] = set()
-        self._stack = contextlib.ExitStack()
-
-    @property
-    def metadata(self) -> JsonDict:
-        """What the captured numbers depend on; equal for equal numbers."""
-        state = self._optimizer
-        return {
-            "anchor": _digest(self._trainable),
-            "num_trainable_parameters": sum(p.numel() for p in self._trainable.values()),
-            "projection": "count_sketch",
-            "projection_version": PROJECTION_VERSION,
-            "projection_dim": self._sketch.dim,
-            "seed": self._seed,
-            "loss": {
-                "shift": self._loss.shift,
-                "per_token": self._loss.per_token,
-                "of_labels": self._loss.of_batch is None,
-            },
-            "optimizer": state
-            and {
-                "name": state.name,
-                "scales": _digest(state.scales),
-                "momentum_coefficient": state.momentum_coefficient,
-                "learning_rate_factor": state.learning_rate_factor,
-                "weight_decay": state.weight_decay,
-                "steps_taken": state.steps_taken,
-                "decay_is_coupled": state.decay_is_coupled,
-                "groups": [asdict(group) for group in state.groups],
-                "num_fixed_parameters": state.num_fixed,
-            },
-            "versions": {name: version(name) for name in ("torch", "transformers")}
-            | {"python": platform.python_version()},
-        }
-
-    def vectors(self) -> Arrays:
-        """Projections [D], in the optimizer's coordinates, of what its steps depend on."""
-        state = self._optimizer
-        if state is None:
-            return {}
-        # A gradient scales by P^(1/2), the parameters themselves by its inverse. What decays by
-        # less than the others is as if it were smaller: so weight decay's constant part is exact.
-        return {
-            name: self._sketch.project_all(values).cpu().numpy()
-            for name, values in {
-                "momentum": {n: m * state.scales[n] for n, m in state.momentum.items()},
-                "parameters": {
-                    n: state.to_coordinates(n, p.detach().float().flatten() * state.decay_ratios[n])
-                    for n, p in self._trainable.items()
-                    if n in state.scales
-                },
-            }.items()
-        }
-
-    def prepare_tables(self) -> None:
-        """Build the projection's tables, which would else be built within a backward pass."""
-        for name, p in self._trainable.items():
-            like = at_least_float32(p.detach().new_empty(0))
-            self._sketch.prepare(name, p.numel(), like)
-
-    def __enter__(self) -> _Capture:
-        self.prepare_tables()
-        self._stack.enter_context(evaluation_mode(self._model))
-        if self._hooks is not None:
-            self._stack.enter_context(self._hooks)
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._stack.__exit__(*exception)
-
-    def shard(
-        self,
-        shard: ShardSpec,
-        task: TaskExamples,
-        limits: BatchLimits,
-        advance: Callable[[int], object],
-    ) -> Arrays:
-        """The arrays of one shard, in its order; batches hold examples of like length."""
-        rows = [(i, task.rows[i]) for i in shard.example_ids]
-        stream = f"{'target' if shard.is_target else 'task'}/{shard.task}"
-        lengths = np.array([row_length(row) for _, row in rows])
-        batches = list(limits.cut(lengths))
-        parts: list[Arrays] = []
-        for chosen in batches:
-            parts += self.batches(stream, [rows[i] for i in chosen])
-            advance(len(chosen))
-        back = np.argsort(np.concatenate(batches))
-        arrays = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
-        arrays["example_ids"] = np.array(shard.example_ids, np.int64)
-        arrays["example_weights"] = arrays["num_label_tokens"].astype(np.float64)
-        if task.example_weights is not None:
-            weight = dict(zip(task.example_ids, task.example_weights, strict=True))
-            arrays["example_weights"] = np.array([weight[i] for i in shard.example_ids], np.float64)
-        self._refuse_non_finite(task.name, arrays)
-        return arrays
-
-    def batches(self, stream: str, rows: list[tuple[int, Any]]) -> list[Arrays]:
-        """Losses, label tokens, outputs and projected gradients of numbered examples of a task.
-
-        In several parts, in order, where memory does not suffice for one batch.
-        """
-        run = functools.partial(self._batch, stream)
-        return list(self._fitting.run(rows, run, lambda row: row[1]))
-
-    def _batch(self, stream: str, rows: Sequence[tuple[int, Any]]) -> Arrays:
-        if self._hooks is not None:
-            self._hooks.batch_size = len(rows)
-            try:
-                return self._hooks.capture(functools.partial(self._run, stream, rows))
-            except InseparableError as error:
-                # The check has seen other examples: not every model uses its parts in each batch.
-                self._hooks.__exit__()
-                self._hooks = None
-                warn_of_one_by_one(str(error))
-        parts = [self._run(stream, [row]) for row in rows]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def _run(self, stream: str, rows: Sequence[tuple[int, Any]]) -> Arrays:
-        batch = self._collate_fn([row for _, row in rows])
-        output = forward_label_logits(self._model, batch, self._loss)
-        names = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in self._scalars))
-        if "sampled_loss" in names:
-            output = replace(output, uniforms=self._uniforms(stream, [i for i, _ in rows], output))
-        with torch.no_grad():
-            losses = SCALARS["loss"](output).detach()
-        arrays = {
-            "losses": losses.float().cpu().numpy(),
-            "num_label_tokens": self._loss.count(output.num_label_tokens).cpu().numpy(),
-        }
-        for position, name in enumerate(names):
-            values = SCALARS[name](output)
-            specs = [s for s in self._scalars if s.removesuffix(AT_OPTIMIZER) == name]
-            zeros = output.logits.new_zeros(len(rows), self._sketch.dim)
-            self._projected = {spec: zeros.clone() for spec in specs}
-            retain_graph = position + 1 < len(names)
-            if self._hooks is not None:
-                self._hooks.backward(values, retain_graph=retain_graph)
-            else:  # one example alone
-                gradients = differentiate(values.sum(), self._trainable, retain_graph=retain_graph)
-                for parameter, gradient in gradients.items():
-                    self._receive(parameter, at_least_float32(gradient).unsqueeze(0))
-                del gradients
-            for spec in specs:
-                arrays[f"outputs.{spec}"] = values.detach().float().cpu().numpy()
-                arrays[f"gradients.{spec}"] = self._projected[spec].float().cpu().numpy()
-            del values  # and its graph, before those of the next scalar are computed
-        return arrays
-
-    def _uniforms(self, stream: str, ids: list[int], output: LabelLogits) -> Tensor:
-        """Random numbers for the label tokens that depend on the example, not on its batch."""
-        counts = output.num_label_tokens.tolist()
-        words = [
-            random_words(count, "sampled labels", self._seed, stream, int(example))
-            for example, count in zip(ids, counts, strict=True)
-        ]
-        uniforms = (np.concatenate(words) >> np.uint64(40)).astype(np.float32) * 2.0**-24
-        return torch.from_numpy(uniforms).to(output.logits.device)
-
-    def _receive(self, name: str, gradients: Tensor) -> None:
-        gradients = gradients.flatten(1)
-        first = 0 if self._hooks is None else self._hooks.first_row
-        rows = slice(first, first + len(gradients))
-        plain = [spec for spec in self._projected if not spec.endswith(AT_OPTIMIZER)]
-        scaled = [spec for spec in self._projected if spec.endswith(AT_OPTIMIZER)]
-        for spec in plain:
-            self._projected[spec][rows] += self._sketch.project(name, gradients)
-        if not scaled:
-            return
-        if name not in self._scales:
-            if name not in self.fixed_with_gradient and gradients.any():
-                self.fixed_with_gradient.add(name)
-            return
-        gradients = gradients * self._scales[name]
-        for spec in scaled:
-            self._projected[spec][rows] += self._sketch.project(name, gradients)
-
-    def _refuse_non_finite(self, task: str, arrays: Arrays) -> None:
-        for name, what in [("losses", "loss")] + [
-            (f"gradients.{spec}", f"gradient of the {spec}") for spec in self._scalars
-        ]:
-            finite = np.isfinite(arrays[name]).reshape(len(arrays[name]), -1).all(1)
-            if not finite.all():
-                row = arrays["example_ids"][np.flatnonzero(~finite)[0]]
-                raise NonFiniteError(
-                    f"task {task!r}, row {row}: the {what} is NaN or infinite. Look at that row (a "
-                    "token id out of range?) and at the learning rate: training may have diverged "
-                    "before the gradient pass."
-                )
-
-
-def _with_target(
-    tasks: Sequence[TaskExamples], target: TaskExamples
-) -> list[tuple[TaskExamples, bool]]:
-    return [(task, False) for task in tasks] + [(target, True)]
-
-
-def _plan_shards(tasks: Sequence[TaskExamples], target: TaskExamples) -> list[ShardSpec]:
-    """Cut each task into shards: small enough to share out and to lose, few enough to list.
+def plan_shards(parts: Sequence[tuple[TaskExamples, Role]]) -> list[ShardSpec]:
+    """Cut each task into shards, which processes share out and an interruption loses one of.
 
     The cuts depend on the task alone, so that its shards are found again beside other tasks.
     """
     shards = []
-    for task, is_target in _with_target(tasks, target):
-        size = min(max(len(task.example_ids) // 16, 32), 4096)
+    for task, role in parts:
+        size = min(max(len(task.example_ids) // _SHARDS_OF_TASK, _LEAST_SHARD), _LARGEST_SHARD)
         for start in range(0, len(task.example_ids), size):
             ids = tuple(int(i) for i in task.example_ids[start : start + size])
-            shards.append(ShardSpec(task=task.name, is_target=is_target, example_ids=ids))
+            shards.append(ShardSpec(task=task.name, role=role, example_ids=ids))
     return shards
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Passes over a model within the memory that training takes: checkpoints, smaller batches, peaks.
+"""Passes over a model within the memory that training takes, and how much memory they take.
 
 Gradient checkpointing keeps the inputs of a layer instead of its activations and runs the layer
 again in the backward pass. Transformers' layers do so only in training mode, with dropout; here
@@ -8,34 +8,25 @@ they do so in evaluation mode.
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-logger = logging.getLogger(__name__)
-
-R = TypeVar("R")
-T = TypeVar("T")
-
 _ENTRIES_OF_ROWS = 2**18
-"""Entries of a matrix up to which ``row_by_row`` takes it whole: 1 MiB in float32."""
+"""Up to this number of entries ``row_by_row`` takes a matrix at once: 1 MiB in float32."""
 
 _PARTS = 16
-"""Parts, at most, in which ``row_by_row`` takes a larger one: about 5 temporary tensors of a part
-exist at once, a third of the matrix; more parts would cost more kernel launches."""
+"""The largest number of parts in which ``row_by_row`` takes a larger matrix. Derived: about 5
+temporary tensors of a part exist at once, a third of the matrix; more parts would cost more kernel
+launches."""
 
 _OUT_OF_MEMORY = (
     "out of memory",  # CUDA, ROCm, XPU, MPS
@@ -45,12 +36,12 @@ _OUT_OF_MEMORY = (
 )
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache", "cache_params")
-"""Arguments by which layers are handed what they computed for earlier tokens."""
+"""Names of the arguments that hold a layer's results for earlier tokens."""
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off, gradients on; every module's mode is put back.
+    """Turn dropout off and gradients on; every module's mode is restored afterwards.
 
     Layers for which gradient checkpointing is enabled are checkpointed, as in training.
     """
@@ -71,7 +62,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     They run again during a backward pass, whatever the options with which checkpointing was enabled
     (``use_reentrant=True`` does not work with ``torch.autograd.grad``): the forward must not be
     random, as in evaluation mode. Key-value caches are off, because layers would fill them twice.
-    Where checkpointing is not enabled, nothing happens. Everything is put back.
+    Where checkpointing is not enabled, nothing happens. Everything is restored afterwards.
     """
     layers = list(_checkpointed_layers(model))
     if not layers:
@@ -114,7 +105,7 @@ def checkpointing_enabled(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def _checkpointed_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Layers with the flag; or those in the lists of a model that runs them checkpointed itself."""
+    """The layers with the flag, or those in the lists of a model with the flag."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) is not True:
             continue
@@ -140,7 +131,7 @@ def _run_checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) ->
 def row_by_row(
     function: Callable[[Tensor, Tensor], Tensor], matrix_LV: Tensor, values_L: Tensor
 ) -> Tensor:
-    """``function(matrix_LV, values_L)`` [L], which is computed from each row alone.
+    """Compute ``function(matrix_LV, values_L)`` [L], whose entries depend on one row each.
 
     A large matrix is worked on in parts, forward and backward, so that besides it and its gradient
     nothing of its size exists.
@@ -208,80 +199,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in message for text in _OUT_OF_MEMORY)
 
 
-def row_length(row: Any) -> int:
-    """Tokens of a tokenized example; 0 if they are not known."""
-    return len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else 0
-
-
-def num_tokens(rows: Sequence[Any]) -> int:
-    """Tokens of a batch, padding included; or its rows, if lengths are unknown."""
-    return len(rows) * max(max(map(row_length, rows)), 1)
-
-
-class FittingBatches:
-    """Runs batches, in parts where memory does not suffice for a whole one.
-
-    A batch for which memory does not suffice is halved until it does; later batches of more tokens
-    than half of it has are cut beforehand. A warning is logged when the limit is met first.
-    """
-
-    def __init__(self) -> None:
-        self.tokens: float = math.inf
-        """Most tokens that are tried at once, padding included."""
-
-    def run(
-        self,
-        rows: Sequence[R],
-        run: Callable[[Sequence[R]], T],
-        example: Callable[[R], Any] = lambda row: row,
-    ) -> Iterator[T]:
-        """Results of the parts of a batch, in order; a part runs when its result is asked for.
-
-        Args:
-            rows: the batch.
-            run: is called with parts of it.
-            example: the tokenized example in a row.
-
-        Raises:
-            torch.OutOfMemoryError: memory does not suffice for one example alone.
-        """
-        size = num_tokens([example(row) for row in rows])
-        if len(rows) == 1 or size <= self.tokens:
-            try:
-                result = run(rows)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(rows) == 1:
-                    length = row_length(example(rows[0]))
-                    raise torch.OutOfMemoryError(
-                        "memory does not suffice for one example"
-                        + (f" of {length} tokens" if length else "")
-                        + " in the gradient pass. Set gradient_checkpointing=True, truncate rows "
-                        "(max_length), train fewer parameters, or free memory. The allocator said: "
-                        f"{error}"
-                    ) from error
-                message = str(error)
-            else:
-                yield result
-                return
-            # Outside of the except clause nothing refers to the frames of the attempt any more.
-            clear_device_cache(garbage_collection=True)
-            log = logger.warning if self.tokens == math.inf else logger.info
-            self.tokens = size // 2
-            log(
-                "memory does not suffice for a batch of %d examples (%d tokens, padding included); "
-                "the gradient pass goes on in smaller ones, to the same results. The allocator "
-                "said: %s",
-                len(rows),
-                size,
-                message,
-            )
-        middle = len(rows) // 2
-        yield from self.run(rows[:middle], run, example)
-        yield from self.run(rows[middle:], run, example)
-
-
 class PeakMemory:
     """Measures, while open, by how many bytes at most the tensors on a device grow.
 
@@ -312,7 +229,7 @@ class PeakMemory:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows which storages come and go."""
+    """Counts the bytes of all live storages that operations have made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -349,31 +266,3 @@ class _LiveBytes(TorchDispatchMode):
 
         self._storages[key] = weakref.ref(storage, forget)
         self._live += size
-
-
-@dataclass(frozen=True)
-class PassCost:
-    """Predicted cost of passes over a model."""
-
-    seconds: float
-    """That one process needs."""
-    memory: int
-    """Bytes that the largest batch takes at most, on the model's device."""
-
-
-def predict_batches(
-    model: nn.Module, batches: Sequence[list[Any]], run: Callable[[list[Any]], object]
-) -> PassCost:
-    """Cost of ``run`` for all batches: the largest one is measured, the middle one is timed.
-
-    All take the middle one's time times the ratio of the tokens, padding included.
-    """
-    sizes = [num_tokens(rows) for rows in batches]
-    order = sorted(range(len(batches)), key=lambda i: (sizes[i], len(batches[i])))
-    with PeakMemory(next(model.parameters()).device) as peak:  # this one warms up, too
-        run(batches[order[-1]])
-    middle = order[len(batches) // 2]
-    start = time.perf_counter()
-    run(batches[middle])
-    seconds = time.perf_counter() - start
-    return PassCost(seconds * sum(sizes) / sizes[middle], peak.bytes)

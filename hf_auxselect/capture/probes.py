@@ -1,9 +1,9 @@
-"""What is measured away from the anchor: gradients at second points, losses at ends.
+"""Probes: gradients and losses that are measured at displaced parameters.
 
-What gradients and losses change by along a way of realistic length holds all that a Gauss-Newton
-matrix leaves out there: the model's own curvature, and what is no longer quadratic.
+Over a displacement as long as that of training, gradients and losses change by all that a
+Gauss-Newton matrix leaves out: the model's own curvature, and terms beyond the quadratic.
 
-Shapes: K tasks, T examples of the target, E ends, D projection_dim.
+Shapes: K tasks, T examples of the target, E endpoints, S sources, D projection_dim.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +20,37 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_auxselect.capture.examples import BatchLimits, TaskExamples
-from hf_auxselect.capture.hooks import CollateFn, differentiate
-from hf_auxselect.capture.memory import (
-    FittingBatches,
-    PassCost,
-    evaluation_mode,
-    predict_batches,
-    row_length,
-)
+from hf_auxselect.capture.batching import BatchLimits, FittingBatches, TaskExamples, row_length
+from hf_auxselect.capture.memory import evaluation_mode
+from hf_auxselect.capture.module_gradients import differentiate, trainable_parameters
 from hf_auxselect.capture.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import (
     NEXT_TOKEN_LOSS,
     SCALARS,
-    Batch,
+    CollateFn,
     ExampleLoss,
     forward_label_logits,
 )
-from hf_auxselect.capture.schedule import group_rates
-from hf_auxselect.distributed import computed_once, gather, process_rank, sum_over_processes
-from hf_auxselect.store.arrays import GradientStore, add_vectors, evenly_spread
+from hf_auxselect.distributed import gather, on_main_process, process_rank, sum_over_processes
+from hf_auxselect.store.arrays import GradientStore, evenly_spread
+from hf_auxselect.store.records import MAX_PROBE_EXAMPLES, InitialLosses, Probes
+from hf_auxselect.store.writer import add_vectors
 
 logger = logging.getLogger(__name__)
-
-EXAMPLES_AHEAD = 64
-"""Examples of a task, and of the target, that are read again at most: mean gradients take fewer
-than curvature."""
 
 Values = Mapping[str, Tensor]
 """A flat tensor by name of the parameter."""
 
 
-def look_ahead(
+def measure_probes(
     model: nn.Module,
     tasks: Sequence[TaskExamples],
     target: TaskExamples,
     collate_fn: CollateFn,
     store: GradientStore,
-    second_points_KD: np.ndarray,
-    ends_ED: np.ndarray,
+    secant_points_KD: np.ndarray,
+    endpoints_ED: np.ndarray,
     *,
     directory: str | Path,
     optimizer: torch.optim.Optimizer,
@@ -67,92 +58,103 @@ def look_ahead(
     loss: ExampleLoss = NEXT_TOKEN_LOSS,
     progress: bool = True,
 ) -> GradientStore:
-    """Measure by how much the tasks' mean gradients and the target's losses change on the way.
+    """Measure how the tasks' mean gradients and the target's losses change under displacements.
 
-    A projected displacement cannot be taken as it is: the one that is taken is the combination of
-    the optimizer's momentum and the tasks' mean gradients that is nearest to it. At most 64
-    examples of each task, spread evenly over those of the store, run forward and backward twice: at
-    the anchor, for these mean gradients, and at the task's second point. As many of the target run
-    forward, at the anchor and at each end. The model is left as it was. With ``torch.distributed``
-    set up, the batches are shared out. On the CPU, K + 1 float32 numbers are kept per parameter.
+    A projected displacement cannot be applied as it is: the one that is applied is the combination
+    of the optimizer's momentum and the tasks' mean gradients that is nearest to it. At most 64
+    examples of each task, spread evenly over those of the store, run forward and backward twice:
+    where the model is, for these mean gradients, and at the task's secant point. As many of the
+    target run forward, where the model is and at each endpoint. The model is left as it was. With
+    ``torch.distributed`` set up, the batches are shared out. On the CPU, K + 1 float32 numbers are
+    kept per parameter.
 
     Args:
-        model: the model at the anchor.
+        model: the model at the linearization point.
         tasks: the examples of the store, in its order.
         target: those of its target.
         collate_fn: as for ``capture_gradients``.
-        store: what was captured at the anchor, with the scalar ``"loss@optimizer"``.
-        second_points_KD: where each task's gradients are captured once more; from
-            ``AbstractEstimator.way_ahead``.
-        ends_ED: where losses are measured; likewise.
-        directory: where the store is; the result is added to it.
+        store: what was captured, with the scalar ``"loss@optimizer"``.
+        secant_points_KD: the displacement at which each task's mean gradient is measured again;
+            from ``AbstractEstimator.probe_points``.
+        endpoints_ED: predicted endpoints of training, at which losses are measured; likewise.
+        directory: where the store is; the probes are added to it.
         optimizer: that of the store.
         batch_size: as for ``capture_gradients``.
         loss: how the loss of an example is computed.
         progress: show a progress bar.
 
     Returns:
-        The store with four more vectors: ``second_points`` and ``ends``, as they were taken,
-        rounding included; the ``gradient_changes`` [K, D] of the tasks from the anchor to their
-        second points, in the optimizer's coordinates like these; and the ``end_changes`` [E, T] of
-        the losses of those examples of the target that were read. If one of them is not finite, a
-        warning is logged and the store is returned as it was.
+        The store with its ``probes``, whose displacements are those that were applied, rounding
+        included. If a number of them is not finite, a warning is logged and the store is returned
+        as it was.
+
+    Raises:
+        ValueError: the store was captured without the optimizer.
 
     Source: secants of gradients as in quasi-Newton methods; Nocedal and Wright, "Numerical
     Optimization" (2006), section 6.1.
     """
-    state = read_optimizer(model, optimizer, group_rates(store.metadata.get("training")))
+    record, training = store.optimizer, store.remaining_training
+    if record is None:
+        raise ValueError(
+            "the store was captured without the optimizer, in whose coordinates displacements are. "
+            "Pass optimizer=... to capture_gradients."
+        )
+    rates = None if training is None else training.total_group_rates
+    state = read_optimizer(model, optimizer, rates)
     sketch = CountSketch(store.metadata["projection_dim"], store.metadata["seed"])
-    reader = _TaskReader(model, collate_fn, tasks, store, batch_size, loss)
-    target_reader = _TargetReader(model, collate_fn, target, batch_size, loss)
-    gradients_ND = store.scalar("loss@optimizer")[1]
-    before_KD = np.stack([reader.mean_of_task(k, gradients_ND) for k in range(len(tasks))])
-    sources = np.vstack([store.vectors["momentum"].astype(np.float64), before_KD])
-    wanted = np.vstack([second_points_KD, ends_ED])
-    coefficients = computed_once(lambda: np.linalg.lstsq(sources.T, wanted.T, rcond=None)[0].T)
-    to_second_points, to_ends = np.split(coefficients, [len(tasks)])
+    chosen, before_KD = _captured_means(store, tasks)
+    reader = ProbeReader(model, collate_fn, chosen, batch_size, loss)
+    of_target = examples_to_probe(target)
+    target_reader = ProbeReader(model, collate_fn, [of_target], batch_size, loss)
+    sources_SD = np.vstack([record.momentum_D, before_KD])
+    wanted = np.vstack([secant_points_KD, endpoints_ED])
+    coefficients = on_main_process(lambda: np.linalg.lstsq(sources_SD.T, wanted.T, rcond=None)[0].T)
+    to_secant_points_KS, to_endpoints_ES = np.split(coefficients, [len(tasks)])
 
     def project(values: Values) -> np.ndarray:
         return sketch.project_all(values).double().cpu().numpy()
 
     rank, _ = process_rank()
     bar = tqdm(
-        total=2 * reader.num_examples + (1 + len(to_ends)) * target_reader.num_examples,
-        desc="looking ahead",
+        total=2 * reader.num_examples + (1 + len(to_endpoints_ES)) * target_reader.num_examples,
+        desc="probes",
         unit="example",
         disable=not progress or rank != 0,
     )
     with bar, evaluation_mode(model):
         reader.advance = target_reader.advance = bar.update
-        way = _Displacements(reader.parameters, state, len(sources))
+        displacements = _Displacements(reader.parameters, state, len(sources_SD))
         if rank == 0:
-            way.add(0, {name: m * state.scales[name] for name, m in state.momentum.items()})
+            displacements.add(0, {n: m * state.scales[n] for n, m in state.momentum.items()})
         for k in range(len(tasks)):
-            way.add(1 + k, reader.gradient(k, state.scales))
-        way.sum_over_processes()
+            displacements.add(1 + k, reader.gradient(k, state.scales))
+        displacements.sum_over_processes()
         losses_T = target_reader.losses()
-        second_points, after, ends, changes = [], [], [], []
-        for k, combination in enumerate(to_second_points):
-            with way.taken(combination) as moved:
-                second_points.append(project(moved))
+        secant_points, after, endpoints, changes = [], [], [], []
+        for k, combination in enumerate(to_secant_points_KS):
+            with displacements.applied(combination) as moved:
+                secant_points.append(project(moved))
                 after.append(project(reader.gradient(k, state.scales)))
-        for combination in to_ends:
-            with way.taken(combination) as moved:
-                ends.append(project(moved))
+        for combination in to_endpoints_ES:
+            with displacements.applied(combination) as moved:
+                endpoints.append(project(moved))
                 changes.append(target_reader.losses() - losses_T)
-    vectors = {
-        "second_points": np.stack(second_points),
-        "gradient_changes": np.sum(gather(np.stack(after)), axis=0) - before_KD,
-        "ends": np.stack(ends),
-        "end_changes": np.sum(gather(np.stack(changes)), axis=0),
-    }
+    vectors = Probes(
+        secant_points_KD=np.stack(secant_points),
+        gradient_changes_KD=np.sum(gather(np.stack(after)), axis=0) - before_KD,
+        endpoints_ED=np.stack(endpoints),
+        loss_changes_ET=np.sum(gather(np.stack(changes)), axis=0),
+        task_example_ids=[np.array(task.example_ids, np.int64) for task in chosen],
+        target_example_ids=np.array(of_target.example_ids, np.int64),
+    ).to_vectors()
     if not all(np.isfinite(vector).all() for vector in vectors.values()):
         logger.warning(
-            "gradients or losses where training is about to lead are not finite, and left out; "
-            "look at the learning rate: training may diverge."
+            "gradients or losses at the predicted endpoints of training are not finite, and are "
+            "left out; look at the learning rate: training may diverge."
         )
         return store
-    computed_once(lambda: add_vectors(directory, vectors))
+    on_main_process(lambda: add_vectors(directory, vectors))
     return store.with_vectors(vectors)
 
 
@@ -164,10 +166,10 @@ def losses_at(
     *,
     batch_size: int,
     loss: ExampleLoss = NEXT_TOKEN_LOSS,
-) -> np.ndarray:
+) -> InitialLosses:
     """The target's losses with other values of the trainable parameters.
 
-    At most 64 examples are read, as in :func:`look_ahead`; the model is left as it was.
+    At most 64 examples are read, as in :func:`measure_probes`; the model is left as it was.
 
     Args:
         model: the model.
@@ -178,118 +180,68 @@ def losses_at(
         loss: how the loss of an example is computed.
 
     Returns:
-        float64 [T], nats per label token of each example.
+        The losses, nats per label token, and the ids of the examples.
     """
-    reader = _TargetReader(model, collate_fn, target, batch_size, loss)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with evaluation_mode(model), _restored(parameters):
+    chosen = examples_to_probe(target)
+    reader = ProbeReader(model, collate_fn, [chosen], batch_size, loss)
+    with evaluation_mode(model), _restored(reader.parameters):
         with torch.no_grad():
-            for name, p in parameters.items():
+            for name, p in reader.parameters.items():
                 p.copy_(values[name])
-        return np.sum(gather(reader.losses()), axis=0)
+        losses_T = np.sum(gather(reader.losses()), axis=0)
+    return InitialLosses(losses_T=losses_T, example_ids=np.array(chosen.example_ids, np.int64))
 
 
-def predict_look_ahead(
-    model: nn.Module,
-    tasks: Sequence[TaskExamples],
-    target: TaskExamples,
-    collate_fn: CollateFn,
-    *,
-    num_ends: int,
-    batch_size: int,
-    loss: ExampleLoss = NEXT_TOKEN_LOSS,
-) -> PassCost:
-    """Cost for one process, from batches of tasks and target: see :func:`predict_batches`.
-
-    The memory is that of a batch, with the gradient of the parameters, but without their
-    displacements and without the optimizer's state.
-    """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    fitting = FittingBatches()
-
-    def batches(of: Sequence[TaskExamples]) -> list[list[object]]:
-        read = [_read_again(task) for task in of]
-        return [[read[k].rows[i] for i in ids] for k, ids, _ in _batches(read, batch_size, loss)]
-
-    def forward_and_backward(rows: Sequence[object]) -> None:
-        _gradients(model, parameters, collate_fn(list(rows)), np.ones(len(rows)), loss)
-
-    def forward(rows: Sequence[object]) -> None:
-        _losses(model, collate_fn(list(rows)), loss)
-
-    def predict(of: Sequence[TaskExamples], run: Callable[[Sequence[object]], None]) -> PassCost:
-        return predict_batches(model, batches(of), lambda rows: list(fitting.run(rows, run)))
-
-    with evaluation_mode(model):
-        of_tasks = predict(tasks, forward_and_backward)
-        of_target = predict([target], forward)
-    return PassCost(
-        2 * of_tasks.seconds + (1 + num_ends) * of_target.seconds,
-        max(of_tasks.memory, of_target.memory),
-    )
-
-
-def _read_again(task: TaskExamples) -> TaskExamples:
-    """Those of its examples that are read again."""
+def examples_to_probe(task: TaskExamples) -> TaskExamples:
+    """At most 64 of the examples, spread evenly over all."""
     ids = np.asarray(task.example_ids)
-    return replace(task, example_ids=ids[evenly_spread(len(ids), EXAMPLES_AHEAD)].tolist())
+    return replace(task, example_ids=ids[evenly_spread(len(ids), MAX_PROBE_EXAMPLES)].tolist())
 
 
-def _batches(
-    tasks: Sequence[TaskExamples], batch_size: int, loss: ExampleLoss
-) -> Iterator[tuple[int, list[int], np.ndarray]]:
-    """Of each batch: its task, its examples, and their places among those of the task."""
-    limits = BatchLimits.of(batch_size if loss.of_batch is None else 1, tasks)
+def _captured_means(
+    store: GradientStore, tasks: Sequence[TaskExamples]
+) -> tuple[list[TaskExamples], np.ndarray]:
+    """The examples of each task that probes read, and the mean [K, D] of their gradients."""
+    gradients_ND = store.scalar("loss@optimizer")[1]
+    chosen, means = [], []
     for k, task in enumerate(tasks):
-        for places in limits.cut(np.array([row_length(task.rows[i]) for i in task.example_ids])):
-            yield k, [task.example_ids[i] for i in places], places
+        rows = store.rows_to_probe(k)
+        tokens = store.num_label_tokens[rows]
+        weights = tokens / tokens.sum()
+        ids = store.example_ids[rows].tolist()
+        chosen.append(replace(task, example_ids=ids, example_weights=weights.tolist()))
+        means.append(weights @ gradients_ND[rows].astype(np.float64))
+    return chosen, np.stack(means)
 
 
-class _TargetReader:
-    """Reads examples of the target again: this process's share of their batches.
+@dataclass(frozen=True)
+class _TaskBatch:
+    """Some examples of one task."""
 
-    Attributes:
-        num_examples: that this process reads.
-        advance: is told how many examples have been read.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        collate_fn: CollateFn,
-        target: TaskExamples,
-        batch_size: int,
-        loss: ExampleLoss,
-    ) -> None:
-        self._model, self._collate_fn, self._loss = model, collate_fn, loss
-        self._target = _read_again(target)
-        rank, world_size = process_rank()
-        self._batches = list(_batches([self._target], batch_size, loss))[rank::world_size]
-        self.num_examples = sum(len(ids) for _, ids, _ in self._batches)
-        self._fitting = FittingBatches()
-        self.advance: Callable[[int], object] = lambda count: None
-
-    def losses(self) -> np.ndarray:
-        """Of all that are read again [T]; 0 for those that other processes read."""
-        losses_T = np.zeros(len(self._target.example_ids))
-        for _, ids, places in self._batches:
-            rows = [self._target.rows[i] for i in ids]
-            losses_T[places] = np.concatenate(list(self._fitting.run(rows, self._losses)))
-            self.advance(len(ids))
-        return losses_T
-
-    def _losses(self, rows: Sequence[Any]) -> np.ndarray:
-        batch = self._collate_fn(list(rows))
-        return _losses(self._model, batch, self._loss).double().cpu().numpy()
+    task: int
+    places: np.ndarray
+    """Places of the examples among those of the task."""
 
 
-class _TaskReader:
-    """Reads some of a store's examples of the tasks again: this process's share of their batches.
+WeightedRow = tuple[Any, float]
+"""An example, and its weight in the mean loss of its task."""
+
+
+class ProbeReader:
+    """Computes losses and mean gradients of examples, wherever the model's parameters are.
+
+    Args:
+        model: the model, in evaluation mode when it is read.
+        collate_fn: as for ``capture_gradients``.
+        tasks: the examples; with weights where gradients are asked for.
+        batch_size: as for ``capture_gradients``.
+        loss: how the loss of an example is computed.
 
     Attributes:
-        parameters: those that are trained, by name.
-        num_examples: that this process reads.
-        advance: is told how many examples have been read.
+        parameters: the trainable ones, by name.
+        all_batches: the batches of all processes.
+        num_examples: how many examples this process reads.
+        advance: called with the number of examples that have been read.
     """
 
     def __init__(
@@ -297,76 +249,84 @@ class _TaskReader:
         model: nn.Module,
         collate_fn: CollateFn,
         tasks: Sequence[TaskExamples],
-        store: GradientStore,
         batch_size: int,
         loss: ExampleLoss,
     ) -> None:
         self._model, self._collate_fn, self._loss = model, collate_fn, loss
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.advance: Callable[[int], object] = lambda count: None
-        self._rows_of_store: list[np.ndarray] = []
-        self._shares: list[np.ndarray] = []  # of each example in the mean loss of its task
-        for k in range(len(tasks)):
-            # Rows without a label token have no loss and no gradient.
-            own = np.flatnonzero((store.task_ids == k) & (store.num_label_tokens > 0))
-            own = own[evenly_spread(len(own), EXAMPLES_AHEAD)]
-            tokens = store.num_label_tokens[own]
-            self._rows_of_store.append(own)
-            self._shares.append(tokens / tokens.sum())
-        self._tasks = [
-            replace(task, example_ids=store.example_ids[own].tolist())
-            for task, own in zip(tasks, self._rows_of_store, strict=True)
+        self._tasks = tasks
+        self._fitting = FittingBatches()
+        self.parameters = trainable_parameters(model)
+        limits = BatchLimits.of(batch_size if loss.of_batch is None else 1, tasks)
+        self.all_batches = [
+            _TaskBatch(k, places)
+            for k, task in enumerate(tasks)
+            for places in limits.cut(np.array([row_length(task.rows[i]) for i in task.example_ids]))
         ]
         rank, world_size = process_rank()
-        self._batches = list(_batches(self._tasks, batch_size, loss))[rank::world_size]
-        self.num_examples = sum(len(ids) for _, ids, _ in self._batches)
-        self._fitting = FittingBatches()
+        self._batches = self.all_batches[rank::world_size]
+        self.num_examples = sum(len(batch.places) for batch in self._batches)
+        self.advance: Callable[[int], object] = lambda count: None
 
-    def mean_of_task(self, k: int, vectors_ND: np.ndarray) -> np.ndarray:
-        """Mean [D] of the store's vectors over the examples of a task that are read again."""
-        return self._shares[k] @ vectors_ND[self._rows_of_store[k]].astype(np.float64)
+    def rows(self, batch: _TaskBatch) -> list[WeightedRow]:
+        """The examples of a batch; those of tasks without weights count 1 each."""
+        task = self._tasks[batch.task]
+        weights = task.example_weights
+        return [
+            (task.rows[task.example_ids[i]], 1.0 if weights is None else weights[i])
+            for i in batch.places
+        ]
+
+    def losses(self) -> np.ndarray:
+        """Loss [T] of the examples of the first task; 0 for those that other processes read."""
+        losses_T = np.zeros(len(self._tasks[0].example_ids))
+        for batch in self._batches:
+            if batch.task == 0:
+                losses_T[batch.places] = np.concatenate(list(self.run_losses(self.rows(batch))))
+                self.advance(len(batch.places))
+        return losses_T
 
     def gradient(self, k: int, scales: Values) -> dict[str, Tensor]:
         """This process's part of the gradient of a task's mean loss, in the coordinates."""
         total: dict[str, Tensor] = {}
-        for task, ids, places in self._batches:
-            if task == k:
-                rows = [
-                    (self._tasks[k].rows[i], share)
-                    for i, share in zip(ids, self._shares[k][places], strict=True)
-                ]
-                for part in self._fitting.run(rows, self._gradients, lambda row: row[0]):
+        for batch in self._batches:
+            if batch.task == k:
+                for part in self.run_gradients(self.rows(batch)):
                     for name, value in part.items():
                         if name in scales:
                             scaled = value.flatten().float() * scales[name]
                             total[name] = total[name] + scaled if name in total else scaled
-                self.advance(len(ids))
+                self.advance(len(batch.places))
         return total
 
-    def _gradients(self, rows: Sequence[tuple[Any, float]]) -> dict[str, Tensor]:
+    def run_losses(self, rows: Sequence[WeightedRow]) -> Iterator[np.ndarray]:
+        """Losses of the examples of a batch, in parts that fit into memory."""
+
+        def run(part: Sequence[WeightedRow]) -> np.ndarray:
+            with torch.no_grad():
+                return self._losses(part).double().cpu().numpy()
+
+        return self._fitting.run(rows, run, lambda row: row[0])
+
+    def run_gradients(self, rows: Sequence[WeightedRow]) -> Iterator[dict[str, Tensor]]:
+        """Gradients of the weighted sum of a batch's losses, in parts that fit into memory."""
+
+        def run(part: Sequence[WeightedRow]) -> dict[str, Tensor]:
+            losses = self._losses(part)
+            weights = torch.as_tensor(
+                [weight for _, weight in part], dtype=losses.dtype, device=losses.device
+            )
+            return differentiate(losses @ weights, self.parameters)
+
+        return self._fitting.run(rows, run, lambda row: row[0])
+
+    def _losses(self, rows: Sequence[WeightedRow]) -> Tensor:
         batch = self._collate_fn([row for row, _ in rows])
-        shares = np.array([share for _, share in rows])
-        return _gradients(self._model, self.parameters, batch, shares, self._loss)
-
-
-def _gradients(
-    model: nn.Module, parameters: Values, batch: Batch, shares: np.ndarray, loss: ExampleLoss
-) -> dict[str, Tensor]:
-    """Of a weighted sum of the losses of a batch's examples, by parameter."""
-    losses = SCALARS["loss"](forward_label_logits(model, batch, loss))
-    weights = torch.as_tensor(shares, dtype=losses.dtype, device=losses.device)
-    return differentiate(losses @ weights, parameters)
-
-
-def _losses(model: nn.Module, batch: Batch, loss: ExampleLoss) -> Tensor:
-    """Of a batch's examples, nats per label token."""
-    with torch.no_grad():
-        return SCALARS["loss"](forward_label_logits(model, batch, loss))
+        return SCALARS["loss"](forward_label_logits(self._model, batch, self._loss))
 
 
 @contextmanager
 def _restored(parameters: Values) -> Iterator[Values]:
-    """Lets parameters change for the length of a context; the values to which they return."""
+    """Let parameters change for the length of a context; gives the values to which they return."""
     before = {name: p.detach().clone() for name, p in parameters.items()}
     try:
         yield before
@@ -379,7 +339,7 @@ def _restored(parameters: Values) -> Iterator[Values]:
 class _Displacements:
     """Displacements of the parameters, in the optimizer's coordinates: combinations of S sources.
 
-    The sources are kept on the CPU. What the optimizer does not train does not move.
+    The sources are kept on the CPU. Parameters that the optimizer does not train do not move.
     """
 
     def __init__(self, parameters: Values, state: OptimizerState, count: int) -> None:
@@ -393,18 +353,17 @@ class _Displacements:
             self._sources[name][source] += value.cpu()
 
     def sum_over_processes(self) -> None:
-        """Add up what the processes have."""
+        """Add up the sources of all processes."""
         for name, value in self._sources.items():
             self._sources[name] = sum_over_processes(value.to(self._parameters[name].device)).cpu()
 
     @contextmanager
-    def taken(self, coefficients: np.ndarray) -> Iterator[dict[str, Tensor]]:
-        """Parameters elsewhere for the length of a context; how far they have really moved.
+    def applied(self, coefficients_S: np.ndarray) -> Iterator[dict[str, Tensor]]:
+        """Displace the parameters for the length of a context; gives how far they really moved.
 
-        ``coefficients`` [S] are those of the sources. In half precision a small displacement is
-        rounded.
+        In half precision a small displacement is rounded.
         """
-        factors = torch.from_numpy(coefficients).float()
+        factors = torch.from_numpy(coefficients_S).float()
         moved = {}
         with _restored(self._parameters) as before:
             with torch.no_grad():

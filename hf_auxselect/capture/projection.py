@@ -14,10 +14,11 @@ from torch import Tensor
 from hf_auxselect.seeds import random_words
 
 PROJECTION_VERSION = 1
-"""Changes whenever the same seed would give other numbers; stored with every projected gradient."""
+"""The version of the projection, stored with projected gradients: it changes whenever the same seed
+would give other numbers."""
 
 _BYTES_PER_SLOT = 12
-"""Memory of the tables: an int64 position and a float32 sign."""
+"""Memory of one slot in the tables: an int64 position and a float32 sign."""
 
 
 class CountSketch:
@@ -59,7 +60,7 @@ class CountSketch:
         self._tables: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def table_bytes(self, num_entries: int) -> int:
-        """Memory that is kept for a parameter of so many entries."""
+        """Memory in bytes of the tables of a parameter."""
         return self._num_slots(num_entries) * _BYTES_PER_SLOT
 
     def _num_slots(self, num_entries: int) -> int:

@@ -22,12 +22,20 @@ from torch import Tensor, nn
 from hf_auxselect.capture.memory import row_by_row, take_rows
 
 Batch = Mapping[str, Any]
+"""Keyword arguments of a model, with labels."""
+
+CollateFn = Callable[[list[Any]], Batch]
+"""Makes a batch of examples."""
 
 IGNORE_INDEX = -100
 """Label of positions that carry no loss, in all of Transformers."""
 
+_TOLERANCE, _HALF_PRECISION_TOLERANCE = 1e-3, 5e-2
+"""Relative difference from the model's own loss up to which a loss counts as the same, in float32
+and where half precision takes part. A convention: rounding stays below it."""
+
 HALF = (torch.float16, torch.bfloat16)
-"""Floating-point types that lose sums over many terms."""
+"""Floating-point types in which sums over many terms lose precision."""
 
 
 class UnsupportedLossError(ValueError):
@@ -35,7 +43,7 @@ class UnsupportedLossError(ValueError):
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision as float32; anything else as it is."""
+    """Convert half precision to float32; leave anything else as it is."""
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
@@ -50,11 +58,22 @@ class ExampleLoss:
             the labels: label smoothing, a loss function of the user's, a regularizer. Examples then
             run one at a time. None: the negative log-likelihood.
         per_token: whether the loss of a batch is a mean over label tokens (True) or over examples.
+        of_batch_name: tells ``of_batch`` from others, such as ``"label_smoothing_factor=0.1"``. A
+            store that was captured with a loss of another name is captured again.
     """
 
     shift: bool = True
     of_batch: Callable[[Batch], Tensor] | None = None
     per_token: bool = True
+    of_batch_name: str = ""
+
+    def __str__(self) -> str:
+        """What it is, in words; equal for losses that are taken for the same."""
+        what = "next token" if self.shift else "position"
+        per = "label tokens" if self.per_token else "examples"
+        if self.of_batch is None:
+            return f"negative log-likelihood of the label of the {what}, mean over {per}"
+        return f"another loss ({self.of_batch_name or 'unnamed'}), mean over {per}"
 
     def count(self, label_tokens: Tensor) -> Tensor:
         """Weight of examples in the loss of their batch [B], from their numbers of label tokens."""
@@ -127,7 +146,7 @@ def labels_of(model: nn.Module, batch: Batch, loss: ExampleLoss) -> Tensor:
 
 
 def count_label_tokens(model: nn.Module, batch: Batch, loss: ExampleLoss) -> Tensor:
-    """int64 [B]: positions of each example of a batch that carry loss."""
+    """Number of positions of each example that carry loss, int64 [B]."""
     return (labels_of(model, batch, loss) != IGNORE_INDEX).sum(1)
 
 
@@ -192,7 +211,7 @@ def forward_label_logits(
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """What the model is called with to get logits at the positions of the labels."""
+    """The arguments with which the model returns logits at the positions of the labels."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     base = base_model(model)
     if getattr(getattr(base, "config", None), "use_cache", False):
@@ -226,7 +245,7 @@ def _logits(output: Any) -> Tensor:
 
 
 def match_model_loss(model: nn.Module, batch: Batch) -> ExampleLoss:
-    """How labels and logits belong together, found by the model's own loss of a batch.
+    """Find how labels and logits belong together, by the model's own loss of a batch.
 
     Args:
         model: a model in evaluation mode. One that takes no labels, or returns no loss, is taken
@@ -240,7 +259,7 @@ def match_model_loss(model: nn.Module, batch: Batch) -> ExampleLoss:
     with torch.no_grad():
         output = model(**batch) if "labels" in parameters else None
         own = getattr(output, "loss", None)
-        if own is None or not own.isfinite():  # NaN: no label tokens, of which others complain
+        if own is None or not own.isfinite():  # NaN: no label tokens, which is refused elsewhere
             return NEXT_TOKEN_LOSS
         found: dict[bool, float] = {}
         for shift in (True, False):
@@ -253,7 +272,8 @@ def match_model_loss(model: nn.Module, batch: Batch) -> ExampleLoss:
     is_half = torch.is_autocast_enabled(own.device.type) or any(
         p.dtype in HALF for p in model.parameters()
     )
-    if math.isclose(found[closest], float(own), rel_tol=5e-2 if is_half else 1e-3):
+    tolerance = _HALF_PRECISION_TOLERANCE if is_half else _TOLERANCE
+    if math.isclose(found[closest], float(own), rel_tol=tolerance):
         return ExampleLoss(shift=closest)
     raise UnsupportedLossError(
         f"the model's own loss of a batch is {float(own):.4f}, the negative log-likelihood of its "
@@ -264,7 +284,7 @@ def match_model_loss(model: nn.Module, batch: Batch) -> ExampleLoss:
 
 
 def token_margins(output: LabelLogits) -> Tensor:
-    """Log-odds of each label token [L]: log p - log(1 - p), in nats.
+    """The log-odds of each label token [L]: log p - log(1 - p), in nats.
 
     Computed as ``z_y - logsumexp(z_j for j != y)``, which is exact where p is near 0 or 1. The
     token's loss is ``-log p = softplus(-margin)``.
@@ -279,14 +299,14 @@ def _margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _draw_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Labels drawn from the model itself [L], by uniform random numbers."""
+    """Draw labels [L] from the model itself, by uniform random numbers."""
     cumulative = logits.softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniforms.to(cumulative).unsqueeze(1))
     return drawn.clamp(max=cumulative.shape[-1] - 1).squeeze(1)
 
 
 def _sampled_loss(output: LabelLogits) -> Tensor:
-    """Loss of labels drawn from the model itself, scaled for the Fisher matrix [B].
+    """The loss of labels drawn from the model itself, scaled for the Fisher matrix [B].
 
     With n label tokens of an example and drawn labels y, it is the sum of -log p(y) over the tokens
     divided by sqrt(n). Its gradient phi has mean 0, and E[phi phi^T] is the mean over the tokens of
@@ -305,10 +325,24 @@ def _sampled_loss(output: LabelLogits) -> Tensor:
 
 
 def _training_loss(output: LabelLogits) -> Tensor:
-    """Training loss of each example [B], nats per label token."""
+    """The training loss of each example [B], nats per label token."""
     if output.own_loss is not None:
         return output.own_loss
     return output.mean_over_tokens(nn.functional.softplus(-token_margins(output)))
+
+
+def add_scalar(name: str, of_examples: Callable[[LabelLogits], Tensor]) -> None:
+    """Let the pass differentiate another scalar of an example, too, in this process.
+
+    Args:
+        name: what an estimator's ``scalars`` call it.
+        of_examples: gives the scalar of each example [B] from the logits of a batch.
+
+    Raises:
+        ValueError: another scalar has that name.
+    """
+    if SCALARS.setdefault(name, of_examples) is not of_examples:
+        raise ValueError(f"name {name!r} is that of another scalar; choose a new one.")
 
 
 SCALARS: dict[str, Callable[[LabelLogits], Tensor]] = {
@@ -318,3 +352,6 @@ SCALARS: dict[str, Callable[[LabelLogits], Tensor]] = {
     "sampled_loss": _sampled_loss,
 }
 """Scalars of an example [B] that the pass can differentiate, by name."""
+
+AT_OPTIMIZER = "@optimizer"
+"""Suffix of a scalar whose gradient is taken in the coordinates of the optimizer's steps."""

@@ -1,7 +1,7 @@
-"""What a learning-rate scheduler will do in the steps to come.
+"""The learning rates of the steps to come.
 
-A copy of it is stepped, which sets the rates of a stand-in for the optimizer: the scheduler of the
-run, its optimizer and their rates stay as they are.
+A copy of the scheduler is stepped, which sets the rates of a stand-in for the optimizer. The
+scheduler of the run, its optimizer and their rates stay as they are.
 
 Shapes: G parameter groups, S steps.
 """
@@ -18,12 +18,10 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_auxselect.files import JsonDict
-
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Rates of some steps to come, of every parameter group.
+    """The rates of every parameter group in some steps to come.
 
     Attributes:
         learning_rates: [G][S].
@@ -53,9 +51,9 @@ def momentum_coefficient(group: Mapping[str, Any]) -> float:
 
 
 def follows_metrics(scheduler: Any) -> bool:
-    """Whether it is stepped with a metric, so that nobody knows its rates beforehand.
+    """Whether a scheduler follows a metric, so that its rates are not known beforehand.
 
-    Such are ``ReduceLROnPlateau`` and ``GreedyLR``.
+    ``ReduceLROnPlateau`` and ``GreedyLR`` do.
     """
     parameters = inspect.signature(scheduler.step).parameters.values()
     return any(
@@ -96,7 +94,10 @@ def schedule_to_come(
 
 
 def _of_lambdas(scheduler: LambdaLR, optimizer: Any, skip: int, count: int) -> Schedule:
-    """By their formula, which needs no copy, and knows a schedule apart from its restart."""
+    """The rates of a LambdaLR, from its functions of the step.
+
+    This needs no copy, and can leave out the restart that ``schedule_restart`` has built in.
+    """
     first = scheduler.last_epoch + skip
     rates = []
     for base, given in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
@@ -120,18 +121,19 @@ def _of_copy(
         state={},
         step=lambda: None,
     )
-    # What the copy would share with the run: schedulers within it refer to the same optimizer.
+    # The copy refers to the stand-in wherever the scheduler, or one within it, does to the
+    # optimizer; it shares with the run what is listed as shared.
     memo: dict[int, Any] = {id(known): known for known in shared}
     for known in (optimizer, getattr(scheduler, "optimizer", optimizer)):
         memo[id(known)] = stand_in
-    twin = copy.deepcopy(scheduler, memo)
+    stepped = copy.deepcopy(scheduler, memo)
     learning_rates: list[list[float]] = [[] for _ in groups]
     momentum: list[list[float]] = [[] for _ in groups]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of steps without an optimizer's
         for step in range(skip + count):
             if step:
-                twin.step()
+                stepped.step()
             if step >= skip:
                 for g, group in enumerate(stand_in.param_groups):
                     learning_rates[g].append(_rate(group))
@@ -145,9 +147,3 @@ def _rate(group: Mapping[str, Any]) -> float:
 
 def _constant_momentum(optimizer: Any, count: int) -> list[list[float]]:
     return [[momentum_coefficient(group)] * count for group in optimizer.param_groups]
-
-
-def group_rates(training: JsonDict | None) -> list[float] | None:
-    """Learning rate of each parameter group in the training to come, up to a common factor."""
-    rates = (training or {}).get("group_learning_rates")
-    return None if rates is None else [sum(of_group) for of_group in rates]

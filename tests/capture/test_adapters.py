@@ -169,7 +169,7 @@ def batches(draw):
     return rows, draw(st.sampled_from(["right", "left"]))
 
 
-def captured_gradients(model, batch, scalar="margin", whole=frozenset()):
+def captured_gradients(model, batch, scalar="margin", rerun=frozenset()):
     """What the hooks see, summed over calls: name -> [B, *shape]."""
     captured: dict[str, torch.Tensor] = {}
 
@@ -180,7 +180,7 @@ def captured_gradients(model, batch, scalar="margin", whole=frozenset()):
         captured.clear()
         hooks.backward(SCALARS[scalar](forward_label_logits(model, batch)))
 
-    with GradientHooks(model, receive, whole=whole) as hooks:
+    with GradientHooks(model, receive, rerun=rerun) as hooks:
         hooks.capture(run)
     assert all(parameter.grad is None for parameter in model.parameters())
     return captured
@@ -500,7 +500,7 @@ class TestModulesThatDoNotSplitByExample:
         model, (rows, _) = self.CASES[name](), batch
         checked = compare_with_autograd(model, rows_of([(9, 5), (4, 0)]), tiny.collate)
         references = per_example_gradients(model, rows, tiny.collate)
-        captured = captured_gradients(model, tiny.collate(rows), whole=checked.whole)
+        captured = captured_gradients(model, tiny.collate(rows), rerun=checked.rerun)
         for name, parameter in model.named_parameters():
             captured.setdefault(name, parameter.new_zeros(len(rows), *parameter.shape))
         assert largest_relative_error(captured, references) < 1e-9

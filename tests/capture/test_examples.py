@@ -16,7 +16,13 @@ from hf_auxselect import (
     check_per_example_gradients,
 )
 from hf_auxselect.capture.projection import CountSketch
-from hf_auxselect.capture.scalars import NEXT_TOKEN_LOSS, SCALARS, LabelLogits, forward_label_logits
+from hf_auxselect.capture.scalars import (
+    NEXT_TOKEN_LOSS,
+    SCALARS,
+    ExampleLoss,
+    LabelLogits,
+    forward_label_logits,
+)
 
 
 class TestScalars:
@@ -324,7 +330,7 @@ class TestCaptureGradients:
         sketch = CountSketch(32, seed=0)
         row = tasks["sums"][0]
         reference = per_example_gradients(model, [row], tiny.collate)[0]
-        expected = momentum = parameters = 0
+        expected = momentum = parameters = torch.zeros(())
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 state = optimizer.state[parameter]
@@ -477,6 +483,21 @@ class TestCaptureGradients:
         fresh = self.capture(tasks, target, tmp_path / "fresh", model)
         assert np.array_equal(again.gradients, fresh.gradients)
 
+    def test_another_loss_starts_again(self, tasks, target, tmp_path):
+        model = adapted(tiny.llama())
+
+        def losses(smoothing):
+            def of_batch(batch):
+                logits = model(**{n: v for n, v in batch.items() if n != "labels"}).logits
+                logits, labels = logits[0, :-1], batch["labels"][0, 1:]
+                return nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+            loss = ExampleLoss(of_batch=of_batch, of_batch_name=f"smoothing={smoothing}")
+            store = self.capture(tasks, target, tmp_path, model, loss=loss, scalars=("loss",))
+            return store.losses
+
+        assert not np.allclose(losses(0.1), losses(0.3))
+
     def test_a_loss_that_is_nan_names_task_and_row(self, tasks, target, tmp_path):
         model = adapted(tiny.llama())
         token = tasks["letters"][3]["input_ids"][0]  # a letter, which no other task has
@@ -499,7 +520,8 @@ class TestCaptureGradients:
         [
             ({"tasks": {}}, "tasks is empty"),
             ({"tasks": {"a": []}}, "task 'a' has no examples"),
-            ({"target": []}, "task 'target' has no examples"),
+            ({"target": []}, "target 'target' has no examples"),
+            ({"groups": {"g": []}}, "group 'g' has no examples"),
             ({"scalars": ("loss", "nonsense")}, "unknown scalar 'nonsense'.*'margin'"),
             ({"scalars": ("loss@optimizer",)}, "scalar 'loss@optimizer' needs optimizer="),
             ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -510,6 +532,24 @@ class TestCaptureGradients:
         arguments = {"tasks": tasks, "target": target, "directory": tmp_path} | options
         with pytest.raises(ValueError, match=message):
             self.capture(**arguments)
+
+    def test_a_group_is_captured_as_if_it_were_the_target(self, tasks, target, tmp_path):
+        rows = {"easy": tasks["sums"][:3], "hard/er": tasks["letters"][:5]}
+        scalars = ("margin", "loss")
+        store = self.capture(tasks, target, tmp_path / "one", groups=rows, scalars=scalars)
+        without = self.capture(tasks, target, tmp_path / "none", scalars=scalars)
+        assert np.array_equal(store.gradients, without.gradients)
+        assert np.array_equal(store.target.gradients, without.target.gradients)
+        assert list(store.groups) == ["easy", "hard/er"]
+        for name, group in store.groups.items():
+            alone = self.capture(tasks, rows[name], tmp_path / name, scalars=scalars).target
+            assert group.task_names == [name]
+            assert group.task_sizes.tolist() == [len(rows[name])]
+            for scalar in scalars:
+                for mine, its in zip(group.scalar(scalar), alone.scalar(scalar), strict=True):
+                    assert np.allclose(mine, its, rtol=1e-4, atol=1e-6)
+            assert np.allclose(group.losses, alone.losses, rtol=1e-5)
+            assert np.array_equal(group.example_weights, alone.example_weights)
 
     def test_it_can_be_read_back(self, tasks, target, tmp_path):
         store = self.capture(tasks, target, tmp_path)

@@ -9,7 +9,7 @@ import tiny
 import torch
 from peft import get_peft_model
 from test_adapters import captured_gradients
-from test_look_ahead import looked_ahead, stepped
+from test_probes import probed, stepped
 from tiny import VOCABULARY, adapted, lora, randomized, rows_of
 from torch import nn
 from transformers import (
@@ -26,14 +26,9 @@ from transformers import (
 )
 
 from hf_auxselect import capture_gradients
+from hf_auxselect.capture.batching import FittingBatches
 from hf_auxselect.capture.hooks import GradientHooks
-from hf_auxselect.capture.memory import (
-    FittingBatches,
-    PeakMemory,
-    evaluation_mode,
-    is_out_of_memory,
-    take_rows,
-)
+from hf_auxselect.capture.memory import PeakMemory, evaluation_mode, is_out_of_memory, take_rows
 from hf_auxselect.capture.scalars import SCALARS, LabelLogits
 
 V = len(VOCABULARY)
@@ -355,12 +350,13 @@ class TestBatchesThatDoNotFit:
         assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
         assert "a batch of 8 examples (48 tokens" in messages[0]
 
-    def test_looking_ahead_too(self, tmp_path):
+    def test_probes_too(self, tmp_path):
         rows = {"a": rows_of([(6, mask) for mask in range(12)]), "b": rows_of([(6, 1)] * 4)}
-        expected = looked_ahead(*stepped(), rows, tmp_path / "whole")
+        whole = stepped()
+        expected = probed(whole[0], whole[1], rows, tmp_path / "whole")
         model, optimizer = stepped()
         sizes = with_room_for(model, 2, ERRORS["cuda"])
-        store = looked_ahead(model, optimizer, rows, tmp_path / "parts")
+        store = probed(model, optimizer, rows, tmp_path / "parts")
         assert max(sizes) > 2
         for name, vectors in expected.vectors.items():
             assert store.vectors[name] == pytest.approx(vectors, rel=1e-2, abs=1e-4), name

@@ -24,7 +24,7 @@ from transformers.optimization import Adafactor, get_scheduler
 from hf_auxselect import GradExLogistic, LinearizedTraining
 from hf_auxselect.capture.optimizer_state import copy_of_state, read_optimizer, why_not_modelled
 from hf_auxselect.capture.schedule import schedule_to_come
-from hf_auxselect.estimators.recursion import Recursion
+from hf_auxselect.estimators.unrolled_optimizer import UnrolledOptimizer
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.trainer import access
 
@@ -604,7 +604,7 @@ class TestSchedules:
             assert told is None if expected is None else told is not None and expected in told
 
 
-class TestRecursion:
+class TestUnrolledOptimizer:
     """Against real steps on a parabola: the loss is lambda (theta)^2 / 2 + b theta there."""
 
     def test_coupled_decay_is_that_of_sgd(self):
@@ -619,7 +619,7 @@ class TestRecursion:
             optimizer.param_groups[0]["lr"] = rate
             parameter.grad = slope + curvature * (parameter.detach() - anchor)
             optimizer.step()
-        response = Recursion(
+        response = UnrolledOptimizer(
             rates / (1 - 0.8),
             momentum_coefficient=0.8,
             steps_taken=None,
@@ -639,7 +639,7 @@ class TestRecursion:
         for t, (rate, beta) in enumerate(zip(rates, betas, strict=True), start=5):
             m = beta * m + (1 - beta) * (slope + curvature * delta)
             delta -= rate * (m / (1 - beta**t) + decay * (start + delta))
-        recursion = Recursion(
+        recursion = UnrolledOptimizer(
             rates,
             momentum_coefficient=betas[0],
             steps_taken=4,
@@ -658,8 +658,10 @@ class TestRecursion:
     def test_momentum_coefficients_that_do_not_change_change_nothing(self):
         rates, values = np.linspace(0.2, 0.02, 12), np.array([0.0, 0.3, 5.0])
         options = {"momentum_coefficient": 0.9, "steps_taken": 4, "weight_decay": 0.1}
-        one = Recursion(rates, **options).response(values)
-        other = Recursion(rates, **options, momentum_coefficients=np.full(12, 0.9)).response(values)
+        one = UnrolledOptimizer(rates, **options).response(values)
+        other = UnrolledOptimizer(
+            rates, **options, momentum_coefficients=np.full(12, 0.9)
+        ).response(values)
         assert np.allclose(one, other, rtol=1e-9)
 
 

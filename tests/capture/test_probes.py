@@ -5,14 +5,16 @@ import torch
 from reference import loss_of_example
 
 from hf_auxselect import GradientStore, LinearizedTraining, RidgeSurrogate, capture_gradients
-from hf_auxselect.capture.examples import TaskExamples
+from hf_auxselect.capture.batching import TaskExamples
+from hf_auxselect.capture.cost import predict_probes
 from hf_auxselect.capture.optimizer_state import read_optimizer
-from hf_auxselect.capture.probes import EXAMPLES_AHEAD, look_ahead, losses_at, predict_look_ahead
+from hf_auxselect.capture.probes import losses_at, measure_probes
 from hf_auxselect.capture.projection import CountSketch
-from hf_auxselect.estimators.base import NUM_ENDS
+from hf_auxselect.estimators.base import NUM_ENDPOINTS
+from hf_auxselect.store.records import MAX_PROBE_EXAMPLES
 
 COEFFICIENTS = np.array([[-0.5, -0.3, 0.2], [-0.2, -0.4, -0.1]])
-ENDS = np.array([[-0.8, -0.5, 0.3], [-0.2, 0.0, -0.7]])
+ENDPOINTS = np.array([[-0.8, -0.5, 0.3], [-0.2, 0.0, -0.7]])
 TARGET = [(6, 3), (4, 8), (9, 1)]
 
 
@@ -65,17 +67,17 @@ def examples_of(name, rows):
     return TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))
 
 
-def looked_ahead(model, optimizer, rows, directory, displacement=combined, collate=tiny.collate):
-    """The store of that pass and of what was measured ahead."""
+def probed(model, optimizer, rows, directory, displacement=combined, collate=tiny.collate):
+    """The store of that pass, with probes."""
     store = captured(model, optimizer, rows, directory)
-    return look_ahead(
+    return measure_probes(
         model,
         [examples_of(name, own) for name, own in rows.items()],
         examples_of("target", tiny.rows_of(TARGET)),
         collate,
         store,
         displacement(store),
-        combined(store, ENDS),
+        combined(store, ENDPOINTS),
         directory=directory,
         optimizer=optimizer,
         batch_size=4,
@@ -105,12 +107,12 @@ def mean_gradient(model, rows):
     ("optimizer_class", "options"),
     [(torch.optim.AdamW, {"lr": 1e-2}), (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})],
 )
-def test_it_is_the_change_of_gradients_and_losses(tmp_path, optimizer_class, options):
+def test_probes_are_the_changes_of_gradients_and_losses(tmp_path, optimizer_class, options):
     # In float32 the preconditioner makes 1e-4 of rounding, more on some processors than on others.
     model, optimizer = stepped(optimizer_class, torch.float64, **options)
     rows = tasks(7, 12)
     before = weights_of(model)
-    store = looked_ahead(model, optimizer, rows, tmp_path)
+    store = probed(model, optimizer, rows, tmp_path)
     assert tiny.same(before, weights_of(model))
 
     state = read_optimizer(model, optimizer)
@@ -147,55 +149,59 @@ def test_it_is_the_change_of_gradients_and_losses(tmp_path, optimizer_class, opt
 
     for k, own in enumerate(rows.values()):
         displacement = project(move(COEFFICIENTS[k]))
-        assert store.vectors["second_points"][k] == pytest.approx(displacement, abs=1e-4)
+        assert store.probes.secant_points_KD[k] == pytest.approx(displacement, abs=1e-4)
         second = in_coordinates(mean_gradient(model, own))
         change = project({name: second[name] - first[k][name] for name in second})
         assert np.abs(change).max() > 1e-3
-        assert store.vectors["gradient_changes"][k] == pytest.approx(change, abs=1e-4)
-    for end, coefficients in enumerate(ENDS):
-        assert store.vectors["ends"][end] == pytest.approx(project(move(coefficients)), abs=1e-4)
+        assert store.probes.gradient_changes_KD[k] == pytest.approx(change, abs=1e-4)
+    for end, coefficients in enumerate(ENDPOINTS):
+        assert store.probes.endpoints_ED[end] == pytest.approx(
+            project(move(coefficients)), abs=1e-4
+        )
         change = losses() - losses_before
         assert np.abs(change).min() > 1e-4
-        assert store.vectors["end_changes"][end] == pytest.approx(change, abs=2e-5)
+        assert store.probes.loss_changes_ET[end] == pytest.approx(change, abs=2e-5)
 
 
-def test_a_displacement_is_taken_as_nearly_as_momentum_and_gradients_lead(tmp_path):
+def test_the_nearest_combination_of_momentum_and_gradients_is_applied(tmp_path):
     def elsewhere(store):
         return 0.01 * np.random.default_rng(0).normal(size=(2, 64)) + combined(store)
 
     model, optimizer = stepped(lr=1e-2)
-    store = looked_ahead(model, optimizer, tasks(9, 8), tmp_path, elsewhere)
-    for left in elsewhere(store) - store.vectors["second_points"]:
+    store = probed(model, optimizer, tasks(9, 8), tmp_path, elsewhere)
+    for left in elsewhere(store) - store.probes.secant_points_KD:
         for source in combined(store, np.eye(3)):
             assert abs(left @ source) < 1e-3 * np.linalg.norm(left) * np.linalg.norm(source)
 
 
-def test_in_half_precision_it_says_how_far_it_really_went(tmp_path):
+def test_in_half_precision_the_displacement_is_that_after_rounding(tmp_path):
     model, optimizer = stepped(lr=1e-2)
     store = captured(model, optimizer, tasks(9, 8), tmp_path / "float32")
     wanted = combined(store)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
-    ahead = looked_ahead(model, optimizer, tasks(9, 8), tmp_path / "bfloat16", lambda _: wanted)
-    error = np.linalg.norm(ahead.vectors["second_points"] - wanted) / np.linalg.norm(wanted)
+    rounded = probed(model, optimizer, tasks(9, 8), tmp_path / "bfloat16", lambda _: wanted)
+    error = np.linalg.norm(rounded.probes.secant_points_KD - wanted) / np.linalg.norm(wanted)
     assert 1e-3 < error < 0.2
 
 
-def test_it_is_found_again_beside_what_was_known(tmp_path):
+def test_probes_are_added_to_the_store_on_disk(tmp_path):
     model, optimizer = stepped(lr=1e-2)
     rows = tasks(5, 6)
-    store = looked_ahead(model, optimizer, rows, tmp_path)
+    store = probed(model, optimizer, rows, tmp_path)
     loaded = GradientStore.load(tmp_path)
-    ahead = {"second_points", "gradient_changes", "ends", "end_changes"}
-    assert set(loaded.vectors) == {"momentum", "parameters"} | ahead
+    probes = {"second_points", "gradient_changes", "ends", "end_changes"}
+    assert set(loaded.vectors) > {"momentum", "parameters"} | probes
+    assert loaded.probes.target_example_ids.tolist() == [0, 1, 2]
+    assert [ids.tolist() for ids in loaded.probes.task_example_ids] == [[*range(5)], [*range(6)]]
     for name, vector in store.vectors.items():
         assert np.array_equal(loaded.vectors[name], vector)
     assert len(list(tmp_path.glob("vectors.*"))) == 1
 
 
-def test_at_most_so_many_examples_are_read_again_and_all_over_a_task(tmp_path):
+def test_a_limited_number_of_examples_is_read_spread_over_the_task(tmp_path):
     model, optimizer = stepped(lr=1e-2)
-    count = 3 * EXAMPLES_AHEAD
+    count = 3 * MAX_PROBE_EXAMPLES
     rows = tasks(count, 5)
     for i, row in enumerate(rows["a"]):
         row["number"] = i
@@ -205,9 +211,9 @@ def test_at_most_so_many_examples_are_read_again_and_all_over_a_task(tmp_path):
         read.extend(row["number"] for row in examples if "number" in row)
         return tiny.collate(examples)
 
-    looked_ahead(model, optimizer, rows, tmp_path, collate=collate)
-    assert len(read) == 2 * EXAMPLES_AHEAD
-    assert len(set(read)) == EXAMPLES_AHEAD
+    probed(model, optimizer, rows, tmp_path, collate=collate)
+    assert len(read) == 2 * MAX_PROBE_EXAMPLES
+    assert len(set(read)) == MAX_PROBE_EXAMPLES
     assert (min(read), max(read)) == (0, count - 1)
     assert np.diff(sorted(set(read))).max() <= 4
 
@@ -218,13 +224,13 @@ def test_what_is_not_finite_is_left_out_with_a_warning(tmp_path, caplog):
 
     model, optimizer = stepped(lr=1e-2)
     before = weights_of(model)
-    store = looked_ahead(model, optimizer, tasks(5, 6), tmp_path, too_far)
-    assert "second_points" not in store.vectors
+    store = probed(model, optimizer, tasks(5, 6), tmp_path, too_far)
+    assert store.probes is None
     assert "not finite" in caplog.text
     assert tiny.same(before, weights_of(model))
 
 
-@pytest.mark.parametrize("batches_elsewhere", [0, 5])  # at the second point, and at an end
+@pytest.mark.parametrize("batches_elsewhere", [0, 5])  # at the secant point, and at an endpoint
 def test_an_error_leaves_the_model_as_it_was(tmp_path, batches_elsewhere):
     model, optimizer = stepped(lr=1e-2)
     before = weights_of(model)
@@ -238,19 +244,19 @@ def test_an_error_leaves_the_model_as_it_was(tmp_path, batches_elsewhere):
         return tiny.collate(examples)
 
     with pytest.raises(RuntimeError, match="a row that cannot be read"):
-        looked_ahead(model, optimizer, tasks(5, 6), tmp_path, collate=collate)
+        probed(model, optimizer, tasks(5, 6), tmp_path, collate=collate)
     assert elsewhere == [4, 1, 4, 2, 3, 3][: batches_elsewhere + 1]
     assert tiny.same(before, weights_of(model))
 
 
 def test_no_more_examples_of_the_target_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_auxselect.capture.probes.EXAMPLES_AHEAD", 2)
+    monkeypatch.setattr("hf_auxselect.capture.probes.MAX_PROBE_EXAMPLES", 2)
     model, optimizer = stepped(lr=1e-2)
-    store = looked_ahead(model, optimizer, tasks(5, 6), tmp_path)
+    store = probed(model, optimizer, tasks(5, 6), tmp_path)
     monkeypatch.undo()
-    every = looked_ahead(model, optimizer, tasks(2, 2), tmp_path / "all")
-    assert every.vectors["end_changes"].shape == (2, 3)
-    assert store.vectors["end_changes"].shape == (2, 2)
+    every = probed(model, optimizer, tasks(2, 2), tmp_path / "all")
+    assert every.probes.loss_changes_ET.shape == (2, 3)
+    assert store.probes.loss_changes_ET.shape == (2, 2)
 
 
 def test_losses_with_other_parameters(tmp_path):
@@ -258,7 +264,9 @@ def test_losses_with_other_parameters(tmp_path):
     elsewhere, _ = stepped(lr=1e-1)
     before, values = weights_of(model), weights_of(elsewhere)
     rows = tiny.rows_of(TARGET)
-    losses = losses_at(model, examples_of("target", rows), tiny.collate, values, batch_size=2)
+    there = losses_at(model, examples_of("target", rows), tiny.collate, values, batch_size=2)
+    losses = there.losses_T
+    assert there.example_ids.tolist() == [0, 1, 2]
     expected = [loss_of_example(elsewhere, tiny.collate([row])).item() for row in rows]
     assert losses == pytest.approx(expected, abs=1e-5)
     assert tiny.same(before, weights_of(model))
@@ -271,37 +279,37 @@ def test_a_restart_measures_where_it_begins(tmp_path):
         callback = tiny.callback(after=after)
         trainer = tiny.trained(tiny.sft_trainer, tmp_path / after, callback)
         stores.append(GradientStore.load(tmp_path / after / "_task_selection/gradients"))
-    assert "initial_losses" not in stores[0].vectors
+    assert stores[0].initial_losses is None
     target = stores[1].target
     with trainer.model.disable_adapter(), torch.no_grad():  # which begins as nothing
         rows = [trainer.eval_dataset[int(i)] for i in target.example_ids]
         batches = [trainer.data_collator([row]) for row in rows]
         expected = [loss_of_example(trainer.model.eval(), batch).item() for batch in batches]
-    assert stores[1].vectors["initial_losses"] == pytest.approx(expected, abs=1e-5)
+    assert stores[1].initial_losses.losses_T == pytest.approx(expected, abs=1e-5)
     assert np.abs(expected - target.losses).min() > 1e-3
 
 
-def test_a_run_looks_ahead_unless_it_is_told_not_to(tmp_path):
+def test_a_run_measures_probes_unless_told_not_to(tmp_path):
     callbacks = [
         tiny.callback(),
-        tiny.callback(estimator=LinearizedTraining(look_ahead=False)),
+        tiny.callback(estimator=LinearizedTraining(probes=False)),
         tiny.callback(after="restart"),
     ]
     for i, callback in enumerate(callbacks):
         tiny.trained(tiny.sft_trainer, tmp_path / str(i), callback)
     stores = [GradientStore.load(tmp_path / str(i) / "_task_selection/gradients") for i in range(3)]
-    assert ["second_points" in store.vectors for store in stores] == [True, False, True]
+    assert [store.probes is not None for store in stores] == [True, False, True]
     # A restart is estimated as a run that goes on from the anchor.
-    training = [store.metadata["training"] for store in stores]
-    assert [t["after"] for t in training] == ["continue", "continue", "restart"]
-    assert training[0]["learning_rates"] == training[2]["learning_rates"]
-    assert len(set(training[0]["learning_rates"])) == 6
+    training = [store.remaining_training for store in stores]
+    assert [t.after for t in training] == ["continue", "continue", "restart"]
+    assert training[0].learning_rates == training[2].learning_rates
+    assert len(set(training[0].learning_rates)) == 6
     diagnostics = callbacks[0].report.diagnostics
     assert diagnostics["linearization_residual"] > 0
     assert "linearization_residual" not in callbacks[1].report.diagnostics
 
 
-def test_the_preview_counts_it(tmp_path):
+def test_the_preview_counts_the_probes(tmp_path):
     trainer = tiny.sft_trainer(tmp_path)
     size = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     num_tasks = len(trainer.train_dataset.unique("task"))
@@ -309,7 +317,7 @@ def test_the_preview_counts_it(tmp_path):
         tiny.callback(**options).preview(trainer).memory_mib * 2**20
         for options in (
             {},
-            {"estimator": LinearizedTraining(look_ahead=False)},
+            {"estimator": LinearizedTraining(probes=False)},
             {"estimator": RidgeSurrogate(base=LinearizedTraining())},
             {"after": "restart"},
         )
@@ -322,6 +330,6 @@ def test_the_preview_counts_it(tmp_path):
     assert memory[1] <= memory[0]
     before = weights_of(trainer.model)
     task = examples_of("a", tiny.rows_of([(6, 3)] * 9))
-    options = {"num_ends": NUM_ENDS, "batch_size": 4}
-    assert predict_look_ahead(trainer.model, [task], task, tiny.collate, **options).seconds > 0
+    options = {"num_endpoints": NUM_ENDPOINTS, "batch_size": 4}
+    assert predict_probes(trainer.model, [task], task, tiny.collate, **options).seconds > 0
     assert tiny.same(before, weights_of(trainer.model))

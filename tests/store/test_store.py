@@ -12,13 +12,14 @@ from safetensors.numpy import load_file, save
 
 from hf_auxselect import GradientStore, LinearizedTraining, StoreError, capture_gradients
 from hf_auxselect.files import write_atomically
-from hf_auxselect.store.arrays import INDEX_NAME, ShardSpec, StoreWriter
+from hf_auxselect.store.format import INDEX_NAME, task_entry
+from hf_auxselect.store.writer import ShardSpec, StoreWriter
 
 SHARDS = [
-    ShardSpec(task="a", is_target=False, example_ids=(0, 2)),
-    ShardSpec(task="a", is_target=False, example_ids=(5,)),
-    ShardSpec(task="b", is_target=False, example_ids=(1, 3, 4)),
-    ShardSpec(task="a", is_target=True, example_ids=(0, 1)),  # a target may share a task's name
+    ShardSpec(task="a", example_ids=(0, 2)),
+    ShardSpec(task="a", example_ids=(5,)),
+    ShardSpec(task="b", example_ids=(1, 3, 4)),
+    ShardSpec(task="a", role="target", example_ids=(0, 1)),  # a target may share a task's name
 ]
 TASKS = [
     {"name": "a", "target": False, "num_rows": 30},
@@ -150,7 +151,7 @@ class TestMergedFiles:
 
     def test_a_new_task_leaves_the_others_as_they_are(self, directory):
         old = GradientStore.load(directory)
-        new = ShardSpec(task="c", is_target=False, example_ids=(7,))
+        new = ShardSpec(task="c", example_ids=(7,))
         tasks = [*TASKS[:2], {"name": "c", "target": False, "num_rows": 1}, TASKS[2]]
         shards = [*SHARDS[:3], new, SHARDS[3]]
         assert complete(directory, shards=shards, tasks=tasks) == [new]
@@ -188,6 +189,59 @@ class TestMergedFiles:
         damage(directory, entry)
         assert complete(directory) == [SHARDS[1]]
         assert GradientStore.load(directory).gradients[2].tolist() == [5, 50]
+
+
+GROUP_SHARDS = [
+    ShardSpec(task="a", role="group", example_ids=(0, 1)),
+    ShardSpec(task="x/y", role="group", example_ids=(2, 4)),
+    ShardSpec(task="x/y", role="group", example_ids=(7,)),
+]
+WITH_GROUPS = {
+    "tasks": [*TASKS, *(task_entry(name, "group", 9) for name in ("a", "x/y"))],
+    "shards": [*SHARDS, *GROUP_SHARDS],
+}
+
+
+class TestGroups:
+    @pytest.fixture
+    def with_groups(self, tmp_path):
+        complete(tmp_path, **WITH_GROUPS)
+        return tmp_path
+
+    def test_they_are_read_as_they_were_written(self, with_groups):
+        store = GradientStore.load(with_groups)
+        assert list(store.groups) == ["a", "x/y"]
+        group = store.groups["x/y"]
+        assert group.task_names == ["x/y"]
+        assert group.example_ids.tolist() == [2, 4, 7]
+        assert group.gradients[:, 1].tolist() == [20, 40, 70]
+        assert group.task_sizes.tolist() == [9]
+        assert (len(store), store.target.example_ids.tolist()) == (6, [0, 1])
+        assert group.groups == {}
+        assert files_of(with_groups) == ["group", "group", "index", "target", "tasks"]
+
+    def test_they_are_added_to_a_store_without(self, directory):
+        assert index_of(directory)["format_version"] == 2  # which earlier releases read
+        assert complete(directory, **WITH_GROUPS) == GROUP_SHARDS
+        assert index_of(directory)["format_version"] == 3
+        assert list(GradientStore.load(directory).groups) == ["a", "x/y"]
+
+    def test_they_are_left_out_again(self, with_groups):
+        assert complete(with_groups) == []
+        assert GradientStore.load(with_groups).groups == {}
+        assert files_of(with_groups) == ["index", "target", "tasks"]
+
+    def test_an_interrupted_pass_goes_on_within_them(self, tmp_path):
+        writer = open_writer(tmp_path, **WITH_GROUPS)
+        for shard in writer.pending[:5]:
+            writer.write(shard, arrays(shard))
+        assert complete(tmp_path, **WITH_GROUPS) == GROUP_SHARDS[1:]
+        assert len(GradientStore.load(tmp_path).groups["x/y"]) == 3
+
+    def test_damage_is_named(self, with_groups):
+        damage(with_groups, index_of(with_groups)["shards"][-1])
+        with pytest.raises(StoreError, match="rows 2 to 2, of group 'x/y'"):
+            GradientStore.load(with_groups)
 
 
 class Killed(BaseException):
@@ -360,7 +414,7 @@ def test_estimates_do_not_depend_on_how_many_rows_are_read_at_once(monkeypatch):
     store.task_sizes = np.array([90, 60, 7])  # not all rows were captured
     subsets = np.random.default_rng(0).random((10, 3)) < 0.5
     whole = LinearizedTraining(rank=5).fit(store)
-    monkeypatch.setattr("hf_auxselect.estimators.quadratic._NUMBERS_AT_ONCE", 50)
+    monkeypatch.setattr("hf_auxselect.estimators.captured_gradients._NUMBERS_AT_ONCE", 50)
     chunked = LinearizedTraining(rank=5).fit(store)
     for name in ("loss", "low", "high"):
         expected = getattr(whole.estimate(subsets), name)
