@@ -8,15 +8,10 @@ from hf_auxselect.estimators.base import AbstractEstimator as AbstractEstimator
 from hf_auxselect.estimators.base import Estimate as Estimate
 from hf_auxselect.estimators.base import FittedEstimator as FittedEstimator
 from hf_auxselect.estimators.base import normalize_mixtures as normalize_mixtures
-from hf_auxselect.estimators.calibrated import FittedCalibrated as FittedCalibrated
+from hf_auxselect.estimators.calibration import FittedCalibrated as FittedCalibrated
 from hf_auxselect.estimators.gauss_newton import GaussNewton as GaussNewton
 from hf_auxselect.estimators.linearized import LinearizedTraining as LinearizedTraining
 from hf_auxselect.estimators.logistic import GradExLogistic as GradExLogistic
+from hf_auxselect.estimators.registry import ESTIMATORS as ESTIMATORS
 from hf_auxselect.estimators.surrogates import KernelSurrogate as KernelSurrogate
 from hf_auxselect.estimators.surrogates import RidgeSurrogate as RidgeSurrogate
-
-ESTIMATORS: dict[str, type[AbstractEstimator]] = {
-    kind.__name__: kind
-    for kind in (LinearizedTraining, GaussNewton, GradExLogistic, RidgeSurrogate, KernelSurrogate)
-}
-"""Estimators by class name, to read them back from files and command lines."""

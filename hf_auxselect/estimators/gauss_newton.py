@@ -1,7 +1,7 @@
 """One damped Gauss-Newton step: where training on a mixture tends to, without its optimizer.
 
 Shapes: N examples of the auxiliary tasks, T examples of the target, K tasks, M mixtures,
-D projection_dim, R dimensions in which curvature is modelled, S sources of a displacement.
+D projection_dim, R vectors of the basis, S sources of a displacement.
 """
 
 from __future__ import annotations
@@ -11,65 +11,65 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from hf_auxselect.estimators.base import (
-    AbstractEstimator,
-    Array,
-    normalize_mixtures,
+from hf_auxselect.estimators.base import TINY, AbstractEstimator, Array, all_tasks_pooled
+from hf_auxselect.estimators.predicted_update import (
+    FittedQuadratic,
+    PredictedUpdate,
+    check_options,
 )
-from hf_auxselect.estimators.fitted_quadratic import Effects, FittedQuadratic, check_options
-from hf_auxselect.estimators.quadratic import QuadraticModel
+from hf_auxselect.estimators.quadratic_model import QuadraticModel
+from hf_auxselect.estimators.target_quadratic import TargetQuadratic
 from hf_auxselect.store.arrays import GradientStore
 
 Curvature = Literal["sampled", "empirical"]
 
+# Constants that shape estimates.
+DAMPING = 0.03
+"""The default of ``GaussNewton(damping=...)``. No record says on what it was chosen.
+
+A share of the largest eigenvalue makes the estimate independent of the scale of the losses and, but
+for noise, of D.
+"""
+
+MODEL_ERROR = 1.0
+"""The default of ``GaussNewton(model_error=...)``.
+
+A convention: the length of the training is a guess, so that a term may be off by all of itself.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GaussNewton(AbstractEstimator):
-    """Takes one damped Gauss-Newton step on the mixture, in a quadratic model of the losses.
+    """Predicts the loss after one damped Gauss-Newton step on the mixture.
 
-    Around the anchor, in the model's own parameters, the training loss of a mixture w and the
-    target's loss are
+    Choose it where ``LinearizedTraining`` cannot be used: with any other optimizer, without its
+    state, or with a model whose training is over. Its limit: it does not know how far training will
+    go, for which ``damping`` stands, and parameters are not preconditioned.
 
-        L_w(delta) = L_w + b_w . delta + delta^T H_w delta / 2,      the same with T for the target,
-
-    where b is the mean loss gradient and H the mean curvature, both weighted by label tokens as in
-    the trainer's loss. Training is taken to end near the minimum of the mixture's loss, but no
-    farther than curvature and ``damping`` let it, and that is where the target's loss is estimated:
+    Around the linearization point, in the model's own parameters, the losses of a mixture w and of
+    the target are quadratics with mean gradients b and curvatures H (see ``QuadraticModel``).
+    Training is taken to end near the minimum of the mixture's loss, but no farther than damping
+    lets it:
 
         delta = -(H_w + lambda I)^-1 b_w,        lambda = damping * (largest eigenvalue of H_all),
         L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2.
 
-    It needs neither the state of an optimizer nor the steps to come, so that it serves any
-    optimizer, and a model whose training is over. In return it does not know how far training will
-    go: 1 / lambda stands for the sum of the learning rates, and parameters are not preconditioned.
-    Where ``LinearizedTraining`` can be had, that knows more.
-
-    A random projection to D dimensions adds trace(H)/D to every eigenvalue in expectation, which is
-    subtracted; what is left of H_w is not negative. Outside the R leading axes of the tasks' and
-    the target's H, curvature is the same in all directions, with the trace that is left.
-
-    The interval joins two independent errors: which examples were captured (the delta method; none
-    if all rows were), and that of the model itself, taken for a share ``model_error`` of the root
-    mean square of the linear and the quadratic term.
+    1 / lambda stands for the sum of the learning rates.
 
     Cost: one product of R^2 numbers per task, and one eigendecomposition R x R, per mixture. The
-    gradients are read twice, some rows at a time; in memory stay 2 R float32 numbers per example.
+    gradients are read some examples at a time; in memory stay 2 R float32 numbers per example.
 
     Args:
-        curvature: what H is the mean of, over label tokens. ``"sampled"``: the outer product of
-            gradients of labels that are drawn from the model, in expectation the Gauss-Newton (and
-            Fisher) matrix; with few examples, curvature is missed in directions that no draw has,
-            and steps there are too long. ``"empirical"``: n g g^T of an example's loss gradient g
-            and its n label tokens, which needs no gradients but those of the loss. That is the same
-            in expectation where the labels are as the model expects them, and too much where they
-            surprise it.
-        damping: lambda as a share of the largest eigenvalue of the curvature of all tasks pooled,
-            which makes the estimate independent of the scale of the losses and, but for noise, of
-            D: directions of less than this share of the steepest one's curvature are not followed
-            to their minimum. Below about trace(H)/D the projection's noise decides.
-        rank: R; None: see ``QuadraticModel``.
-        model_error: standard error of the predicted change of the loss, as a share of its terms. 1
-            says that the length of the training is a guess.
+        curvature: what H is the mean of. ``"sampled"``: outer products of gradients of labels drawn
+            from the model, in expectation the Gauss-Newton (and Fisher) matrix; few examples miss
+            curvature in directions that no draw has. ``"empirical"``: n g g^T of an example's loss
+            gradient g and its n label tokens, which needs no other gradients; it is too large where
+            labels surprise the model.
+        damping: lambda as a share of the largest eigenvalue of the curvature of all tasks pooled.
+            Directions of less curvature than lambda are not followed to their minimum. Below about
+            trace(H) / D the noise of the projection decides.
+        rank: R; None: the mean number of a task's examples, at most 96.
+        model_error: standard error of the predicted change of the loss, as a share of its terms.
 
     Source: Martens, "New Insights and Perspectives on the Natural Gradient Method" (JMLR 2020),
     sections 6 (damping), 8 and 9 (curvature); Kunstner et al., "Limitations of the Empirical Fisher
@@ -77,9 +77,9 @@ class GaussNewton(AbstractEstimator):
     """
 
     curvature: Curvature = "sampled"
-    damping: float = 0.03
+    damping: float = DAMPING
     rank: int | None = None
-    model_error: float = 1.0
+    model_error: float = MODEL_ERROR
 
     def __post_init__(self) -> None:
         if self.curvature not in get_args(Curvature):
@@ -108,16 +108,21 @@ class FittedGaussNewton(FittedQuadratic):
         self._store = store
         read = _read_sampled if options.curvature == "sampled" else _read_empirical
         self._model = QuadraticModel(store, read, rank=options.rank)
-        everything = np.ones((1, len(store.task_names)), bool)
-        self._w_all_1K = self._model.token_weights(normalize_mixtures(everything, store.task_sizes))
-        values_1R, _, _ = self._model.curvature(self._w_all_1K)
+        self._w_all_1K = self._model.counts.token_weights(all_tasks_pooled(store.task_sizes))
+        tasks = self._model.tasks
+        values_1R, _, _ = tasks.eigendecomposition(self._w_all_1K)
         # As projected: without what the projection adds, it could be 0 where D is very small.
-        self._largest = float(values_1R[0, -1] + self._model.added_curvature(self._w_all_1K)[0])
-        self.damping = max(options.damping * self._largest, 1e-300)
+        self._largest = float(values_1R[0, -1] + tasks.projection_curvature(self._w_all_1K)[0])
+        self.damping = max(options.damping * self._largest, TINY)
         """lambda, nats per label token and squared unit of the parameters."""
 
     def diagnostics(self) -> dict[str, float]:
-        values_1R, _, _ = self._model.curvature(self._w_all_1K)
+        """Those of ``FittedQuadratic``, and of training on all tasks pooled.
+
+        ``damping``: lambda. ``largest_curvature``: its largest eigenvalue.
+        ``effective_dimension``: number of directions that are followed to their minimum.
+        """
+        values_1R, _, _ = self._model.tasks.eigendecomposition(self._w_all_1K)
         spectrum = np.maximum(values_1R[0], 0.0)
         return {
             **super().diagnostics(),
@@ -126,42 +131,47 @@ class FittedGaussNewton(FittedQuadratic):
             "effective_dimension": float((spectrum / (spectrum + self.damping)).sum()),
         }
 
-    def _effects(self, rows_MK: Array) -> Effects:
-        """What training on some mixtures does."""
-        model = self._model
-        w_MK = model.token_weights(rows_MK)
-        values_MR, vectors_MRR, outer_M = model.curvature(w_MK)
+    def _predict(self, shares_MK: Array) -> PredictedUpdate:
+        tasks = self._model.tasks
+        w_MK = self._model.counts.token_weights(shares_MK)
+        values_MR, vectors_MRR, complement_M = tasks.eigendecomposition(w_MK)
         inverse_MR = 1 / (np.maximum(values_MR, 0.0) + self.damping)
-        outer_inverse_M = 1 / (np.maximum(outer_M, 0.0) + self.damping)
+        complement_inverse_M = 1 / (np.maximum(complement_M, 0.0) + self.damping)
 
-        def solve(x_MR: Array) -> Array:  # (H_w + lambda I)^-1 x, within the axes
+        def solve(x_MR: Array) -> Array:  # (H_w + lambda I)^-1 x, in the basis
             own_MR = inverse_MR * np.einsum("mrs,mr->ms", vectors_MRR, x_MR)
             return np.einsum("mrs,ms->mr", vectors_MRR, own_MR)
 
-        delta_MR = -solve(w_MK @ model.b_KR)
-        sources_MS = -outer_inverse_M[:, None] * w_MK
-        linear_MT, quadratic_M, target_slope_MR = model.target_change(delta_MR, sources_MS)
-        return Effects(
+        delta_MR = -solve(w_MK @ tasks.b_KR)
+        sources_MS = -complement_inverse_M[:, None] * w_MK
+
+        def change(target: TargetQuadratic) -> tuple[Array, Array, Array]:
+            linear_MT, quadratic_M, gradient_MR = target.change(delta_MR, sources_MS)
+            return linear_MT, np.maximum(quadratic_M, target.lower_bound), gradient_MR
+
+        linear_MT, quadratic_M, gradient_MR = change(self._model.target)
+        return PredictedUpdate(
             w_MK=w_MK,
             delta_MR=delta_MR,
-            slope_MR=solve(target_slope_MR),
-            outer_slope_M=outer_inverse_M,
+            sensitivity_MR=solve(gradient_MR),
+            complement_sensitivity_M=complement_inverse_M,
             linear_MT=linear_MT,
-            quadratic_M=np.maximum(quadratic_M, 0.0),
+            quadratic_M=quadratic_M,
+            group_change_MG=self._mean_changes(self._model.groups, change, len(shares_MK)),
         )
 
 
-def _read_sampled(store: GradientStore, rows: slice) -> tuple[Array, Array]:
+def _read_sampled(store: GradientStore, examples: slice) -> tuple[Array, Array]:
     """Gradients of the loss, and of losses of drawn labels."""
     g_ND, phi_ND = store.scalar("loss")[1], store.scalar("sampled_loss")[1]
-    return g_ND[rows].astype(np.float64), phi_ND[rows].astype(np.float64)
+    return g_ND[examples].astype(np.float64), phi_ND[examples].astype(np.float64)
 
 
-def _read_empirical(store: GradientStore, rows: slice) -> tuple[Array, Array]:
+def _read_empirical(store: GradientStore, examples: slice) -> tuple[Array, Array]:
     """Gradients of the loss, and the same scaled as those of drawn labels are.
 
     The loss is a mean over an example's n label tokens. If their gradients are independent with
     mean 0, as those of drawn labels, n g g^T is in expectation the mean of their outer products.
     """
-    g_ND = store.scalar("loss")[1][rows].astype(np.float64)
-    return g_ND, g_ND * np.sqrt(store.num_label_tokens[rows, None])
+    g_ND = store.scalar("loss")[1][examples].astype(np.float64)
+    return g_ND, g_ND * np.sqrt(store.num_label_tokens[examples, None])

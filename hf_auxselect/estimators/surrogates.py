@@ -1,4 +1,6 @@
-"""Regressions of the target's loss on the mixture: over another estimator, or over measured runs.
+"""Surrogates: regressions of the target's loss on the mixture.
+
+They are fitted to what another estimator says, or to measured runs.
 
 Shapes: K tasks, M mixtures that the loss is known of, Q mixtures that it is asked for.
 """
@@ -13,20 +15,43 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_auxselect.estimators.base import (
+    TINY,
     AbstractEstimator,
     Array,
     Estimate,
     FittedEstimator,
-    in_chunks,
+    ProbePoints,
     normalize_mixtures,
 )
 from hf_auxselect.estimators.linearized import LinearizedTraining
+from hf_auxselect.estimators.parallel import in_chunks
 from hf_auxselect.seeds import random_permutation, random_words
 from hf_auxselect.store.arrays import GradientStore
 
+# Constants that shape estimates.
 _MIN_MIXTURES = 3
-"""With fewer, every mixture that is left out is predicted by one other, whatever the penalty."""
+"""The least number of mixtures to fit to.
 
+Derived: with two, each that is left out is predicted by the other alone, whatever the penalty.
+"""
+
+_TAIL = 0.1
+"""Quantile at which the jackknife+ cuts its predictions, on either side.
+
+A convention: the jackknife+ promises a coverage of 1 - 2 * 0.1, and reaches 90% in practice (Barber
+et al.).
+"""
+
+NUM_SUBSETS = 512
+"""The default of ``num_subsets``. A convention: many per task, at a cost of seconds."""
+
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
+"""The default of ``penalties``. A convention: from nearly none to nearly the mean of all losses."""
+
+GAMMAS = (0.0625, 0.25, 1.0, 4.0)
+"""The default of ``gammas``. A convention: powers of 4 around 1, the usual 1/K for 0/1 vectors."""
+
+# Bounds memory; shapes no estimate but for rounding.
 _ELEMENTS_AT_ONCE = 1_000_000
 """Mixtures are processed in chunks of about this many Q x M numbers (8 MB in float64)."""
 
@@ -39,9 +64,9 @@ class AbstractSurrogate(AbstractEstimator):
     """Options of a regression on the tasks' shares; see :class:`RidgeSurrogate`."""
 
     base: AbstractEstimator = field(default_factory=LinearizedTraining)
-    num_subsets: int = 512
+    num_subsets: int = NUM_SUBSETS
     seed: int = 0
-    penalties: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
+    penalties: tuple[float, ...] = PENALTIES
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, AbstractEstimator):
@@ -59,15 +84,15 @@ class AbstractSurrogate(AbstractEstimator):
         return self.base.scalars
 
     @property
-    def look_ahead(self) -> bool:
-        return self.base.look_ahead
+    def needs_probes(self) -> bool:
+        return self.base.needs_probes
 
-    def way_ahead(self, store: GradientStore) -> tuple[Array, Array] | None:
-        return self.base.way_ahead(store)
+    def probe_points(self, store: GradientStore) -> ProbePoints | None:
+        return self.base.probe_points(store)
 
     @abstractmethod
     def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:
-        """What leave-one-out chooses from: hyperparameters by name, and the kernel they make."""
+        """Candidates for leave-one-out: hyperparameters by name, and the kernel that they make."""
 
     def fit(self, store: GradientStore) -> FittedSurrogate:
         """Fit to the estimates that ``base`` makes of random subsets of the store's tasks.
@@ -90,16 +115,16 @@ class AbstractSurrogate(AbstractEstimator):
     ) -> FittedSurrogate:
         """Fit to measured runs, without a store; ``base``, ``num_subsets`` and ``seed`` are unused.
 
-        Runs of the same mixture (with other seeds) count as one with their mean loss: left out one
-        by one, they would be predicted by their twins. Runs of no further training, rows of zeros,
-        stay out of the regression; their mean is the answer to such a row, which without them
-        raises ValueError.
+        Runs of the same mixture (with other seeds) count as one with their mean loss: else each
+        would be predicted by the others when it is left out. Runs without further training (weights
+        of zeros) stay out of the regression. Their mean is the answer to such weights, which raise
+        ValueError if there were none.
 
         Args:
             weights: [M, K], boolean subset masks or mixture weights; see
                 :func:`normalize_mixtures`.
             losses: [M], measured loss of the target, nats per label token.
-            task_sizes: [K], rows of each task, by which masks are pooled, here and in
+            task_sizes: [K], number of examples of each task, by which masks are pooled, here and in
                 ``estimate``; None: tasks of equal size.
 
         Raises:
@@ -152,31 +177,20 @@ class AbstractSurrogate(AbstractEstimator):
 class RidgeSurrogate(AbstractSurrogate):
     """Linear regression of the loss on the tasks' shares, with an L2 penalty and an intercept.
 
-    From M mixtures with the shares s_m (K numbers that sum to 1; a subset's are those of its tasks'
-    rows) and the losses y_m, it fits
+    Choose it to answer for very many mixtures: fitted to what ``base`` estimates of random subsets,
+    it answers many times faster. Or choose it where there are measured runs and no gradients
+    (``fit_runs``). Its limit: every task has one score, so that it misses what tasks do together;
+    ``KernelSurrogate`` does not.
+
+    From M mixtures with shares s_m (K numbers that sum to 1) and losses y_m, it fits
 
         c, theta = argmin  sum_m (y_m - c - theta . s_m)^2 + penalty * v |theta|^2,
         estimate = c + theta . s,
 
-    where v is the variance of the shares (mean of |s_m - mean|^2), so that ``penalty`` has no unit
-    and its effect depends on M alone. That is: every task has a score, and a mixture's loss is
-    their mean by shares. What tasks do together is missed; ``KernelSurrogate`` sees it.
-
-    It is used in one of two ways. As an estimator, it fits what ``base`` estimates of random
-    subsets, and then answers many times faster than that. Or ``fit_runs`` fits it to measured runs,
-    without any gradients.
-
-    The penalty is chosen from ``penalties`` by the mean square of the leave-one-out residuals, all
-    in closed form: e_m = (y_m - estimate_m) / (1 - h_mm), h being the matrix that takes y to the
-    estimates. The 90% interval is that of the jackknife+: the estimate of each of the M regressions
-    that leave one mixture out, plus and minus that one's residual, cut at the 10% quantile below
-    and the 90% quantile above. With fewer than 9 mixtures it is narrower than 90% asks for. Where
-    ``base`` made the losses, its own interval is added as an independent error (root of the sum of
-    squares), taken at the queried mixture from the same regression of its half-widths, for errors
-    that all its estimates share do not average out.
-
-    A row of zeros (no further training) is answered by ``base`` itself, or by the mean of such runs
-    if there were any.
+    where v is the mean of |s_m - mean|^2, so that ``penalty`` has no unit. The penalty is the one
+    with the least mean square of leave-one-out residuals. The 90% interval is that of the
+    jackknife+, too narrow with fewer than 9 mixtures, joined with the interval of ``base``.
+    Without further training the answer is that of ``base``, or the mean of such runs.
 
     Cost: once, ``num_subsets`` estimates of ``base`` and an eigendecomposition M x M; then a few
     vectors of M numbers, and one product with an M x M matrix, per mixture.
@@ -203,16 +217,15 @@ class RidgeSurrogate(AbstractSurrogate):
 class KernelSurrogate(AbstractSurrogate):
     """Kernel ridge regression of the loss on the tasks' shares, with an intercept.
 
-    As ``RidgeSurrogate``, with all its arguments and uses, but with the kernel
+    Choose it over ``RidgeSurrogate``, whose arguments and uses it shares, where tasks interact,
+    such as a pair that helps where each alone does harm. Its limit: far from all mixtures it has
+    seen, it tends to their mean loss. The kernel is
 
         k(s, s') = exp(-gamma |s - s'|^2 / (4 v)),            v = mean of |s_m - mean|^2,
 
-    in place of the linear one: it also fits what tasks do together, such as a pair that helps where
-    each alone does harm, and tends to the mean loss far from all mixtures it has seen. For random
-    halves of the tasks as 0/1 indicators, v = K/4, and gamma = 1 is the usual 1/K; dividing by v
-    makes that a default for shares, and for any distribution of mixtures. The kernel is scaled to
-    mean squared deviation 1 over the M mixtures, which gives ``penalty`` the same meaning for every
-    gamma.
+    scaled to mean squared deviation 1 over the M mixtures, which gives ``penalty`` the same meaning
+    for every gamma. For random halves of the tasks as 0/1 vectors, v = K / 4, and gamma = 1 is the
+    usual 1 / K; dividing by v makes that a default for any distribution of mixtures.
 
     Args:
         gammas: from which leave-one-out chooses, together with ``penalties``.
@@ -220,7 +233,7 @@ class KernelSurrogate(AbstractSurrogate):
     Source: KernelSM (arXiv 2602.03783, ICLR 2026).
     """
 
-    gammas: tuple[float, ...] = (0.0625, 0.25, 1.0, 4.0)
+    gammas: tuple[float, ...] = GAMMAS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -265,34 +278,22 @@ class FittedSurrogate(FittedEstimator):
             self._idle = Estimate(
                 loss=known.loss[is_idle_M], low=known.low[is_idle_M], high=known.high[is_idle_M]
             )
-        self._shares_MK = shares_MK[~is_idle_M]
-        self._losses_M = known.loss[~is_idle_M]
-        self._below_M = self._losses_M - known.low[~is_idle_M]
-        self._above_M = known.high[~is_idle_M] - self._losses_M
-        if len(self._losses_M) < _MIN_MIXTURES:
+        shares_MK = shares_MK[~is_idle_M]
+        losses_M = known.loss[~is_idle_M]
+        if len(losses_M) < _MIN_MIXTURES:
             raise ValueError(
                 f"a surrogate needs at least {_MIN_MIXTURES} different mixtures, got "
-                f"{len(self._losses_M)} of {len(task_sizes)} task(s)."
+                f"{len(losses_M)} of {len(task_sizes)} task(s)."
             )
-        # Only where all that is known is positive are the losses taken for ones that must be.
-        self._lowest = 0.0 if self._losses_M.min() >= 0 else -np.inf
-        self._choose(options)
-
-    def _choose(self, options: AbstractSurrogate) -> None:
-        """Settle on the penalty and the kernel that leave-one-out errs least with."""
-        least = np.inf
-        for hyperparameters, kernel in options.kernels(self._shares_MK):
-            gram = _Gram(kernel(self._shares_MK, self._shares_MK))
-            for penalty in options.penalties:
-                residuals_M = gram.left_out_residuals(self._losses_M, penalty)
-                square = float(np.mean(residuals_M**2))
-                if square < least:
-                    least = square
-                    self._kernel, self._gram, self._residuals_M = kernel, gram, residuals_M
-                    self._hyperparameters = {"penalty": penalty, **hyperparameters}
-        if not np.isfinite(least):
-            raise ArithmeticError("no penalty gives a finite leave-one-out error.")
-        self._inverse_MM = self._gram.inverse(self._hyperparameters["penalty"])
+        self._regression = _Regression(options, shares_MK, losses_M)
+        self._below_M = losses_M - known.low[~is_idle_M]
+        self._above_M = known.high[~is_idle_M] - losses_M
+        self._groups: list[_Regression] | None = None
+        if known.group_losses is not None:
+            self._groups = [
+                _Regression(options, shares_MK, group_losses_M)
+                for group_losses_M in known.group_losses[~is_idle_M].T
+            ]
 
     def estimate(self, weights: ArrayLike) -> Estimate:
         shares_QK = normalize_mixtures(weights, self._task_sizes)
@@ -302,45 +303,103 @@ class FittedSurrogate(FittedEstimator):
                 f"weights has a row of zeros (row {int(np.argmax(is_idle_Q))}), no further "
                 "training, and none of the measured runs was one; add such a run to fit_runs."
             )
-        size = max(1, _ELEMENTS_AT_ONCE // len(self._losses_M))
-        loss, low, high = in_chunks(shares_QK, self._estimate_chunk, size=size)
+        size = max(1, _ELEMENTS_AT_ONCE // len(self._below_M))
+        loss, low, high, group_QG = in_chunks(shares_QK, self._estimate_chunk, size=size)
         if self._idle is not None:
             loss[is_idle_Q], low[is_idle_Q] = self._idle.loss[0], self._idle.low[0]
             high[is_idle_Q] = self._idle.high[0]
-        return Estimate(loss=loss, low=low, high=high, weights=shares_QK)
+            if self._idle.group_losses is not None:
+                group_QG[is_idle_Q] = self._idle.group_losses[0]
+        return Estimate(
+            loss=loss,
+            low=low,
+            high=high,
+            weights=shares_QK,
+            group_losses=None if self._groups is None else group_QG,
+        )
 
-    def _estimate_chunk(self, shares_QK: Array) -> tuple[Array, Array, Array]:
-        """Loss and the ends of its interval, float64 [Q] each."""
-        kernel_QM = self._kernel(shares_QK, self._shares_MK)
-        # What each known loss contributes to the estimate.
-        parts_QM = self._gram.centered(kernel_QM) @ self._inverse_MM + 1 / len(self._losses_M)
-        loss_Q = parts_QM @ self._losses_M
-        # Without mixture m its loss is as good as replaced by what the others predict for it.
-        left_out_QM = loss_Q[:, None] - parts_QM * self._residuals_M
-        rank = max(1, int(0.1 * (len(self._losses_M) + 1)))
-        size_M = np.abs(self._residuals_M)
-        low_Q = np.partition(left_out_QM - size_M, rank - 1, axis=1)[:, rank - 1]
-        high_Q = np.partition(left_out_QM + size_M, -rank, axis=1)[:, -rank]
+    def _estimate_chunk(self, shares_QK: Array) -> tuple[Array, Array, Array, Array]:
+        """Loss and the ends of its interval, float64 [Q] each; losses of groups [Q, G]."""
+        parts_QM = self._regression.parts(shares_QK)
+        loss_Q, low_Q, high_Q = self._regression.jackknife(parts_QM)
 
         def joined(own_Q: Array, of_base_M: Array) -> Array:
+            # Errors that all estimates of the base share do not average out: its half-widths are
+            # predicted at the mixture as losses are, and added as an independent error.
             of_base_Q = np.maximum(parts_QM @ of_base_M, of_base_M.min())
             return np.hypot(np.maximum(own_Q, 0.0), of_base_Q)
 
         low_Q = loss_Q - joined(loss_Q - low_Q, self._below_M)
         high_Q = loss_Q + joined(high_Q - loss_Q, self._above_M)
-        loss_Q, low_Q, high_Q = (np.maximum(x, self._lowest) for x in (loss_Q, low_Q, high_Q))
-        return loss_Q, low_Q, high_Q
+        lowest = self._regression.lowest
+        loss_Q, low_Q, high_Q = (np.maximum(x, lowest) for x in (loss_Q, low_Q, high_Q))
+        groups = self._groups or []
+        group_QG = np.empty((len(shares_QK), len(groups)))
+        for g, regression in enumerate(groups):
+            group_loss_Q = regression.parts(shares_QK) @ regression.losses_M
+            group_QG[:, g] = np.maximum(group_loss_Q, regression.lowest)
+        return loss_Q, low_Q, high_Q, group_QG
 
     def diagnostics(self) -> dict[str, float]:
-        square = float((self._residuals_M**2).sum())
-        spread = float(((self._losses_M - self._losses_M.mean()) ** 2).sum())
+        """Those of ``base``, and how well the regression predicts mixtures that it leaves out.
+
+        ``num_mixtures``: number of mixtures it was fitted to. ``leave_one_out_r2``,
+        ``leave_one_out_rmse_nats``: of its leave-one-out predictions. And the hyperparameters.
+        """
+        losses_M, residuals_M = self._regression.losses_M, self._regression.residuals_M
+        square = float((residuals_M**2).sum())
+        spread = float(((losses_M - losses_M.mean()) ** 2).sum())
         return {
             **(self._base.diagnostics() if self._base is not None else {}),
-            "num_mixtures": float(len(self._losses_M)),
+            "num_mixtures": float(len(losses_M)),
             "leave_one_out_r2": 1 - square / spread if spread > 0 else 0.0,
-            "leave_one_out_rmse_nats": float(np.sqrt(square / len(self._losses_M))),
-            **self._hyperparameters,
+            "leave_one_out_rmse_nats": float(np.sqrt(square / len(losses_M))),
+            **self._regression.hyperparameters,
         }
+
+
+class _Regression:
+    """Kernel ridge regression of losses, with the hyperparameters that leave-one-out errs least by.
+
+    Attributes:
+        losses_M: the known losses.
+        residuals_M: their leave-one-out residuals.
+        hyperparameters: those chosen, by name.
+        lowest: 0 if all known losses are non-negative, as losses of a model must be; else -inf.
+    """
+
+    def __init__(self, options: AbstractSurrogate, shares_MK: Array, losses_M: Array) -> None:
+        self._shares_MK, self.losses_M = shares_MK, losses_M
+        self.lowest = 0.0 if losses_M.min() >= 0 else -np.inf
+        least = np.inf
+        for hyperparameters, kernel in options.kernels(shares_MK):
+            gram = _Gram(kernel(shares_MK, shares_MK))
+            for penalty in options.penalties:
+                residuals_M = gram.left_out_residuals(losses_M, penalty)
+                square = float(np.mean(residuals_M**2))
+                if square < least:
+                    least = square
+                    self._kernel, self._gram, self.residuals_M = kernel, gram, residuals_M
+                    self.hyperparameters = {"penalty": penalty, **hyperparameters}
+        if not np.isfinite(least):
+            raise ArithmeticError("no penalty gives a finite leave-one-out error.")
+        self._inverse_MM = self._gram.inverse(self.hyperparameters["penalty"])
+
+    def parts(self, shares_QK: Array) -> Array:
+        """What each known loss contributes to the prediction for other mixtures [Q, M]."""
+        kernel_QM = self._kernel(shares_QK, self._shares_MK)
+        return self._gram.centered(kernel_QM) @ self._inverse_MM + 1 / len(self.losses_M)
+
+    def jackknife(self, parts_QM: Array) -> tuple[Array, Array, Array]:
+        """Predictions and the ends of their jackknife+ intervals [Q]."""
+        loss_Q = parts_QM @ self.losses_M
+        # Without mixture m its loss is as good as replaced by what the others predict for it.
+        left_out_QM = loss_Q[:, None] - parts_QM * self.residuals_M
+        rank = max(1, int(_TAIL * (len(self.losses_M) + 1)))
+        size_M = np.abs(self.residuals_M)
+        low_Q = np.partition(left_out_QM - size_M, rank - 1, axis=1)[:, rank - 1]
+        high_Q = np.partition(left_out_QM + size_M, -rank, axis=1)[:, -rank]
+        return loss_Q, low_Q, high_Q
 
 
 class _Gram:
@@ -350,7 +409,7 @@ class _Gram:
         count = len(kernel_MM)
         self._mean_M = kernel_MM.mean(0)
         centered_MM = kernel_MM - self._mean_M - self._mean_M[:, None] + self._mean_M.mean()
-        self._scale = max(float(np.trace(centered_MM)) / count, 1e-300)
+        self._scale = max(float(np.trace(centered_MM)) / count, TINY)
         # The intercept has no penalty. Its axis, the constant vector, is told from others with the
         # eigenvalue 0 by making its eigenvalue the largest, and dropped.
         values, vectors = np.linalg.eigh(centered_MM / self._scale + (count + 1) / count)

@@ -1,4 +1,4 @@
-"""Estimates that real runs put right: the arithmetic, and the run that makes them."""
+"""Calibrated estimates: the arithmetic, and the training run that makes them."""
 
 import dataclasses
 
@@ -32,16 +32,16 @@ class Plain(FittedEstimator):
         return Estimate(loss=loss, low=loss - half, high=loss + half, weights=weights)
 
     def diagnostics(self):
-        return {"anchor_loss_nats": 3.0}
+        return {"loss_at_theta_0_nats": 3.0}
 
 
 ANCHORS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0], [0, 0.5, 0.5]])
 NEW = np.array([[0.2, 0.3, 0.5], [0.9, 0.1, 0.0]])
 
 
-def by_hand(plain, anchors, measured, new):
+def by_hand(plain, runs, measured, new):
     """The same, one number at a time; the ridge regression in its primal form."""
-    estimated = [float(plain.estimate([row]).loss[0]) for row in anchors]
+    estimated = [float(plain.estimate([row]).loss[0]) for row in runs]
     random = [plain.estimate([row]) for row in random_subsets(3)]
     spread = float(np.var([one.loss[0] for one in random]))
     roots = [[one.weights[0][k] ** 0.5 for k in range(3)] for one in random]
@@ -63,17 +63,17 @@ def by_hand(plain, anchors, measured, new):
         def line(loss):
             return loss + count / (count + 2) * mean + above / below * (loss - middle)
 
-        f = np.array([features(anchors[a]) for a in chosen])
+        f = np.array([features(runs[a]) for a in chosen])
         left = np.array([measured[a] - line(estimated[a]) for a in chosen])
         u = np.linalg.inv(f.T @ f + 3 * np.eye(3)) @ f.T @ left
         return lambda loss, row: line(loss) + sum(features(row)[k] * u[k] for k in range(3))
 
-    everyone = list(range(len(anchors)))
+    everyone = list(range(len(runs)))
     squares = []
     for a in everyone:
         without = fit([b for b in everyone if b != a])
-        squares.append(((measured[a] - without(estimated[a], anchors[a])) / 0.1) ** 2)
-    factor = ((2 + sum(squares)) / (2 + len(anchors))) ** 0.5
+        squares.append(((measured[a] - without(estimated[a], runs[a])) / 0.1) ** 2)
+    factor = ((2 + sum(squares)) / (2 + len(runs))) ** 0.5
     put_right = fit(everyone)
     losses = [put_right(float(plain.estimate([row]).loss[0]), row) for row in new]
     return losses, factor * 0.1 * 1.6448536269514722
@@ -94,16 +94,16 @@ def test_it_is_ridge_regression_of_the_error():
 
 def test_many_runs_tell_scale_offset_and_error():
     rng = np.random.default_rng(0)
-    anchors = rng.dirichlet(np.ones(3), 400)
+    runs = rng.dirichlet(np.ones(3), 400)
     plain = Plain(deviation=0.1)
-    measured = 0.7 * plain.estimate(anchors).loss + 0.4 + rng.normal(0, 0.02, 400)
-    fitted = FittedCalibrated(plain, anchors, measured)
+    measured = 0.7 * plain.estimate(runs).loss + 0.4 + rng.normal(0, 0.02, 400)
+    fitted = FittedCalibrated(plain, runs, measured)
     estimate = fitted.estimate(NEW)
     assert estimate.loss == pytest.approx(0.7 * plain.estimate(NEW).loss + 0.4, abs=0.01)
     diagnostics = fitted.diagnostics()
     assert diagnostics["calibration_scale"] == pytest.approx(0.7, abs=0.02)
     assert diagnostics["calibration_interval_factor"] == pytest.approx(0.2, abs=0.02)
-    assert diagnostics["anchor_loss_nats"] == 3.0
+    assert diagnostics["loss_at_theta_0_nats"] == 3.0
     difference = fitted.difference(NEW, ANCHORS[0])
     expected = 0.7 * (plain.estimate(NEW).loss - plain.estimate(ANCHORS[:1]).loss)
     assert difference.loss == pytest.approx(expected, abs=0.01)
@@ -145,14 +145,14 @@ def test_one_run_moves_the_offset_by_a_third():
 def test_what_one_task_adds_is_told_by_many_runs():
     """Three quarters of an error that scale and offset cannot explain are found on new mixtures."""
     rng = np.random.default_rng(0)
-    anchors, new = np.split(rng.dirichlet(np.ones(3), 500), [400])
+    runs, new = np.split(rng.dirichlet(np.ones(3), 500), [400])
     plain = Plain()
 
     def measured(mixtures):
         return plain.estimate(mixtures).loss + np.sqrt(mixtures[:, 1]) / 2
 
-    fitted = FittedCalibrated(plain, anchors, measured(anchors))
-    line = np.poly1d(np.polyfit(plain.estimate(anchors).loss, measured(anchors), 1))
+    fitted = FittedCalibrated(plain, runs, measured(runs))
+    line = np.poly1d(np.polyfit(plain.estimate(runs).loss, measured(runs), 1))
     of_line = measured(new) - line(plain.estimate(new).loss)
     left = measured(new) - fitted.estimate(new).loss
     assert np.abs(left).mean() < np.abs(of_line).mean() / 4
@@ -164,15 +164,15 @@ def test_losses_without_mixtures(count):
         FittedCalibrated(Plain(), np.ones((0 if count == 0 else 3, 3)), np.ones(count))
 
 
-def test_anchors_are_spread_out():
+def test_runs_are_spread_out():
     tasks = TaskRows.from_labels(["a"] * 5 + ["b"] * 10 + ["c"] * 5 + ["d"] * 5)
-    anchors = mixtures_to_calibrate(tasks, 6, 0)
-    shares = np.array([*anchors.values()])
-    assert next(iter(anchors)) == "all tasks"
+    runs = mixtures_to_calibrate(tasks, 6, 0)
+    shares = np.array([*runs.values()])
+    assert next(iter(runs)) == "all tasks"
     assert shares[0].tolist() == [0.2, 0.4, 0.2, 0.2]
     assert shares.sum(1) == pytest.approx(np.ones(6))
     # The corners are the farthest from each other.
-    assert {"a", "b", "c", "d"} < set(anchors)
+    assert {"a", "b", "c", "d"} < set(runs)
     assert len(mixtures_to_calibrate(tasks, 100, 0)) <= 15
 
 
@@ -181,13 +181,13 @@ class TestARun:
         cb = callback(calibrate=3)
         trained(tiny.sft_trainer, run_dir, cb)
         assert len(cb.report.calibration) == 3
-        assert "Calibrated by real fine-tunes" in cb.report.to_markdown()
+        assert "## Calibration runs" in cb.report.to_markdown()
         assert "calibration_scale" in cb.report.diagnostics
         loaded = SelectionReport.load(run_dir / "_task_selection")
         assert loaded.to_dict() == cb.report.to_dict()
         assert loaded.estimate(["a", "c"]).loss == cb.report.estimate(["a", "c"]).loss
         again = callback(calibrate=3, selector=FixedSelection(["b"]), verify=1)
-        assert "real fine-tunes: 24 training steps" in str(
+        assert "ground-truth runs: 24 training steps" in str(
             again.preview(tiny.sft_trainer(run_dir / "again", again))
         )
 

@@ -28,15 +28,10 @@ from hf_auxselect import (
     capture_gradients,
 )
 from hf_auxselect.estimators import normalize_mixtures
-from hf_auxselect.estimators.base import (
-    NORMAL_95,
-    NUM_ENDS,
-    kernel_distance,
-    random_subsets,
-    rank_correlation,
-)
-from hf_auxselect.estimators.quadratic import QuadraticModel
-from hf_auxselect.estimators.recursion import Recursion
+from hf_auxselect.estimators.base import NORMAL_95, NUM_ENDPOINTS, random_subsets
+from hf_auxselect.estimators.diagnostics import kernel_distance, rank_correlation
+from hf_auxselect.estimators.quadratic_model import QuadraticModel
+from hf_auxselect.estimators.unrolled_optimizer import UnrolledOptimizer
 from hf_auxselect.sampler import MixtureSampler
 from hf_auxselect.tasks import TaskRows
 
@@ -121,7 +116,7 @@ class TestGradExLogistic:
         mine_margins = outputs + fitted._gradients_NR @ mine
         assert np.logaddexp(0, -mine_margins).mean() + 1e-6 * mine @ mine <= objective * (1 + 1e-9)
 
-    def test_no_training_leaves_the_loss_at_the_anchor(self):
+    def test_no_training_leaves_the_loss_as_it_is(self):
         store = random_store(3)
         estimate = GradExLogistic().fit(store).estimate(np.zeros((1, 3)))
         assert estimate.loss[0] == pytest.approx(store.target.task_losses[0], rel=1e-6)
@@ -145,7 +140,7 @@ class TestGradExLogistic:
         estimate = GradExLogistic(regularization=0.1).fit(store).estimate(np.ones((1, 3), bool))
         assert estimate.loss[0] == pytest.approx(nats, rel=1e-6)
 
-    def test_the_mean_margin_is_turned_into_nats_with_the_spread_of_the_anchor(self):
+    def test_the_mean_margin_is_turned_into_nats_with_the_spread_at_theta_0(self):
         """Two tokens with margins m +- d: the gap to the softplus of the mean is kept."""
         mean, spread, step = 0.3, 2.0, 0.5
         before = np.logaddexp(0, -np.array([mean - spread, mean + spread])).mean()
@@ -203,7 +198,7 @@ class TestGradExLogistic:
         diagnostics = GradExLogistic().fit(store).diagnostics()
         assert all(isinstance(value, float) for value in diagnostics.values())
         assert diagnostics["outlier_gradient_share"] == pytest.approx(1 / 24)
-        assert diagnostics["anchor_loss_nats"] == pytest.approx(store.target.task_losses[0])
+        assert diagnostics["loss_at_theta_0_nats"] == pytest.approx(store.target.task_losses[0])
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -248,9 +243,9 @@ def without_curvature(seed, counts):
 
 
 def at(model, displacements):
-    """Displacements within a model's axes, and what they are made of outside: nothing."""
-    inside = displacements @ model._axes_DR
-    return inside, np.zeros((len(inside), len(model.b_KD) + len(model.vectors_VR)))
+    """Displacements in the basis of a model, with no sources in its complement."""
+    coordinates = model.basis.coordinates(displacements)
+    return coordinates, np.zeros((len(coordinates), len(model.tasks.b_KD) + len(model.vectors_VR)))
 
 
 class TestLinearizedTraining:
@@ -283,79 +278,79 @@ class TestLinearizedTraining:
         fitted = LinearizedTraining(rank=rank, learning_rates=rates).fit(store)
         assert fitted.estimate(subsets).loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
-    def test_it_looks_ahead_along_its_own_displacements(self):
+    def test_it_probes_along_its_own_displacements(self):
         store = random_store(3, dim=40)
         fitted = LinearizedTraining().fit(store)
         displacements, subsets = [], normalize_mixtures(random_subsets(3), store.task_sizes)
         for rows in subsets:
-            effects = fitted._effects(rows[None])
-            displacements.append(fitted._model._axes_DR @ effects.delta_MR[0])
-        second_points, ends = LinearizedTraining().way_ahead(store)
-        for k, found in enumerate(second_points):
+            update = fitted._predict(rows[None])
+            displacements.append(fitted._model.basis.expand(update.delta_MR[0]))
+        secant_points, endpoints = LinearizedTraining().probe_points(store)
+        for k, found in enumerate(secant_points):
             mean = np.average(displacements, axis=0, weights=subsets[:, k])
             assert found == pytest.approx(2 / 3 * mean, rel=1e-9)
-        assert ends == pytest.approx(np.array(displacements[:NUM_ENDS]), rel=1e-9)
+        assert endpoints == pytest.approx(np.array(displacements[:NUM_ENDPOINTS]), rel=1e-9)
 
-    def test_nothing_is_measured_ahead_unless_it_is_asked_for(self):
-        assert LinearizedTraining(look_ahead=False).way_ahead(random_store()) is None
-        assert GaussNewton().way_ahead(random_store()) is None
+    def test_nothing_is_probed_unless_it_is_asked_for(self):
+        assert LinearizedTraining(probes=False).probe_points(random_store()) is None
+        assert GaussNewton().probe_points(random_store()) is None
         surrogate = RidgeSurrogate(base=LinearizedTraining())
-        expected = LinearizedTraining().way_ahead(random_store())
-        for found, of_base in zip(surrogate.way_ahead(random_store()), expected, strict=True):
+        expected = LinearizedTraining().probe_points(random_store())
+        for found, of_base in zip(surrogate.probe_points(random_store()), expected, strict=True):
             assert np.array_equal(found, of_base)
 
-    def test_what_was_measured_is_left_alone_unless_it_is_asked_for(self):
+    def test_probes_are_left_alone_unless_they_are_asked_for(self):
         store = random_store(5, look_ahead=True)
         plain = LinearizedTraining().fit(random_store(5)).estimate(np.eye(3, dtype=bool)).loss
-        left_alone = LinearizedTraining(look_ahead=False).fit(store)
+        left_alone = LinearizedTraining(probes=False).fit(store)
         assert left_alone.estimate(np.eye(3, dtype=bool)).loss.tolist() == plain.tolist()
         used = LinearizedTraining().fit(store)
         assert used.estimate(np.eye(3, dtype=bool)).loss.tolist() != plain.tolist()
 
-    def test_losses_at_the_ends_are_believed(self):
+    def test_the_target_agrees_with_losses_at_the_endpoints(self):
         # With one end, and all of the target's examples read there, the model says what was
         # measured, but for a thousandth of what it would have said.
         plain = random_store(5)
-        end = LinearizedTraining(rank=6).way_ahead(plain)[1][:1]
+        end = LinearizedTraining(rank=6).probe_points(plain)[1][:1]
         target = plain.target
         b = target.example_weights @ target.scalar("loss@optimizer")[1].astype(np.float64)
         model = LinearizedTraining(rank=6).fit(plain)._model
-        before = float(b @ end[0]) + float(model.target_change(*at(model, end))[1][0])
-        ahead = {
+        before = float(b @ end[0]) + float(model.target.change(*at(model, end))[1][0])
+        probes = {
             "second_points": np.zeros((3, 6)),
             "gradient_changes": np.zeros((3, 6)),
             "ends": end,
             "end_changes": np.full((1, len(target)), before + 0.3),
         }
-        model = LinearizedTraining(rank=6).fit(plain.with_vectors(ahead))._model
-        after = float(b @ end[0]) + float(model.target_change(*at(model, end))[1][0])
+        model = LinearizedTraining(rank=6).fit(plain.with_vectors(probes))._model
+        after = float(b @ end[0]) + float(model.target.change(*at(model, end))[1][0])
         assert after == pytest.approx(before + 0.3 / 1.001, rel=1e-5)
-        residual = model.diagnostics_ahead()["target_residual"]
-        assert residual == pytest.approx(0.3 / model.anchor_loss, rel=1e-5)
+        residual = model.probe_diagnostics()["target_residual"]
+        assert residual == pytest.approx(0.3 / model.target.loss, rel=1e-5)
 
     def test_changes_that_rounding_could_make_are_no_secant(self):
         store, losses = random_store(5, look_ahead=True), []
         for change in (0.0, 1e-7):
             at_rest = np.zeros((3, 6))
-            ahead = {"second_points": at_rest, "gradient_changes": at_rest + change}
-            fitted = LinearizedTraining(rank=6).fit(store.with_vectors(ahead))
+            probes = {"second_points": at_rest, "gradient_changes": at_rest + change}
+            fitted = LinearizedTraining(rank=6).fit(store.with_vectors(probes))
             losses.append(fitted.estimate(np.eye(3, dtype=bool)).loss)
         assert losses[1].tolist() == losses[0].tolist()
 
-    def test_the_residual_is_what_curvature_had_not_foreseen(self):
+    def test_the_residual_is_what_curvature_missed_of_the_change(self):
         store = random_store(6, dim=40, counts=(30, 30, 30), look_ahead=True)
-        fitted = LinearizedTraining(look_ahead=False).fit(store)
+        fitted = LinearizedTraining(probes=False).fit(store)
         displacements = np.random.default_rng(0).normal(size=(3, 40))
         phi = store.scalar("sampled_loss@optimizer")[1].astype(np.float64)
         changes = []
         for k in range(3):
             own = store.task_ids == k
-            H = (phi[own] * fitted._model.share_N[own, None]).T @ phi[own]
+            H = (phi[own] * fitted._model.counts.example_weights_N[own, None]).T @ phi[own]
             changes.append((H - np.trace(H) / 40 * np.eye(40)) @ displacements[k])
 
         def diagnostics(gradient_changes):
-            ahead = {"second_points": displacements, "gradient_changes": gradient_changes}
-            return LinearizedTraining(rank=40).fit(store.with_vectors(ahead)).diagnostics()
+            probes = {"second_points": displacements, "gradient_changes": gradient_changes}
+            return LinearizedTraining(rank=40).fit(store.with_vectors(probes)).diagnostics()
 
         assert diagnostics(np.array(changes))["linearization_residual"] < 1e-5
         assert diagnostics(2 * np.array(changes))["linearization_residual"] == pytest.approx(0.5)
@@ -395,7 +390,7 @@ class TestLinearizedTraining:
             factors.append(min(1.0, 6.0 / norm))
             of_tasks.append(np.bincount(task, tokens[rows], minlength=3) / tokens[rows].sum())
         expected = np.array(factors) @ np.array(of_tasks) / np.sum(of_tasks, axis=0)
-        assert fitted._clipping(shares)[0] == pytest.approx(expected, rel=0.05)
+        assert fitted._clipping.factors(shares)[0] == pytest.approx(expected, rel=0.05)
 
     def test_no_mixtures(self):
         assert len(LinearizedTraining().fit(random_store(2)).estimate(np.zeros((0, 3)))) == 0
@@ -442,25 +437,25 @@ class TestLinearizedTraining:
         longer = LinearizedTraining(learning_rates=[0.02] * 9).fit(store)
         assert longer.estimate([[True] * 3]).loss != given.loss
 
-    def test_no_training_leaves_the_loss_at_the_anchor_and_is_certain(self):
+    def test_no_training_leaves_the_loss_as_it_is_and_is_certain(self):
         store = random_store(2)
         estimate = LinearizedTraining().fit(store).estimate(np.zeros((1, 3)))
         assert estimate.loss[0] == pytest.approx(store.target.task_losses[0], rel=1e-6)
         assert estimate.low[0] == estimate.high[0] == estimate.loss[0]
 
     def test_steps_that_would_overshoot_for_good_end_where_training_just_converges(self):
-        recursion = Recursion(
+        unrolled = UnrolledOptimizer(
             np.full(500, 2.0),
             momentum_coefficient=0.9,
             steps_taken=None,
             weight_decay=0.0,
         )
         stable = 2 * 1.9 / (0.1 * 2.0)  # heavy-ball momentum diverges above
-        response = recursion.response(np.array([0.1, 0.5 * stable, 2 * stable, 1e9]))
+        response = unrolled.response(np.array([0.1, 0.5 * stable, 2 * stable, 1e9]))
         expected = 1 / np.array([0.1, 0.5 * stable, 0.9 * stable, 0.9 * stable])
         assert response.gradient == pytest.approx(expected, rel=1e-3)
 
-    def test_it_foretells_short_real_training(self, tmp_path):
+    def test_it_predicts_short_real_training(self, tmp_path):
         """A few steps of SGD with momentum on a tiny model, in the range of its first order."""
         model = tiny.llama()
         model.requires_grad_(False)
@@ -540,7 +535,7 @@ class TestLinearizedTraining:
         assert only["sampling_error_over_spread"] == 0
 
     def test_what_depends_on_the_length_of_the_step_alone_is_told(self):
-        """All tasks push the same way, by different lengths, and no curvature bends the loss."""
+        """All tasks push in one direction, by different lengths, and there is no curvature."""
         store = random_store(3, counts=(4, 4, 4, 4), dim=5, max_grad_norm=0.0)
         lengths = np.array([1.0, 2.0, 3.0, 4.0])[store.task_ids][:, None]
         flat = {
@@ -573,8 +568,8 @@ class TestLinearizedTraining:
         [
             ({"rank": 0}, "rank must be at least 1, got 0"),
             ({"model_error": -1}, "model_error must not be negative, got -1"),
-            ({"learning_rates": []}, "learning_rates must be rates of one or more steps"),
-            ({"learning_rates": [0.1, -0.1]}, "learning_rates must be rates"),
+            ({"learning_rates": []}, "learning_rates must be the rates of one or more steps"),
+            ({"learning_rates": [0.1, -0.1]}, "learning_rates must be the rates"),
         ],
     )
     def test_bad_options(self, options, message):
@@ -589,7 +584,7 @@ class TestLinearizedTraining:
     def test_a_store_without_the_steps_to_come(self):
         store = random_store(8)
         store = rebuilt(store, metadata={"optimizer": store.metadata["optimizer"]})
-        with pytest.raises(ValueError, match="does not know the steps to come"):
+        with pytest.raises(ValueError, match="does not know the remaining steps"):
             LinearizedTraining().fit(store)
 
 
@@ -608,7 +603,7 @@ def test_order_of_tasks_and_number_of_mixtures_do_not_matter(options, monkeypatc
     other = options.fit(permuted).estimate(subsets[:, order])
     assert other.loss == pytest.approx(whole.loss, rel=1e-9)
     monkeypatch.setattr("hf_auxselect.estimators.logistic._ELEMENTS_AT_ONCE", 100)
-    monkeypatch.setattr("hf_auxselect.estimators.fitted_quadratic._MIXTURES_AT_ONCE", 7)
+    monkeypatch.setattr("hf_auxselect.estimators.predicted_update._MIXTURES_AT_ONCE", 7)
     chunked = options.fit(store).estimate(subsets)
     assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)
     assert chunked.high == pytest.approx(whole.high, rel=1e-9)
@@ -654,46 +649,46 @@ class TestDifferencesOfQuadraticModels:
         of_loss = fitted.estimate(masks)
         assert width < 0.9 * (of_loss.high[0] - of_loss.low[0])  # what is shared cancels
 
-    @pytest.mark.parametrize("given_up", [0.0, 2.0])
-    def test_errors_of_the_model_are_shared_as_far_as_displacements_are_aligned(self, given_up):
+    @pytest.mark.parametrize("gain", [0.0, 2.0])
+    def test_errors_of_the_model_are_shared_as_far_as_displacements_are_aligned(self, gain):
         store = random_store(6)  # every row was captured: the model's error is all there is
-        if given_up:  # by a restart
-            store = store.with_vectors({"initial_losses": store.target.losses + given_up})
+        if gain:  # by a restart
+            store = store.with_vectors({"initial_losses": store.target.losses + gain})
             losses = store.vectors["initial_losses"].astype(np.float64)  # rounded to float32
-            given_up = store.target.example_weights @ (losses - store.target.losses)
+            gain = store.target.example_weights @ (losses - store.target.losses)
         fitted = LinearizedTraining(model_error=0.3).fit(store)
         masks = np.array([[True, True, False], [True, False, True], [False, False, False]])
-        one = fitted._effects(normalize_mixtures(masks, store.task_sizes))
-        other = fitted._effects(normalize_mixtures(masks[:1], store.task_sizes))
+        one = fitted._predict(normalize_mixtures(masks, store.task_sizes))
+        other = fitted._predict(normalize_mixtures(masks[:1], store.task_sizes))
         difference = fitted.difference(masks, masks[0])
-        omega = store.target.example_weights
+        weights = store.target.example_weights
         for m in range(3):
             delta, reference = one.delta_MR[m], other.delta_MR[0]
             lengths = np.linalg.norm(delta) * np.linalg.norm(reference)
             cosine = delta @ reference / lengths if lengths > 0 else 0.0
             variance = 0.0
             for x, y in (
-                (one.linear_MT[m] @ omega, other.linear_MT[0] @ omega),
+                (one.linear_MT[m] @ weights, other.linear_MT[0] @ weights),
                 (one.quadratic_M[m], other.quadratic_M[0]),
-                (given_up * masks[m].any(), given_up),
+                (gain * masks[m].any(), gain),
             ):
                 variance += x**2 + y**2 - 2 * max(cosine, 0.0) * x * y
             width = 2 * 1.6448536 * 0.3 * np.sqrt(max(variance, 0.0))
             assert difference.high[m] - difference.low[m] == pytest.approx(width, abs=1e-7)
 
-    def test_a_restart_is_less_certain_by_what_it_gives_up(self):
+    def test_a_restart_is_less_certain_by_the_warm_up_gain_it_gives_up(self):
         store, masks = random_store(6), np.array([[True, False, True], [False, False, False]])
         losses = store.target.losses.copy()
         losses[[0, 8]] += [1.0, 2.0]  # those that are read there are spread over all
-        given_up = store.target.example_weights[[0, 8]] @ [1.0, 2.0]
-        given_up /= store.target.example_weights[[0, 2, 5, 8]].sum()
+        gain = store.target.example_weights[[0, 8]] @ [1.0, 2.0]
+        gain /= store.target.example_weights[[0, 2, 5, 8]].sum()
         there = store.with_vectors({"initial_losses": losses[[0, 2, 5, 8]]})
         estimates = [
             LinearizedTraining(model_error=0.3).fit(s).estimate(masks) for s in (store, there)
         ]
         assert estimates[1].loss.tolist() == estimates[0].loss.tolist()
         added = [(e.high - e.loss)[0] / 1.6448536 / 0.3 for e in estimates]
-        assert added[1] ** 2 - added[0] ** 2 == pytest.approx(given_up**2, rel=1e-5)
+        assert added[1] ** 2 - added[0] ** 2 == pytest.approx(gain**2, rel=1e-5)
         assert estimates[1].high[1] == estimates[1].low[1]  # no training, no restart
 
 
@@ -717,7 +712,7 @@ class TestPackedRows:
         model = QuadraticModel(store, _read_loss, rank=None)
         tokens = [store.num_label_tokens[store.task_ids == k].mean() for k in range(3)]
         share = np.array([0.5, 0.3, 0.2]) * self.PER_ROW * tokens
-        weights = model.token_weights(np.array([[0.5, 0.3, 0.2]]))
+        weights = model.counts.token_weights(np.array([[0.5, 0.3, 0.2]]))
         assert weights[0] == pytest.approx(share / share.sum(), rel=1e-12)
 
     def test_a_row_varies_as_a_sum_of_examples_does(self, store):
@@ -733,25 +728,25 @@ class TestPackedRows:
                 for row in itertools.product(own, repeat=m)
             ]
             moments.append(np.mean([np.outer(s, s) for s in sums], 0))
-        tokens = rows[0] @ model.tokens_per_row_K
-        w = model.token_weights(rows)
-        b = w[0] @ model.b_KD
+        tokens = rows[0] @ model.counts.tokens_per_row_K
+        w = model.counts.token_weights(rows)
+        b = w[0] @ model.tasks.b_KD
         expected = np.tensordot(rows[0], moments, 1) / tokens**2 - np.outer(b, b)
-        covariance = model.row_covariance(rows, w).inner[0]
-        axes = model.outwards(np.eye(model.rank))
-        assert axes.T @ covariance @ axes == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        covariance = model.tasks.row_covariance(rows, w).basis_MRR[0]
+        basis = model.basis.vectors_DR
+        assert basis @ covariance @ basis.T == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
     def test_nothing_is_missing_where_all_examples_of_the_rows_were_captured(self, store):
         model = QuadraticModel(store, _read_loss, rank=None)
-        assert model.missing_K.tolist() == [0, 0, 0]
+        assert model.counts.missing_K.tolist() == [0, 0, 0]
         half = rebuilt(store, task_sizes=[4, 10, 2])
         model = QuadraticModel(half, _read_loss, rank=None)
-        assert model.missing_K.tolist() == [0.5, 0.5, 0.5]
+        assert model.counts.missing_K.tolist() == [0.5, 0.5, 0.5]
         plain = random_store(3, counts=(4, 5, 3))
         unpacked = QuadraticModel(rebuilt(plain, task_sizes=[8, 10, 6]), _read_loss, rank=None)
         w = np.array([[0.2, 0.5, 0.3]])
         for one, other in zip(
-            model.capture_covariance(w), unpacked.capture_covariance(w), strict=True
+            model.tasks.capture_covariance(w), unpacked.tasks.capture_covariance(w), strict=True
         ):
             assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
 
@@ -765,9 +760,9 @@ class TestPackedRows:
 
     def test_clipping_is_that_of_batches_of_all_examples_of_their_rows(self, store):
         fitted = LinearizedTraining().fit(store)
-        assert fitted._batch_size == round(4 * (2 * 2 + 5 * 1 + 1 * 3) / 8)
+        assert fitted._clipping._batch_size == round(4 * (2 * 2 + 5 * 1 + 1 * 3) / 8)
         rows = normalize_mixtures([[True, True, True]], store.task_sizes)
-        drawn = fitted._batches(rows)[1]
+        drawn = fitted._clipping._batches(rows)[1]
         share = np.bincount(drawn.ravel(), minlength=3) / drawn.size
         assert share == pytest.approx(np.array([4, 5, 3]) / 12, abs=0.01)
 

@@ -67,7 +67,7 @@ class TestTheEstimate:
         assert other.high == pytest.approx(one.high, rel=1e-5)
 
     @kinds
-    def test_no_training_leaves_the_loss_at_the_anchor_and_is_certain(self, curvature):
+    def test_no_training_leaves_the_loss_as_it_is_and_is_certain(self, curvature):
         store = random_store(4)
         estimate = GaussNewton(curvature=curvature).fit(store).estimate([[0, 0, 0], [1, 0, 0]])
         assert estimate.loss[0] == store.target.task_losses[0]
@@ -77,7 +77,7 @@ class TestTheEstimate:
     def test_no_mixtures(self):
         assert len(GaussNewton().fit(random_store(4)).estimate(np.zeros((0, 3)))) == 0
 
-    def test_gradients_of_zero_leave_the_loss_at_the_anchor(self):
+    def test_gradients_of_zero_leave_the_loss_as_it_is(self):
         store = random_store(5)
         estimate = GaussNewton().fit(scaled(store, 0)).estimate(EVERYTHING)
         assert estimate.loss == estimate.high == store.target.task_losses[0]
@@ -104,7 +104,7 @@ class TestTheEstimate:
         )
         assert empirical.damping == pytest.approx(sampled.damping, rel=0.1)
         w = np.array([[0.5, 0.5]])
-        values = [fitted._model.curvature(w)[0] for fitted in (sampled, empirical)]
+        values = [fitted._model.tasks.eigendecomposition(w)[0] for fitted in (sampled, empirical)]
         assert values[1] == pytest.approx(values[0], rel=0.1)
 
     @kinds
@@ -120,7 +120,7 @@ class TestTheEstimate:
         assert change == pytest.approx(-target_b @ b / fitted.damping, rel=1e-2)
 
     @kinds
-    def test_it_foretells_real_training(self, curvature, tmp_path):
+    def test_it_predicts_real_training(self, curvature, tmp_path):
         """Gradient descent on a tiny model with a penalty of lambda/2 per squared step, to its end.
 
         That far, the first order alone errs by a quarter.
@@ -180,8 +180,8 @@ class TestTheEstimate:
         )
         other = options.fit(permuted).estimate(subsets[:, order])
         assert other.loss == pytest.approx(whole.loss, rel=1e-9)
-        monkeypatch.setattr("hf_auxselect.estimators.fitted_quadratic._MIXTURES_AT_ONCE", 7)
-        monkeypatch.setattr("hf_auxselect.estimators.quadratic._NUMBERS_AT_ONCE", 20)
+        monkeypatch.setattr("hf_auxselect.estimators.predicted_update._MIXTURES_AT_ONCE", 7)
+        monkeypatch.setattr("hf_auxselect.estimators.captured_gradients._NUMBERS_AT_ONCE", 20)
         chunked = options.fit(store).estimate(subsets)
         assert chunked.loss == pytest.approx(whole.loss, rel=1e-9)
         assert chunked.high == pytest.approx(whole.high, rel=1e-7)

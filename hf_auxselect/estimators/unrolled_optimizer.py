@@ -1,4 +1,4 @@
-"""What the steps to come make of a gradient, of momentum, of weight decay and of minibatches.
+"""The remaining optimizer steps, unrolled: what they make of gradients, momentum, decay and noise.
 
 In the eigenvectors of a quadratic model's curvature H, training falls apart into recursions of two
 numbers each, the displacement and the momentum. They are tabulated as functions of the eigenvalue.
@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_auxselect.estimators.base import Array
+from hf_auxselect.estimators.base import TINY, Array
 
+# Constants that shape estimates: how finely responses are tabulated, and what they are limited to.
+# All are conventions; the first six bound errors of interpolation, far below those of the model.
 _GRID_POINTS = 8192
 """Eigenvalues at which responses to constant sources are tabulated; between, it is interpolated."""
 
@@ -22,53 +24,71 @@ _NOISE_GRID_POINTS = 2048
 """The same for responses to single steps, which take many numbers each."""
 
 _BASIS_GRID_POINTS = 64
+"""Eigenvalues whose responses to single steps give the basis functions of time."""
+
 _BASIS_TOLERANCE = 1e-6
 """Basis functions of time are kept down to this share of the largest singular value."""
 
 _MAX_PASSES = 64
-"""If the rows are read more often, what shuffling leaves of their noise is next to nothing."""
+"""If the examples are read more often, what shuffling leaves of their noise is next to nothing."""
 
 _MAX_MOMENTS = 256
 """Points in time between which the sum of responses is interpolated."""
+
+_STABLE_SHARE = 0.9
+"""Larger curvature than this share of ``stable_curvature`` is answered like this much.
+
+At a share of 1 the displacement would oscillate without end.
+"""
 
 
 class Response(NamedTuple):
     """Displacement after the last step per unit of each source, at some eigenvalues."""
 
     momentum: Array
+    """Per unit of the optimizer's momentum."""
     gradient: Array
-    """With the opposite sign: training goes against the gradient."""
+    """Per unit of the gradient, with the opposite sign: training goes against the gradient."""
     parameters: Array
-    """Of weight decay, with the opposite sign."""
+    """Per unit of the parameters, by weight decay, with the opposite sign."""
 
 
 class NoiseResponse(NamedTuple):
     """The covariance of the displacement after the last step, per unit of each step's noise.
 
     Between the eigenvectors i and j it is ``sum_q drawn_iq drawn_jq - sum_p passes_ip passes_jp``:
-    what independent draws would do, less what the rows' being drawn without replacement takes away.
+    the covariance of independent draws, less what drawing without replacement takes away.
     """
 
     drawn: Array
     """[M, R, Q]"""
     passes: Array
-    """[M, R, passes over the rows]"""
+    """[M, R, passes over the examples]"""
 
 
-class Recursion:
-    """The steps to come, by eigenvalue of H.
+class UnrolledOptimizer:
+    """The displacement after the remaining steps, for each eigenvalue of H.
+
+    In the optimizer's coordinates, with a gradient b + H delta, step t is
+
+        m_t = beta m_{t-1} + (1 - beta) (b + H delta_{t-1}),
+        delta_t = delta_{t-1} - eta_t (m_t / (1 - beta^(t_0 + t)) + decay (theta + delta_{t-1})).
+
+    Steps begin from the optimizer's own m_0 after its t_0 steps. SGD has no division by
+    1 - beta^(t_0 + t), and adds its decay to b + H delta instead. All of it is linear in the
+    sources m_0, b and theta, and a function of one eigenvalue.
 
     Args:
         rates: eta_t of each step.
-        momentum_coefficient: beta; of the steps taken, if it changes.
+        momentum_coefficient: beta; that of the steps taken, if it changes.
         steps_taken: t_0, which corrects the bias of momentum towards 0; None: not corrected.
         weight_decay: per unit of learning rate.
         decay_is_coupled: whether decay is added to the gradient, and so to the momentum.
         momentum_coefficients: beta of each step, if a scheduler changes it; None: it does not.
 
     Attributes:
-        duration: sum of the learning rates, less what momentum delays: 1 / duration is the
-            curvature in whose direction training has just begun to converge.
+        summed_learning_rate: sum of the learning rates, less what momentum delays. Training has
+            just begun to converge along a curvature of 1 / summed_learning_rate.
         stable_curvature: the largest along which the steps converge, however many they are.
     """
 
@@ -94,7 +114,7 @@ class Recursion:
         )
         steps = np.arange(1, len(rates) + 1)
         forgotten = np.cumprod(self._betas) if changes else beta**steps
-        self.duration = float((rates * (1 - forgotten)).sum()) or 1.0
+        self.summed_learning_rate = float((rates * (1 - forgotten)).sum()) or 1.0
         self._initial_momentum = 1.0 if steps_taken is None else 1 - beta**steps_taken
         base = self._betas if changes else beta
         self._corrections = (
@@ -105,23 +125,28 @@ class Recursion:
         # Negative curvature is an error of the projection: it may cancel that of other directions,
         # but not grow beyond a factor of e.
         least = float(self._betas.min())
-        self.stable_curvature = 2 * (1 + least) / ((1 - least) * max(float(rates.max()), 1e-300))
-        self._largest_x = np.log(0.9 * self.stable_curvature * self.duration + 2)
+        self.stable_curvature = 2 * (1 + least) / ((1 - least) * max(float(rates.max()), TINY))
+        largest = _STABLE_SHARE * self.stable_curvature
+        self._largest_x = np.log(largest * self.summed_learning_rate + 2)
         self._tabulate_sources()
         self._tabulate_noise()
 
     def response(self, values: Array) -> Response:
-        """To sources that are the same in every step, at eigenvalues of any shape."""
+        """The response to sources that are the same in every step; eigenvalues of any shape."""
         x = self._coordinate(values)
         momentum, gradient, parameters = (np.interp(x, self._x_G, d) for d in self._delta_3G)
         return Response(momentum, -gradient, -parameters)
 
     def noise_response(self, values_MR: Array, steps_per_pass_M: Array) -> NoiseResponse:
-        """To noise of the gradients which is independent from row to row.
+        """The response to noise of the gradients which is independent between examples.
+
+        Rows are drawn without replacement, so that after a whole pass, P steps long, their noise
+        has cancelled out: noise of the steps s and t is correlated by u_st = 1 for s = t, less
+        1 / P for all s, t of the same pass.
 
         Args:
             values_MR: eigenvalues.
-            steps_per_pass_M: after how many steps the rows of a mixture have all been read.
+            steps_per_pass_M: P, the number of steps after which all rows of a mixture are read.
         """
         num_steps = len(self._rates)
         steps_per_pass_M = np.maximum(steps_per_pass_M, num_steps / _MAX_PASSES)
@@ -145,12 +170,14 @@ class Recursion:
         return NoiseResponse(drawn, passes)
 
     def _coordinate(self, values: Array) -> Array:
-        """Where eigenvalues are in the tables, which are even in it."""
-        return np.clip(np.log(np.maximum(values * self.duration, -1.0) + 2), 0.0, self._largest_x)
+        """Place of eigenvalues in the tables, whose entries are evenly spaced in it."""
+        scaled = np.maximum(values * self.summed_learning_rate, -1.0)
+        return np.clip(np.log(scaled + 2), 0.0, self._largest_x)
 
     def _values(self, num_points: int) -> Array:
-        """The eigenvalues of a table."""
-        return (np.exp(np.linspace(0.0, self._largest_x, num_points)) - 2) / self.duration
+        """The eigenvalues of the entries of a table with this many points."""
+        x = np.linspace(0.0, self._largest_x, num_points)
+        return (np.exp(x) - 2) / self.summed_learning_rate
 
     def _tabulate_sources(self) -> None:
         self._x_G = np.linspace(0.0, self._largest_x, _GRID_POINTS)
@@ -207,6 +234,6 @@ class Recursion:
 
 
 def _between(places: Array, length: int) -> tuple[Array, Array]:
-    """Of positions in a table: the entry before each, and the share of the one after it."""
+    """The entry before each position in a table, and the share of the one after it."""
     before = np.clip(places.astype(np.int64), 0, length - 2)
     return before, places - before

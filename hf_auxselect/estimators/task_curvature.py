@@ -1,0 +1,153 @@
+"""Each task's gradient and curvature at the linearization point, and how its examples vary.
+
+Shapes: N examples of the auxiliary tasks, K tasks, M mixtures, D projection_dim, R vectors of the
+basis.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hf_auxselect.estimators.base import TINY, Array
+from hf_auxselect.estimators.captured_gradients import CaptureCounts, WeightedGradients
+from hf_auxselect.estimators.curvature_corrections import psb_update
+from hf_auxselect.estimators.krylov_basis import KrylovBasis
+from hf_auxselect.store.records import Probes
+
+
+class Covariance(NamedTuple):
+    """Covariance of random gradients of M mixtures."""
+
+    basis_MRR: Array
+    """In the basis."""
+    complement_M: Array
+    """The trace of what is in the orthogonal complement."""
+
+
+class TaskCurvature:
+    """Mean gradient b_k and Gauss-Newton curvature H_k of each task's loss, in the basis.
+
+    The loss of a mixture has the sums of both over the tasks, weighted by label tokens:
+    b_w = sum_k w_k b_k, H_w = sum_k w_k H_k. In the orthogonal complement of the basis, curvature
+    is the same in all directions, with the trace that is left.
+
+    Args:
+        gradients: those of the tasks' examples.
+        counts: how the examples were captured.
+        basis: in which curvature is modelled.
+        b_KD, trace_K: mean gradient and trace of the curvature of each task.
+        target_b_D: mean gradient of the target.
+
+    Attributes:
+        b_KD, b_KR: the tasks' mean gradients; their coordinates in the basis.
+        uncorrected_H_KRR: the tasks' curvature before probes have corrected it.
+        g_NR, phi_NR: gradients of the examples in the basis (float32: no less precise than they
+            were captured, and for the interval alone); norm_N: norms of g.
+        complement_response_K, complement_response_N: inner products, in the orthogonal complement,
+            of the target's mean gradient with the tasks' b and with each g.
+    """
+
+    def __init__(
+        self,
+        gradients: WeightedGradients,
+        counts: CaptureCounts,
+        basis: KrylovBasis,
+        b_KD: Array,
+        trace_K: Array,
+        target_b_D: Array,
+    ) -> None:
+        self._basis, self._counts, self._trace_K = basis, counts, trace_K
+        num_tasks, num_examples = len(b_KD), len(gradients.store)
+        complement_b_D = basis.complement(target_b_D)
+        self.b_KD = b_KD
+        self.b_KR = basis.coordinates(b_KD)
+        # H, and the second moment of a row's contribution to b.
+        self._H_KRR, self._moment_KRR = np.zeros((2, num_tasks, basis.rank, basis.rank))
+        self._complement_moment_K = np.zeros(num_tasks)
+        tokens_N = gradients.store.num_label_tokens.astype(np.float64)
+        self.phi_NR = np.empty((num_examples, basis.rank), np.float32)
+        self.g_NR = np.empty((num_examples, basis.rank), np.float32)
+        self.complement_response_N = np.empty(num_examples)
+        self.norm_N = np.empty(num_examples)
+        for k, examples, g_ND, phi_ND in gradients.chunks():
+            g, phi = basis.coordinates(g_ND), basis.coordinates(phi_ND)
+            self._H_KRR[k] += (phi * counts.example_weights_N[examples, None]).T @ phi
+            self.g_NR[examples], self.phi_NR[examples] = g, phi
+            self.norm_N[examples] = np.linalg.norm(g, axis=1)
+            self.complement_response_N[examples] = g_ND @ complement_b_D
+            contribution_N = tokens_N[examples] / counts.tokens_per_row_K[k]
+            weights_N = contribution_N**2 / counts.counts_K[k] * counts.examples_per_row_K[k]
+            self._moment_KRR[k] += (g * weights_N[:, None]).T @ g
+            self._complement_moment_K[k] += weights_N @ ((g_ND**2).sum(1) - (g**2).sum(1))
+        # A row is a sum of m examples. They are taken as independent, each with the mean b / m: so
+        # the products of two different ones are (m - 1) / m of b b^T in expectation.
+        pairs_K = 1 - 1 / counts.examples_per_row_K
+        self._moment_KRR += pairs_K[:, None, None] * self.b_KR[:, :, None] * self.b_KR[:, None, :]
+        self._complement_moment_K += pairs_K * ((b_KD**2).sum(1) - (self.b_KR**2).sum(1))
+        self.complement_response_K = b_KD @ complement_b_D
+        self._complement_curvature_K = basis.complement_curvature(self._H_KRR, trace_K)
+        self.uncorrected_H_KRR = self._H_KRR
+
+    def correct(self, probes: Probes) -> float:
+        """Correct each H_k by how its gradient was measured to change (``psb_update``).
+
+        Returns:
+            By how much the curvature had missed these changes: the length of what it missed of a
+            change, as a share of the change, in the basis, and the median over tasks.
+        """
+        delta_KR = self._basis.coordinates(probes.secant_points_KD)
+        change_KR = self._basis.coordinates(probes.gradient_changes_KD)
+        missed_KR = change_KR.copy()
+        result_KRR = self.uncorrected_H_KRR.copy()
+        for k, added in enumerate(self._trace_K / self._basis.dim):
+            added_RR = added * np.eye(self._basis.rank)
+            H_RR = result_KRR[k] - added_RR
+            missed_KR[k] -= H_RR @ delta_KR[k]
+            H_RR = psb_update(H_RR, delta_KR[k], change_KR[k], self.b_KR[k])
+            result_KRR[k] = H_RR + added_RR
+        missed_K, length_K = (np.linalg.norm(x, axis=1) for x in (missed_KR, change_KR))
+        self._H_KRR = result_KRR
+        return float(np.median(missed_K / np.maximum(length_K, TINY)))
+
+    def eigendecomposition(self, w_MK: Array) -> tuple[Array, Array, Array]:
+        """Eigenvalues of mixtures' H_w, less what the projection adds; they may be negative.
+
+        Returns:
+            Eigenvalues in the basis, in ascending order [M, R]; their vectors, in columns
+            [M, R, R]; the curvature in the orthogonal complement [M].
+        """
+        values_MR, vectors_MRR = np.linalg.eigh(np.tensordot(w_MK, self._H_KRR, 1))
+        added_M = self.projection_curvature(w_MK)
+        return values_MR - added_M[:, None], vectors_MRR, w_MK @ self._complement_curvature_K
+
+    def projection_curvature(self, w_MK: Array) -> Array:
+        """What a random projection adds to every eigenvalue in expectation: trace(H_w) / D [M]."""
+        return w_MK @ self._trace_K / self._basis.dim
+
+    def row_covariance(self, shares_MK: Array, w_MK: Array) -> Covariance:
+        """Covariance of the gradient of one row of a mixture, in the loss of a batch."""
+        tokens_per_row_K = self._counts.tokens_per_row_K
+        w_per_row_MK = w_MK * tokens_per_row_K
+        w_per_row_MK /= np.where(shares_MK.any(1), shares_MK @ tokens_per_row_K, 1.0)[:, None]
+        b_MR, b_MD = w_MK @ self.b_KR, w_MK @ self.b_KD
+        return Covariance(
+            np.tensordot(w_per_row_MK, self._moment_KRR, 1) - b_MR[:, :, None] * b_MR[:, None, :],
+            w_per_row_MK @ self._complement_moment_K - (b_MD**2).sum(1) + (b_MR**2).sum(1),
+        )
+
+    def capture_covariance(self, w_MK: Array) -> Covariance | None:
+        """Covariance of b_w over which examples were captured; None if all of them were."""
+        counts = self._counts
+        if not counts.missing_K.any():
+            return None
+        # A row of m independent examples has an m-th of the variance of one.
+        per_example_K = counts.examples_per_row_K / np.maximum(counts.counts_K - 1, 1)
+        w_MK = w_MK**2 * counts.missing_K * per_example_K
+        complement_K = self._complement_moment_K - (self.b_KD**2).sum(1) + (self.b_KR**2).sum(1)
+        moment_MRR = np.tensordot(w_MK, self._moment_KRR, 1)
+        return Covariance(
+            moment_MRR - np.einsum("mk,kr,ks->mrs", w_MK, self.b_KR, self.b_KR, optimize=True),
+            w_MK @ complement_K,
+        )
