@@ -1,12 +1,15 @@
 """The files of a run: written whole or not at all, and read as untrusted input.
 
-JSON and safetensors only, which cannot run code.
+JSON and safetensors only, which cannot run code. JSON is checked here rather than by pydantic: that
+refuses ``typing.TypedDict`` before Python 3.12, accepts NaN unless each record is configured, and
+is no dependency of the oldest transformers supported.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import types
 from collections.abc import Iterator, Mapping
@@ -17,7 +20,7 @@ JsonDict = dict[str, Any]
 T = TypeVar("T")
 
 _LARGEST = 2**63
-"""Numbers are smaller than this; infinity and NaN are not."""
+"""Typed numbers must be smaller, as the arrays that they become."""
 
 
 def write_atomically(path: str | Path, content: bytes | str | Iterator[bytes | memoryview]) -> None:
@@ -63,11 +66,15 @@ def _conform(value: Any, kind: Any, where: str) -> Any:
     """A JSON value as an object of a type, checked all the way down.
 
     Known are dataclasses (no unknown fields), TypedDicts (further keys are left alone), lists,
-    tuples of one type, dicts, unions, and plain values; numbers must be finite.
+    tuples of one type, dicts, optional and plain values; numbers must be finite.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
-        return value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where} is {_shortened(value)}, expected a finite number")
+        if isinstance(value, dict):
+            return _conform(value, dict[str, Any], where)
+        return _conform(value, list[Any], where) if isinstance(value, list) else value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -87,7 +94,9 @@ def _conform(value: Any, kind: Any, where: str) -> Any:
         name = getattr(origin or kind, "__name__", kind)
         raise ValueError(f"{where} is {_shortened(value)}, expected {name}")
     if kind in (int, float) and not abs(value) < _LARGEST:
-        raise ValueError(f"{where} is {_shortened(value)}, which no number of this package is")
+        raise ValueError(
+            f"{where} is {_shortened(value)}, expected a finite number smaller than 2**63"
+        )
     return value
 
 

@@ -1,40 +1,20 @@
 """Damaged and hostile files: the loaders raise the errors that they document, and no others."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_report import random_store, report_of
-from test_store import VECTORS, complete
 
 from hf_auxselect import GradientStore, SelectionReport
 from hf_auxselect.files import read_json
 from hf_auxselect.plan import PlanRecord
 from hf_auxselect.trainer.checkpoints import is_whole, load_decision
 
-DECISION = {
-    "selected": ["a"],
-    "weights": {"a": 1.0, "b": 0.0},
-    "estimated_loss": 1.5,
-    "low": 1.0,
-    "high": 2.0,
-    "estimated_loss_all": None,
-    "switch_step": 4,
-    "after": "continue",
-    "seed": 42,
-    "estimator": {"name": "LinearizedTraining", "rank": 96},
-    "selector": {"name": "ForwardSelection"},
-}
-PLAN = {
-    "switch_step": 4,
-    "seed": 42,
-    "tasks": {"a": 10, "b": 3},
-    "target": 7,
-    "fingerprint": {"tasks": {"a": 10, "b": 3}, "training rows": "0123456789abcdef"},
-    "versions": {"torch": "2.13.0"},
-}
+RECORDED = Path(__file__).parent / "recorded" / "continue"
 
 json_values = st.recursive(
     st.none()
@@ -61,10 +41,12 @@ def edited(content, path, new):
     if not path:
         return new
     copy = content.copy()
-    if len(path) == 1 and new is Ellipsis:
+    if len(path) > 1:
+        copy[path[0]] = edited(copy[path[0]], path[1:], new)
+    elif new is Ellipsis:
         del copy[path[0]]
     else:
-        copy[path[0]] = edited(copy[path[0]], path[1:], new)
+        copy[path[0]] = new
     return copy
 
 
@@ -103,13 +85,10 @@ def attempt(load, directory):
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
-    """One of each file."""
-    directory = tmp_path_factory.mktemp("room")
-    complete(directory / "gradients", vectors=VECTORS)
-    report_of(random_store(3)).save(directory / "report")
-    (directory / "selection.json").write_text(json.dumps(DECISION))
-    (directory / "plan.json").write_text(json.dumps(PLAN))
+def run(tmp_path_factory):
+    """The files of a run, and the state of a checkpoint."""
+    directory = tmp_path_factory.mktemp("files") / "run"
+    shutil.copytree(RECORDED, directory)
     (directory / "trainer_state.json").write_text(json.dumps({"global_step": 4}))
     return directory
 
@@ -127,18 +106,18 @@ def fuzz(directory: Path, load, data, pattern):
 
 @settings(max_examples=200)
 @given(data=st.data())
-def test_a_store(room, data):
-    directory = room / "gradients"
+def test_a_store(run, data):
+    directory = run / "gradients"
     store = fuzz(directory, lambda: GradientStore.load(directory), data, "*")
-    if store is not None:  # whatever is believed is of one piece
+    if store is not None:  # what is read is of one piece
         assert len(store.task_names) == len(store.task_sizes)
         assert len(store.gradients) == len(store.losses) == len(store.task_ids)
 
 
 @settings(max_examples=200)
 @given(data=st.data())
-def test_a_report(room, data):
-    directory = room / "report"
+def test_a_report(run, data):
+    directory = run / "report"
     report = fuzz(directory, lambda: SelectionReport.load(directory), data, "report.json")
     if report is not None:
         report.to_text()
@@ -148,23 +127,46 @@ def test_a_report(room, data):
 
 @settings(max_examples=200)
 @given(data=st.data())
-def test_a_decision(room, data):
+def test_a_decision(run, data):
     decision = fuzz(
-        room, lambda: load_decision(room / "selection.json", ["a", "b"]), data, "selection.json"
+        run,
+        lambda: load_decision(run / "selection.json", ["a", "b", "c", "d"]),
+        data,
+        "selection.json",
     )
     if decision is not None:
-        assert set(decision["weights"]) == {"a", "b"}
+        assert set(decision["weights"]) == {"a", "b", "c", "d"}
         assert sum(decision["weights"].values()) == pytest.approx(1)
 
 
 @settings(max_examples=200)
 @given(data=st.data())
-def test_a_plan(room, data):
-    plan = fuzz(room, lambda: read_json(room / "plan.json", PlanRecord), data, "plan.json")
+def test_a_plan(run, data):
+    plan = fuzz(run, lambda: read_json(run / "plan.json", PlanRecord), data, "plan.json")
     assert plan is None or isinstance(plan["switch_step"], int)
 
 
 @settings(max_examples=100)
 @given(data=st.data())
-def test_a_state(room, data):
-    assert fuzz(room, lambda: is_whole(room), data, "trainer_state.json") in (True, False)
+def test_a_state(run, data):
+    assert fuzz(run, lambda: is_whole(run), data, "trainer_state.json") in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (("run", "seconds"), float("nan"), "it['run']['seconds'] is NaN, expected a finite number"),
+        (("estimator", "rank"), -1e999, "it['estimator']['rank'] is -Infinity, expected a finite"),
+        (("rows", 2, "loss"), "3.1", "it['rows'][2]['loss'] is \"3.1\", expected float"),
+        (("tasks", 0, "rows"), 2**63, "['rows'] is 9223372036854775808, expected a finite number"),
+        (("weights",), ..., "it has no 'weights'"),
+        (("title",), "x", "it has the unknown field 'title'"),
+    ],
+)
+def test_a_damaged_value_is_named_with_its_file(path, value, told, tmp_path):
+    content = json.loads((RECORDED / "report" / "report.json").read_text())
+    damaged = edited(content, path, value)
+    (tmp_path / "report.json").write_text(json.dumps(damaged))
+    with pytest.raises(ValueError, match=re.escape(told)) as error:
+        SelectionReport.load(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'report.json'}: damaged (")

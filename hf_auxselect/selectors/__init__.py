@@ -1,9 +1,18 @@
-"""Selectors: choose a subset or mixture of tasks, given only a way to estimate its loss."""
+"""Selectors: choose a subset or mixture of tasks, given estimates of the loss that each leads to.
 
+A selector is a frozen dataclass whose fields are its options; ``select(problem)`` returns a
+:class:`Selection`.
+"""
+
+from hf_auxselect.selectors.backward_elimination import BackwardElimination as BackwardElimination
 from hf_auxselect.selectors.base import AbstractSelector as AbstractSelector
-from hf_auxselect.selectors.base import BackwardElimination as BackwardElimination
-from hf_auxselect.selectors.base import ExhaustiveSearch as ExhaustiveSearch
-from hf_auxselect.selectors.base import FixedSelection as FixedSelection
-from hf_auxselect.selectors.base import ForwardSelection as ForwardSelection
-from hf_auxselect.selectors.base import RandomEnsemble as RandomEnsemble
+from hf_auxselect.selectors.base import DifferenceFn as DifferenceFn
+from hf_auxselect.selectors.base import EstimateFn as EstimateFn
 from hf_auxselect.selectors.base import Selection as Selection
+from hf_auxselect.selectors.base import SelectionProblem as SelectionProblem
+from hf_auxselect.selectors.base import Step as Step
+from hf_auxselect.selectors.exhaustive_search import ExhaustiveSearch as ExhaustiveSearch
+from hf_auxselect.selectors.fixed_selection import FixedSelection as FixedSelection
+from hf_auxselect.selectors.forward_selection import ForwardSelection as ForwardSelection
+from hf_auxselect.selectors.random_ensemble import RandomEnsemble as RandomEnsemble
+from hf_auxselect.selectors.registry import SELECTORS as SELECTORS

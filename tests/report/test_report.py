@@ -1,5 +1,5 @@
-import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +12,27 @@ from hf_auxselect import (
     GradExLogistic,
     KernelSurrogate,
     LinearizedTraining,
+    RandomEnsemble,
     RidgeSurrogate,
     SelectionReport,
 )
-from hf_auxselect.estimators.reliability import DOUBTS, OF_A_RESTART
-from hf_auxselect.report.report import escape_markdown, estimator_from, printable, strategy_record
-from hf_auxselect.selectors.base import RandomEnsemble
+from hf_auxselect.estimators.reliability import RELIABILITY_CHECKS, RESTART_WARNING
+from hf_auxselect.report.analysis import estimator_from, strategy_record
+from hf_auxselect.report.content import Row
+from hf_auxselect.report.markdown import escape_markdown
+from hf_auxselect.report.text import printable
+from hf_auxselect.selectors import SelectionProblem
+
+MODEL_CARDS = sorted((Path(__file__).parents[2] / "model_cards").glob("*/README.md"))
+
+
+def problem(fitted, store):
+    return SelectionProblem(fitted.estimate, store.task_names, store.task_sizes)
 
 
 def report_of(store, selector=None):
     fitted = GradExLogistic().fit(store)
-    selection = (selector or ForwardSelection()).select(fitted.estimate, store.task_names)
+    selection = (selector or ForwardSelection()).select(problem(fitted, store))
     report = SelectionReport(
         weights=selection.weights,
         scores=selection.scores,
@@ -65,15 +75,19 @@ class TestTheComparison:
         chosen, everything = report.row("chosen").loss, report.row("all tasks").loss
         assert report.difference.loss == pytest.approx(chosen - everything)
         sentence = report.compared_with_all_tasks()
-        assert sentence.startswith("The chosen mixture, less all tasks: -")
         assert sentence in report.to_text()
-        unsure = dataclasses.replace(report.difference, low=-0.1, high=0.1)
-        report.difference = unsure
-        assert "cannot be told from all tasks" in report.compared_with_all_tasks()
-        assert "cannot be told from all tasks" in report.to_markdown()
-        sure = dataclasses.replace(report.difference, low=-0.2, high=-0.1)
-        report.difference = sure
-        assert "cannot be told" not in report.to_markdown()
+        for low, high, verdict in [
+            (-0.0440, 0.0115, "not significantly different from all tasks"),
+            (-0.0440, -0.0115, "significantly better than all tasks"),
+            (0.0115, 0.0440, "all tasks are significantly better"),
+        ]:
+            report.difference = Row(name="chosen minus all tasks", loss=-0.0163, low=low, high=high)
+            told = f"[{low:+.4f}, {high:+.4f}] nats per label token: {verdict}."
+            assert (
+                report.compared_with_all_tasks()
+                == f"Chosen mixture minus all tasks: -0.0163 {told}"
+            )
+            assert f"label token: {verdict}." in report.to_markdown()
 
     def test_all_tasks_do_not_differ_from_all_tasks(self):
         store = random_store(2)
@@ -91,31 +105,31 @@ class TestTheComparison:
         assert [row.low, row.high] == pytest.approx(np.quantile(losses, [0.05, 0.95]))
 
 
-class TestDoubts:
-    @pytest.mark.parametrize("doubt", DOUBTS, ids=lambda doubt: doubt.diagnostic)
-    def test_values_above_the_limit_are_warned_of(self, doubt, monkeypatch):
+class TestReliabilityWarnings:
+    @pytest.mark.parametrize("check", RELIABILITY_CHECKS, ids=lambda check: check.diagnostic)
+    def test_values_above_the_limit_are_warned_of(self, check, monkeypatch):
         store = random_store(3)
         fitted = GradExLogistic().fit(store)
-        selection = ForwardSelection().select(fitted.estimate, store.task_names)
+        selection = ForwardSelection().select(problem(fitted, store))
         for value, warned in [(1.01, True), (0.99, False), (-3.0, False)]:
             report = SelectionReport(weights=selection.weights)
-            told = {doubt.diagnostic: value * doubt.limit}
+            told = {check.diagnostic: value * check.limit}
             monkeypatch.setattr(type(fitted), "diagnostics", lambda self, told=told: told)
             report.add_estimates(fitted, selection, store, seed=0)
-            assert report.warnings == [doubt.text.format(value * doubt.limit)] * warned
+            assert report.warnings == [check.text.format(value * check.limit)] * warned
 
     @pytest.mark.parametrize("after", ["continue", "restart"])
     def test_a_restart_is_warned_of(self, after):
         store = random_store(3, after=after)
         fitted = GradExLogistic().fit(store)
-        selection = ForwardSelection().select(fitted.estimate, store.task_names)
+        selection = ForwardSelection().select(problem(fitted, store))
         report = SelectionReport(weights=selection.weights)
         report.add_estimates(fitted, selection, store, seed=0)
-        assert (OF_A_RESTART in report.warnings) == (after == "restart")
+        assert (RESTART_WARNING in report.warnings) == (after == "restart")
 
     def test_the_default_estimator_gives_each(self):
         diagnostics = LinearizedTraining().fit(random_store(3, look_ahead=True)).diagnostics()
-        assert all(np.isfinite(diagnostics[doubt.diagnostic]) for doubt in DOUBTS)
+        assert all(np.isfinite(diagnostics[check.diagnostic]) for check in RELIABILITY_CHECKS)
 
 
 class TestFiles:
@@ -157,10 +171,11 @@ class TestFiles:
 
 
 class TestWhatIf:
-    def test_names_weights_and_arrays(self):
+    def test_names_weights_and_arrays(self, tmp_path):
         store = random_store(3)
         report = report_of(store)
-        fitted = report._fitted = GradExLogistic().fit(store)
+        fitted = GradExLogistic().fit(store)
+        report.attach_gradients(tmp_path / "gradients", fitted)
         assert (
             report.estimate(["task0", "task2"]).loss == fitted.estimate([[True, False, True]]).loss
         )
@@ -232,6 +247,13 @@ class TestRendering:
         assert escape_markdown("<b>&") == "&lt;b&gt;&amp;"
 
 
+@pytest.mark.parametrize("card", MODEL_CARDS, ids=lambda card: card.parent.name)
+def test_a_model_card_is_rendered_from_its_report(card):
+    """If the page was meant to change: ``SelectionReport.load(directory).save(directory)``."""
+    assert SelectionReport.load(card.parent).to_markdown() == card.read_text()
+    assert (card.parent / "left_out.png").is_file()
+
+
 class TestStrategies:
     @pytest.mark.parametrize(
         "options",
@@ -262,8 +284,15 @@ class TestStrategies:
         report.save(tmp_path / "report")
         loaded = SelectionReport.load(tmp_path)
         assert "GradExLogistic" in loaded.to_markdown()
-        loaded._fitted = estimator_from(loaded.estimator).fit(store)
+        fitted = estimator_from(loaded.estimator).fit(store)
+        loaded.attach_gradients(tmp_path / "gradients", fitted)
         assert loaded.estimate(["task1"]).loss == options.fit(store).estimate([[0, 1, 0]]).loss
+
+    def test_an_option_by_its_name_in_an_earlier_version_is_read(self):
+        earlier = {"name": "LinearizedTraining", "look_ahead": False, "model_error": 0.5}
+        assert estimator_from(earlier) == LinearizedTraining(probes=False)
+        earlier = {"name": "RidgeSurrogate", "base": earlier}
+        assert estimator_from(earlier) == RidgeSurrogate(base=LinearizedTraining(probes=False))
 
     def test_an_unknown_one_within_another_is_named(self):
         record = strategy_record(RidgeSurrogate()) | {"base": {"name": "Oracle"}}
@@ -273,6 +302,11 @@ class TestStrategies:
     def test_an_unknown_one_is_named(self):
         with pytest.raises(ValueError, match=r"unknown estimator 'Oracle'; known are \['GaussN"):
             estimator_from({"name": "Oracle"})
+
+    def test_an_option_of_another_version_is_named(self):
+        record = strategy_record(GradExLogistic()) | {"new": 1}
+        with pytest.raises(ValueError, match=r"GradExLogistic has other options .*'new'"):
+            estimator_from(record)
 
     def test_records_are_json(self):
         record = strategy_record(FixedSelection({"a": 1.0}))

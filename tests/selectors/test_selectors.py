@@ -13,9 +13,15 @@ from hf_auxselect import (
     RandomEnsemble,
 )
 from hf_auxselect.estimators import Estimate
-from hf_auxselect.selectors.base import SELECTORS
+from hf_auxselect.selectors import SELECTORS, AbstractSelector, Selection, SelectionProblem
 
 NAMES = ["a", "b", "c", "d", "e"]
+
+
+def problem(estimate, *, task_names=NAMES, task_sizes=None, keep=()):
+    """What a selector sees; the tasks are of one size unless told otherwise."""
+    sizes = [10] * len(task_names) if task_sizes is None else task_sizes
+    return SelectionProblem(estimate, task_names, sizes, keep=keep)
 
 
 def estimate_of(function):
@@ -57,7 +63,7 @@ class TestEverySearch:
     @given(st.lists(st.floats(-1, 1).filter(lambda v: abs(v) > 1e-3), min_size=5, max_size=5))
     def test_tasks_that_each_help_alone_are_found(self, selector, values):
         values = np.array(values)
-        selection = selector.select(additive(values), NAMES)
+        selection = selector.select(problem(additive(values)))
         best = values[values < 0].sum() if (values < 0).any() else values.min()
         found = sum(values[NAMES.index(name)] for name in selection.selected)
         assert selection.estimate.loss[0] == pytest.approx(1 + found)
@@ -66,14 +72,14 @@ class TestEverySearch:
 
     @given(st.integers(0, 30), st.lists(st.sampled_from(NAMES), max_size=5, unique=True))
     def test_kept_tasks_stay_and_weights_sum_to_one(self, selector, seed, keep):
-        selection = selector.select(table(seed)[1], NAMES, keep=keep)
+        selection = selector.select(problem(table(seed)[1], keep=keep))
         assert set(keep) <= set(selection.selected)
         assert list(selection.weights) == NAMES
         assert sum(selection.weights.values()) == pytest.approx(1)
 
     def test_an_unknown_kept_task_is_named(self, selector):
         with pytest.raises(ValueError, match="keep names the unknown task 'x'; known are"):
-            selector.select(additive(np.ones(5)), NAMES, keep=["x"])
+            selector.select(problem(additive(np.ones(5)), keep=["x"]))
 
     def test_weights_are_as_the_estimator_understood_them(self, selector):
         def estimate(weights):
@@ -82,23 +88,79 @@ class TestEverySearch:
             totals = np.maximum(shares.sum(1, keepdims=True), 1)
             return Estimate(loss=loss, low=loss, high=loss, weights=shares / totals)
 
-        selection = selector.select(estimate, NAMES, keep=["b", "c"])
+        selection = selector.select(problem(estimate, keep=["b", "c"]))
         assert selection.weights["b"] == pytest.approx(2 / 5)
         assert selection.weights["c"] == pytest.approx(3 / 5)
 
+    def test_a_subset_is_weighted_by_its_sizes_if_the_estimator_has_no_weights(self, selector):
+        sizes = [10, 20, 30, 40, 50]
+        asked = problem(additive([1, -1, 1, 1, -1]), task_sizes=sizes, keep=["b", "e"])
+        weights = selector.select(asked).weights
+        chosen = np.array([weights[name] > 0 for name in NAMES])
+        assert [*weights.values()] == pytest.approx(chosen * sizes / (chosen @ sizes))
+
     def test_it_is_deterministic(self, selector):
-        one, other = (selector.select(table(3)[1], NAMES) for _ in range(2))
+        one, other = (selector.select(problem(table(3)[1])) for _ in range(2))
         assert one.weights == other.weights
         assert one.history == other.history
 
     def test_an_estimate_that_is_nan_is_refused(self, selector):
         estimate = estimate_of(lambda subset: np.nan if 0 in subset else 1 - len(subset))
         with pytest.raises(ValueError, match=r"estimate for the tasks \['a'.*\] is NaN"):
-            selector.select(estimate, NAMES)
+            selector.select(problem(estimate))
 
-    def test_no_tasks(self, selector):
-        with pytest.raises(ValueError, match="task_names is empty"):
-            selector.select(additive([]), [])
+    def test_it_sees_nothing_but_the_problem(self, selector):
+        """The further fields of a problem do not change a search that has no use for them."""
+        estimate = table(4)[1]
+        full = SelectionProblem(
+            estimate,
+            NAMES,
+            [10] * 5,
+            difference=lambda weights, reference: estimate(weights),
+            gradient=np.zeros_like,
+            groups=["other"],
+            gram=np.eye(5),
+        )
+        selection = selector.select(full)
+        assert selection.weights == selector.select(problem(estimate)).weights
+        assert selection.shadow_prices == {}
+
+
+class TestSelectionProblem:
+    @pytest.mark.parametrize(
+        ("names", "sizes", "keep", "message"),
+        [
+            ([], [], (), "task_names is empty"),
+            (["a", "b", "a"], [1, 2, 3], (), "task_names has 'a' more than once"),
+            (["a", "b"], [1], (), "one number of rows for each of the 2 tasks, got 1"),
+            (["a", "b"], [1, 2], ["c"], r"keep names the unknown task 'c'; known are \['a', 'b'\]"),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, names, sizes, keep, message):
+        with pytest.raises(ValueError, match=message):
+            SelectionProblem(additive([]), names, sizes, keep=keep)
+
+    def test_kept_tasks_are_a_mask(self):
+        kept = problem(additive(np.ones(5)), keep=["e", "b"]).kept
+        assert kept.tolist() == [False, True, False, False, True]
+
+
+class TestOwnSelectors:
+    """Selectors that a user writes."""
+
+    def test_one_that_takes_the_problem(self):
+        class First(AbstractSelector):
+            def select(self, problem):
+                return Selection(weights={problem.task_names[0]: 1.0})
+
+        assert First().select(problem(additive(np.ones(5)))).selected == ["a"]
+
+    def test_one_with_the_earlier_signature_says_what_to_change(self):
+        with pytest.raises(TypeError, match=r"Old\.select.*Define select\(self, problem\)"):
+
+            class Old(AbstractSelector):
+                def select(self, estimate, task_names, *, keep=()):
+                    return Selection(weights={})
 
 
 class TestExhaustiveSearch:
@@ -106,11 +168,12 @@ class TestExhaustiveSearch:
     def test_it_finds_the_best_of_all_subsets(self, seed):
         losses, estimate = table(seed)
         best = min((loss, subset) for subset, loss in losses.items() if subset)[1]
-        assert ExhaustiveSearch().select(estimate, NAMES).selected == [NAMES[k] for k in best]
+        assert ExhaustiveSearch().select(problem(estimate)).selected == [NAMES[k] for k in best]
 
     def test_too_many_tasks(self):
         with pytest.raises(ValueError, match="at most 20 tasks, got 21"):
-            ExhaustiveSearch().select(additive(np.ones(21)), [str(k) for k in range(21)])
+            names = [str(k) for k in range(21)]
+            ExhaustiveSearch().select(problem(additive(np.ones(21)), task_names=names))
 
 
 class TestForwardSelection:
@@ -118,7 +181,7 @@ class TestForwardSelection:
         # After b nothing helps; a pass in index order would have taken a first and kept it.
         losses = {(1,): 0.5, (0,): 0.9, (0, 1): 0.8}
         estimate = estimate_of(lambda subset: losses.get(subset, 2.0))
-        selection = ForwardSelection().select(estimate, NAMES)
+        selection = ForwardSelection().select(problem(estimate))
         assert selection.selected == ["b"]
         accepted = [step.tasks for step in selection.history if step.accepted]
         assert accepted == [("b",)]
@@ -126,13 +189,13 @@ class TestForwardSelection:
 
     def test_ties_go_to_the_first_task(self):
         estimate = estimate_of(lambda subset: 1.0)
-        assert ForwardSelection().select(estimate, NAMES).selected == ["a"]
+        assert ForwardSelection().select(problem(estimate)).selected == ["a"]
 
     def test_limits(self):
         estimate = additive([-0.4, -0.3, -0.2, -0.1, -0.01])
-        assert ForwardSelection(max_tasks=2).select(estimate, NAMES).selected == ["a", "b"]
+        assert ForwardSelection(max_tasks=2).select(problem(estimate)).selected == ["a", "b"]
         fussy = ForwardSelection(min_improvement=0.15)
-        assert fussy.select(estimate, NAMES).selected == ["a", "b", "c"]
+        assert fussy.select(problem(estimate)).selected == ["a", "b", "c"]
         with pytest.raises(ValueError, match="max_tasks must be at least 1, got 0"):
             ForwardSelection(max_tasks=0)
 
@@ -140,10 +203,10 @@ class TestForwardSelection:
 class TestBackwardElimination:
     def test_it_stops_when_dropping_does_not_help(self):
         estimate = additive([-0.4, 0.3, -0.2, 0.1, 0.01])
-        assert BackwardElimination().select(estimate, NAMES).selected == ["a", "c"]
+        assert BackwardElimination().select(problem(estimate)).selected == ["a", "c"]
         fussy = BackwardElimination(min_improvement=0.2)
-        assert fussy.select(estimate, NAMES).selected == ["a", "c", "d", "e"]
-        assert len(BackwardElimination(min_tasks=4).select(estimate, NAMES).selected) == 4
+        assert fussy.select(problem(estimate)).selected == ["a", "c", "d", "e"]
+        assert len(BackwardElimination(min_tasks=4).select(problem(estimate)).selected) == 4
         with pytest.raises(ValueError, match="min_tasks must be at least 1"):
             BackwardElimination(min_tasks=0)
 
@@ -153,7 +216,7 @@ class TestRandomEnsemble:
         losses, estimate = table(0)
         selector = RandomEnsemble(num_subsets=30, subset_size=2, seed=5)
         subsets = selector.subsets(5)
-        scores = selector.select(estimate, NAMES).scores
+        scores = selector.select(problem(estimate)).scores
         for k, name in enumerate(NAMES):
             of_task = [losses[tuple(np.flatnonzero(mask))] for mask in subsets if mask[k]]
             assert scores[name] == pytest.approx(np.mean(of_task))
@@ -177,14 +240,14 @@ class TestRandomEnsemble:
 
     def test_threshold_and_top_k(self):
         estimate = additive([-0.4, 0.3, -0.2, 0.1, 0.01])
-        best = RandomEnsemble(num_subsets=40, subset_size=2, top_k=3).select(estimate, NAMES)
+        best = RandomEnsemble(num_subsets=40, subset_size=2, top_k=3).select(problem(estimate))
         assert best.selected == ["a", "c", "e"]
         limit = sorted(best.scores.values())[1]
         at_most = RandomEnsemble(num_subsets=40, subset_size=2, threshold=limit)
-        assert at_most.select(estimate, NAMES).selected == ["a", "c"]
+        assert at_most.select(problem(estimate)).selected == ["a", "c"]
         none = RandomEnsemble(num_subsets=40, subset_size=2, threshold=-9)
-        assert none.select(estimate, NAMES).selected == ["a"]
-        assert none.select(estimate, NAMES, keep=["b", "d"]).selected == ["b", "d"]
+        assert none.select(problem(estimate)).selected == ["a"]
+        assert none.select(problem(estimate, keep=["b", "d"])).selected == ["b", "d"]
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -204,29 +267,27 @@ class TestRandomEnsemble:
 class TestFixedSelection:
     def test_a_subset_and_a_mixture(self):
         estimate = additive(np.ones(5))
-        subset = FixedSelection(["c", "a"]).select(estimate, NAMES)
+        subset = FixedSelection(["c", "a"]).select(problem(estimate))
         assert subset.selected == ["a", "c"]
         assert subset.estimate.loss[0] == 3
-        mixture = FixedSelection({"a": 3, "e": 1}).select(estimate, NAMES)
+        mixture = FixedSelection({"a": 3, "e": 1}).select(problem(estimate))
         assert mixture.weights == {"a": 0.75, "b": 0, "c": 0, "d": 0, "e": 0.25}
 
     def test_it_may_do_without_an_estimate(self):
         def never(weights):
             raise AssertionError
 
-        selection = FixedSelection(["b"], estimate=False).select(never, NAMES)
+        selection = FixedSelection(["b"], estimate=False).select(problem(never))
         assert selection.selected == ["b"]
         assert selection.estimate is None
 
     def test_without_an_estimate_the_rows_of_a_subset_are_pooled(self):
         sizes = [10, 20, 30, 40, 50]
         subset = FixedSelection(["b", "e"], estimate=False)
-        weights = subset.select(None, NAMES, task_sizes=sizes).weights
+        weights = subset.select(problem(None, task_sizes=sizes)).weights
         assert weights == pytest.approx({"a": 0, "b": 2 / 7, "c": 0, "d": 0, "e": 5 / 7})
         mixture = FixedSelection({"b": 1, "e": 1}, estimate=False)
-        assert mixture.select(None, NAMES, task_sizes=sizes).weights["b"] == 0.5
-        with pytest.raises(ValueError, match="task_sizes is missing"):
-            subset.select(None, NAMES)
+        assert mixture.select(problem(None, task_sizes=sizes)).weights["b"] == 0.5
 
     @pytest.mark.parametrize(
         ("tasks", "keep", "error", "message"),
@@ -241,7 +302,7 @@ class TestFixedSelection:
     )
     def test_bad_input(self, tasks, keep, error, message):
         with pytest.raises(error, match=message):
-            FixedSelection(tasks).select(additive(np.ones(5)), NAMES, keep=keep)
+            FixedSelection(tasks).select(problem(additive(np.ones(5)), keep=keep))
 
 
 def test_all_selectors_are_known_by_name():

@@ -1,0 +1,59 @@
+"""A report as a Markdown page. The page is the template ``page.md.jinja``."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hf_auxselect.report.content import NUM_RANDOM_SUBSETS, ReportContent
+from hf_auxselect.report.text import (
+    agreement_sentence,
+    calibration_sentence,
+    comparison_sentence,
+    printable,
+)
+
+
+def to_markdown(content: ReportContent) -> str:
+    """The report as a Markdown page."""
+    return (
+        _environment()
+        .get_template("page.md.jinja")
+        .render(
+            report=content,
+            comparison=comparison_sentence(content),
+            agreement=agreement_sentence(content),
+            calibration=calibration_sentence(content),
+            num_random_subsets=NUM_RANDOM_SUBSETS,
+        )
+    )
+
+
+def escape_markdown(text: str) -> str:
+    """A text that Markdown, and HTML within it, shows as it is."""
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+!|~$" else c for c in text)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Templates in which every value is escaped."""
+    environment = Environment(
+        loader=PackageLoader("hf_auxselect.report", ""),
+        finalize=lambda value: escape_markdown(str(value)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"nats": "{:.4f}".format, "shown": _shown}
+    return environment
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

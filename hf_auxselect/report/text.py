@@ -1,0 +1,89 @@
+"""A report in words: sentences on its results, and a table for the terminal."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hf_auxselect.report.content import ReportContent
+
+_SAME = 1e-12
+"""Nats: a smaller difference from all tasks is rounding of the same mixture."""
+
+
+def printable(text: str) -> str:
+    """A name for the terminal: colours, newlines, right-to-left marks and the like escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def comparison_sentence(content: ReportContent) -> str:
+    """The chosen mixture compared with all tasks; empty without estimates."""
+    difference = content.difference
+    if difference is None:
+        return ""
+    if abs(difference.loss) < _SAME:
+        return "The chosen mixture is that of all tasks."
+    if difference.low > 0:
+        verdict = "all tasks are significantly better"
+    elif difference.high < 0:
+        verdict = "significantly better than all tasks"
+    else:
+        verdict = "not significantly different from all tasks"
+    return (
+        f"Chosen mixture minus all tasks: {difference.loss:+.4f} "
+        f"[{difference.low:+.4f}, {difference.high:+.4f}] nats per label token: {verdict}."
+    )
+
+
+def agreement_sentence(content: ReportContent) -> str:
+    """How the estimates agree with the ground-truth runs; empty if there are none."""
+    runs = content.verification
+    if not runs:
+        return ""
+    measured = np.array([run.measured for run in runs])
+    estimated = np.array([run.estimated for run in runs])
+    covered = sum(run.low <= run.measured <= run.high for run in runs)
+    error = np.mean(np.abs(estimated - measured) / measured)
+    text = (
+        f"Mean absolute error of the estimates: {error:.1%} of the measured loss; {covered} of "
+        f"{len(runs)} intervals contain the measured loss."
+    )
+    by_name = {run.name: run.measured for run in runs}
+    if {"chosen", "all tasks"} <= by_name.keys():
+        gain = by_name["all tasks"] - by_name["chosen"]
+        text += f" The chosen mixture's measured loss is {abs(gain):.4f} nats per label token "
+        text += "below all tasks." if gain > 0 else "above all tasks: the choice did not win."
+    return text
+
+
+def calibration_sentence(content: ReportContent) -> str:
+    """What the calibration runs are; empty if there are none."""
+    if not content.calibration:
+        return ""
+    seconds = sum(run.seconds for run in content.calibration)
+    return (
+        "Ground-truth runs before the choice, to which the estimates were calibrated. They took "
+        f"{seconds:.0f} seconds. The estimates of this table are those before calibration."
+    )
+
+
+def to_text(content: ReportContent) -> str:
+    """The report for the terminal."""
+    title = f"Selected {len(content.selected)} of {len(content.weights)} tasks"
+    lines = [f"{title}: {', '.join(printable(name) for name in content.selected)}"]
+    if content.rows:
+        lines.append("Estimated target loss, nats per label token, with 90% intervals:")
+        width = max(len(printable(row.name)) for row in content.rows)
+        for row in content.rows:
+            name = printable(row.name)
+            lines.append(f"  {name:<{width}}  {row.loss:7.4f}  [{row.low:.4f}, {row.high:.4f}]")
+        lines += [comparison_sentence(content)] if content.difference else []
+    if content.verification:
+        lines.append("Ground-truth runs: measured loss, estimated loss, 90% interval:")
+        width = max(len(printable(run.name)) for run in content.verification)
+        lines += [
+            f"  {printable(run.name):<{width}}  {run.measured:7.4f}  {run.estimated:7.4f}  "
+            f"[{run.low:.4f}, {run.high:.4f}]"
+            for run in content.verification
+        ]
+        lines.append(f"  {agreement_sentence(content)}")
+    return "\n".join([*lines, *(f"Warning: {text}" for text in content.warnings)])
