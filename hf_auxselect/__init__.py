@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     )
     from hf_auxselect.capture.examples import capture_gradients as capture_gradients
     from hf_auxselect.capture.hooks import NonFiniteError as NonFiniteError
-    from hf_auxselect.capture.hooks import UnsupportedModuleError as UnsupportedModuleError
+    from hf_auxselect.capture.module_gradients import (
+        UnsupportedModuleError as UnsupportedModuleError,
+    )
     from hf_auxselect.capture.scalars import ExampleLoss as ExampleLoss
     from hf_auxselect.capture.scalars import UnsupportedLossError as UnsupportedLossError
     from hf_auxselect.estimators import AbstractEstimator as AbstractEstimator
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from hf_auxselect.estimators import LinearizedTraining as LinearizedTraining
     from hf_auxselect.estimators import RidgeSurrogate as RidgeSurrogate
     from hf_auxselect.plan import CostPreview as CostPreview
-    from hf_auxselect.report.report import SelectionReport as SelectionReport
+    from hf_auxselect.report import SelectionReport as SelectionReport
     from hf_auxselect.selectors import AbstractSelector as AbstractSelector
     from hf_auxselect.selectors import BackwardElimination as BackwardElimination
     from hf_auxselect.selectors import ExhaustiveSearch as ExhaustiveSearch
@@ -38,8 +40,9 @@ if TYPE_CHECKING:
     from hf_auxselect.selectors import ForwardSelection as ForwardSelection
     from hf_auxselect.selectors import RandomEnsemble as RandomEnsemble
     from hf_auxselect.selectors import Selection as Selection
+    from hf_auxselect.selectors import SelectionProblem as SelectionProblem
     from hf_auxselect.store.arrays import GradientStore as GradientStore
-    from hf_auxselect.store.arrays import StoreError as StoreError
+    from hf_auxselect.store.format import StoreError as StoreError
     from hf_auxselect.tasks import concatenate_tasks as concatenate_tasks
 
 
@@ -60,7 +63,7 @@ _MODULES = {
         "RidgeSurrogate",
     ),
     "plan": ("CostPreview",),
-    "report.report": ("SelectionReport",),
+    "report": ("SelectionReport",),
     "selectors": (
         "AbstractSelector",
         "BackwardElimination",
@@ -69,8 +72,10 @@ _MODULES = {
         "ForwardSelection",
         "RandomEnsemble",
         "Selection",
+        "SelectionProblem",
     ),
-    "store.arrays": ("GradientStore", "StoreError"),
+    "store.arrays": ("GradientStore",),
+    "store.format": ("StoreError",),
     "tasks": ("concatenate_tasks",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

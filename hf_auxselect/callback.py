@@ -1,12 +1,12 @@
-"""The callback: when to capture, estimate, select, report and switch, and what is kept on disk.
+"""The callback: when a run captures, estimates, calibrates, chooses, reports and switches.
 
-The global step is the only clock. With K the ``switch_step`` of ``plan.json``,
+The global step is the only clock. With s the ``switch_step`` of ``plan.json``,
 
-    step < K    warm-up on all tasks; the run is what it is without the callback
-    step = K    gradient pass, estimates, selection; gradients, decision and report are written
-    step > K    the selected mixture (``after="observe"``: still all tasks)
+    step < s    warm-up on all tasks; the run is what it is without the callback
+    step = s    gradient pass, estimates, selection; gradients, decision and report are written
+    step > s    the selected mixture (``after="observe"``: still all tasks)
 
-and a decision, once made, is read and never made again.
+A decision is made once; a resumed run reads it.
 """
 
 from __future__ import annotations
@@ -15,45 +15,54 @@ import logging
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_auxselect.distributed import computed_once, process_rank
+from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
-from hf_auxselect.files import read_json, to_json, write_atomically
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
-from hf_auxselect.plan import (
-    CostPreview,
-    Plan,
-    PlanRecord,
-    make_plan,
-    require_same_plan,
-    select,
-    warn_of_leaked_target,
-)
-from hf_auxselect.report.report import Measurement, SelectionReport, calibrated, strategy_record
-from hf_auxselect.sampler import MixtureSampler
-from hf_auxselect.selectors.base import AbstractSelector, FixedSelection, ForwardSelection
+from hf_auxselect.plan import CostPreview, Plan, make_plan, select, warn_of_leaked_target
+from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
+from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory, decision_of
+from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.trainer import access, checkpoints, data, support
-from hf_auxselect.trainer.batches import BatchSource, consumed_batches
+from hf_auxselect.trainer.batches import BatchSource
 from hf_auxselect.trainer.schedule import restart, schedule_restart
 from hf_auxselect.trainer.trial_runs import RestOfRun
 from hf_auxselect.verification import measure, mixtures_to_calibrate, mixtures_to_verify
 
 logger = logging.getLogger(__name__)
 
-DIRECTORY_NAME = "_task_selection"
-"""Under the output directory; Trainer leaves names with an underscore out of its Hub uploads."""
 MODES = ("continue", "restart", "observe")
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """What one ``trainer.train()`` settles before its first step, and what it decides later.
+
+    Attributes:
+        plan: tasks, examples and switch steps.
+        directory: the run's files.
+        initial: trainable parameters of step 0 if training restarts from them, else None.
+        batches: source of the trainer's batches; None if the mixture is never changed.
+        notes: sentences for the report on what the estimates do not model.
+        decisions: each decision by its switch step.
+    """
+
+    plan: Plan
+    directory: RunDirectory
+    initial: dict[str, Tensor] | None
+    batches: BatchSource | None
+    notes: list[str]
+    decisions: dict[int, checkpoints.Decision] = field(default_factory=dict)
 
 
 class TaskSelectionCallback(TrainerCallback):
@@ -65,41 +74,35 @@ class TaskSelectionCallback(TrainerCallback):
     target's loss after training on any subset of tasks, and goes on with the chosen one.
 
     Args:
-        target: None: the trainer's ``eval_dataset`` is the target, or the only one of an
-            ``eval_dataset`` dict. A string: that key of the dict. What is minimised is the loss
-            that the trainer logs for it.
-        task_column: column of the training set that names each row's task.
-        warmup: share of the run's steps in (0, 1), or number of optimizer steps (int >= 1), that
-            are trained on all tasks before the selection.
-        estimator: how the loss of a mixture is estimated; None: ``LinearizedTraining()``.
-        selector: how a mixture is searched for; None: ``ForwardSelection()``.
-        after: ``"continue"`` goes on from where the warm-up ended. ``"restart"`` puts the trainable
-            parameters back to their initial values and resets optimizer and schedule for the
-            remaining steps. ``"observe"`` chooses and reports, and leaves the run as it would be.
+        target: key of an ``eval_dataset`` dict. None: the ``eval_dataset``, or the dict's only key.
+            The objective is the loss that the trainer logs for it.
+        task_column: column of the training set with each row's task.
+        warmup: steps on all tasks before the selection; a share of the run, or a number (int).
+        estimator: predicts the loss of a mixture; None: ``LinearizedTraining()``.
+        selector: searches for a mixture; None: ``ForwardSelection()``.
+        after: ``"continue"`` goes on from the end of the warm-up. ``"restart"`` resets trainable
+            parameters, optimizer and schedule for the remaining steps. ``"observe"`` selects and
+            reports, and leaves the run as it is.
         keep: tasks that always stay.
         examples_per_task: examples of each task, and of the target, that the gradient pass reads
             at most, drawn by ``seed``; None: all.
         projection_dim: length of a projected gradient.
         batch_size: examples of a forward pass of the gradient pass; None: the trainer's
-            ``per_device_train_batch_size``. Short examples are filled up to as many tokens as in
-            one of the longest.
-        one_by_one: capture each example alone: slow, but right for models whose trainable
-            parameters hooks cannot capture.
-        verify: so many mixtures (the chosen one, all tasks, random subsets of the chosen size) are
-            fine-tuned for real at the switch, each for the rest of the run, and the report tells
-            how the estimates agree. The run itself is not changed by it.
-        calibrate: so many mixtures, spread out over all, are fine-tuned for real before the choice,
-            and set the estimates' scale and offset, what single tasks add to them, and error bars.
+            ``per_device_train_batch_size``. Batches of short examples hold more.
+        one_by_one: capture each example alone; slow, for models that hooks cannot capture.
+        verify: number of ground-truth runs at the switch (the chosen mixture, all tasks, random
+            subsets of the chosen size), whose losses the report compares with the estimates.
+        calibrate: number of ground-truth runs on mixtures spread over all possible ones, before
+            the choice; they correct the estimates and set their error bars.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
-        seed: rules examples, projection and the mixture's order; None: the trainer's ``data_seed``,
-            or else its ``seed``.
+        seed: rules examples, projection and order; None: the trainer's ``data_seed`` or ``seed``.
 
     Attributes:
         report: None before the selection, then a :class:`hf_auxselect.SelectionReport`.
 
     Raises:
-        ValueError, TypeError: here, if an argument is wrong; from ``trainer.train()``, before its
-            first step, if the run is one in which a selection cannot work.
+        ValueError, TypeError: an argument is wrong; or from ``trainer.train()``, before its first
+            step: a selection cannot work in this run.
     """
 
     def __init__(
@@ -163,23 +166,19 @@ class TaskSelectionCallback(TrainerCallback):
         self.one_by_one = one_by_one
         self.verify = verify
         self.calibrate = calibrate
-        self._verify_again = False  # in a resumed run that has been verified before
         self.output_dir = output_dir
         self.seed = seed
         if (verify or calibrate) and not self._needs_estimates:
             option = f"{verify=}" if verify else f"{calibrate=}"
             raise ValueError(
-                f"{option} compares estimates with real fine-tunes, but "
-                "FixedSelection(estimate=False) makes none; leave one of the two out."
+                f"{option} compares estimates with ground-truth runs, but "
+                "FixedSelection(estimate=False) makes no estimates; leave one of the two out."
             )
         self.report: SelectionReport | None = None
-        # Set when a trainer is met, and for the length of a `train()`:
         self._trainer: weakref.ref[Trainer] | None = None
-        self._initial: dict[str, torch.Tensor] = {}
-        self._plan: Plan | None = None
-        self._batches: BatchSource | None = None
-        self._decision: checkpoints.Decision | None = None
-        self._notes: list[str] = []
+        self._initial: dict[str, Tensor] = {}  # parameters that the trainer was made with
+        self._run: _Run | None = None  # set during `trainer.train()`
+        self._verify_again = False  # for `hf-auxselect verify`: what the report has verified, too
 
     def attach(self, trainer: Trainer) -> TaskSelectionCallback:
         """Add the callback to a trainer that was made without it; before ``trainer.train()``."""
@@ -200,120 +199,142 @@ class TaskSelectionCallback(TrainerCallback):
             max_steps = access.total_steps(trainer, loader)
             plan = self._make_plan(trainer, max_steps)
             preview = self._gradient_pass(trainer, plan).preview()
-        steps = (self.verify + self.calibrate) * (max_steps - plan.switch_step)
+        steps = (self.verify + self.calibrate) * (max_steps - plan.switch_steps[0])
         return replace(preview, verification_steps=steps)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = access.find_trainer(self)
-        if trainer is not None:
+        if (trainer := access.find_trainer(self)) is not None:
             self._meet(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self._current_trainer()
-        if self._batches is not None:  # of a `train()` that was broken off
-            self._batches.remove()
-        self.report = self._plan = self._batches = self._decision = None
+        self._end_run()  # of a `train()` that was broken off
+        self.report = initial = batches = None
         with access.preserved_rng():
             plan = self._make_plan(trainer, state.max_steps)
             warn_of_leaked_target(plan, self.task_column)
             support.warn_of_differences(trainer, is_rewritten=self.after != "observe")
-            if self._needs_estimates:
-                self._notes = self._gradient_pass(trainer, plan).check()
+            notes = self._gradient_pass(trainer, plan).check() if self._needs_estimates else []
+        directory = RunDirectory(Path(self.output_dir or args.output_dir) / DIRECTORY_NAME)
         resumed = state.global_step > 0
-        self._plan = self._resume_plan(plan) if resumed else self._start_plan(plan)
+        plan = directory.resume(plan) if resumed else directory.start(plan)
         if self.after == "restart":
-            self._settle_initial(trainer, resumed)
-            schedule_restart(trainer, self._plan.switch_step)
+            if resumed:
+                initial = directory.load_initial() or self._initial
+            else:
+                initial = access.trainable_state(trainer.model)
+                directory.save_initial(initial)
+            schedule_restart(trainer, plan.switch_steps[0])
         if self.after != "observe":
-            self._batches = self._shadow_batches(trainer)
-        if state.global_step >= self._plan.switch_step:
-            self._resume_after_switch(trainer, state)
+            batches = BatchSource(trainer)
+            batches.require_own_sampler(plan.tasks, plan.seed)
+        self._run = run = _Run(
+            plan=plan, directory=directory, initial=initial, batches=batches, notes=notes
+        )
+        if due := [step for step in plan.switch_steps if step <= state.global_step]:
+            self._resume_after_switch(trainer, run, due[-1])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Here gradients are cleared, the next batches are not yet drawn, and the checkpoint of
-        # this step is not yet written.
-        if self._plan is not None and state.global_step == self._plan.switch_step:
-            self._select(self._current_trainer(), state)
+        # Gradients are cleared; the next batches and this step's checkpoint are still to come.
+        if self._run is not None and state.global_step in self._run.plan.switch_steps:
+            self._select(self._current_trainer(), self._run, state.global_step)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._decision is not None and state.is_world_process_zero:
-            checkpoints.save_decision(self._current_trainer(), self._decision)
+        if self._run is not None and self._run.decisions:
+            last = self._run.decisions[max(self._run.decisions)]
+            trainer = self._current_trainer()
+            on_main_process(lambda: checkpoints.save_decision(trainer, last))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._batches is not None:
-            self._batches.remove()
-            self._batches = None
+        self._end_run()
 
-    def _select(self, trainer: Trainer, state: TrainerState) -> None:
-        """Capture, estimate, select, report; then switch."""
-        assert self._plan is not None
+    def _end_run(self) -> None:
+        """Give the trainer its own batches back."""
+        if self._run is not None and self._run.batches is not None:
+            self._run.batches.remove()
+        self._run = None
+
+    def _select(self, trainer: Trainer, run: _Run, step: int) -> None:
+        """Make the decision of a switch step, and follow it."""
         start = time.perf_counter()
-        fitted: FittedEstimator | None = None
+        fitted: MainProcessValue[FittedEstimator] | None = None  # None: no estimates are wanted
         store: GradientStore | None = None
+        calibration: list[Measurement] = []
         with access.preserved_rng():
             if self._needs_estimates:
-                gradient_pass = self._gradient_pass(trainer, self._plan)
-                self._notes += gradient_pass.compare_loss()
-                store = gradient_pass.run(self._directory / "gradients", self._restart_from)
+                store = self._capture(trainer, run)
             pass_seconds = time.perf_counter() - start
+            if store is not None:
+                fitted = self._estimate(store)
+                if self.calibrate:
+                    fitted, calibration = self._calibrate(trainer, run, fitted)
+            report = self._choose(trainer, run, step, store, fitted)
+        report.calibration = calibration
+        seconds = on_main_process(lambda: (pass_seconds, time.perf_counter() - start))
+        report.run["gradient_pass_seconds"] = round(seconds[0], 3)
+        report.run["seconds"] = round(seconds[1], 3)
+        self._report(trainer, run, report, fitted)
+        if run.initial is not None:
+            restart(trainer, run.initial)
+        self._switch(trainer, run, step)
 
-            def fit() -> None:
-                nonlocal fitted
-                fitted = self.estimator.fit(store) if store is not None else None
+    def _capture(self, trainer: Trainer, run: _Run) -> GradientStore:
+        """Step 1: per-example gradients of every task and of the target."""
+        gradient_pass = self._gradient_pass(trainer, run.plan)
+        run.notes += gradient_pass.compare_loss()
+        return gradient_pass.run(run.directory.gradients, run.initial)
 
-            computed_once(fit)
-            calibration: list[Measurement] = []
-            if self.calibrate:
-                rest = self._rest_of_run(trainer)
-                anchors = mixtures_to_calibrate(rest.tasks, self.calibrate, rest.seed)
-                calibration = measure(rest, anchors, fitted, "calibration")
-            if fitted is not None:
-                fitted = calibrated(fitted, calibration)
+    def _estimate(self, store: GradientStore) -> MainProcessValue[FittedEstimator]:
+        """Step 2: the estimator, fitted to the gradients."""
+        return MainProcessValue(lambda: self.estimator.fit(store))
 
-            def choose() -> SelectionReport:
-                report = self._make_report(trainer, store, fitted)
-                report.calibration = calibration
-                report.run["gradient_pass_seconds"] = round(pass_seconds, 3)
-                report.run["seconds"] = round(time.perf_counter() - start, 3)
-                return report
+    def _calibrate(
+        self, trainer: Trainer, run: _Run, fitted: MainProcessValue[FittedEstimator]
+    ) -> tuple[MainProcessValue[FittedEstimator], list[Measurement]]:
+        """Step 2b, if asked for: the estimator, corrected by ground-truth runs."""
+        rest = self._rest_of_run(trainer, run)
+        mixtures = mixtures_to_calibrate(rest.tasks, self.calibrate, rest.seed)
+        calibration = measure(rest, mixtures, fitted, "calibration")
+        return MainProcessValue(lambda: calibrated(fitted.value, calibration)), calibration
 
-            report = computed_once(choose)
-        report.gradients_directory = self._directory / "gradients"
-        report._fitted = fitted
-        self.report = report
-        self._decision = checkpoints.decision_of(report)
-        if state.is_world_process_zero:
-            write_atomically(self._directory / "selection.json", to_json(self._decision))
-            report.save(self._directory / "report")
-        if self.verify:
-            self._verify(trainer, report, fitted)
-        if state.is_world_process_zero:
-            tqdm.write(report.to_text())
-        access.log(trainer, report.metrics())
-        if self.after == "restart":
-            restart(trainer, self._initial)
-        self._switch(trainer, state)
+    def _choose(
+        self,
+        trainer: Trainer,
+        run: _Run,
+        step: int,
+        store: GradientStore | None,
+        fitted: MainProcessValue[FittedEstimator] | None,
+    ) -> SelectionReport:
+        """Step 3: the selector's choice, and the report on it."""
+        make_report = partial(self._make_report, trainer, run, step, store)
+        if fitted is None:
+            return on_main_process(lambda: make_report(None))
+        return fitted.ask(make_report)
 
     def _make_report(
         self,
         trainer: Trainer,
+        run: _Run,
+        step: int,
         store: GradientStore | None,
         fitted: FittedEstimator | None,
     ) -> SelectionReport:
-        assert self._plan is not None
-        # Without a fitted estimator the selection is fixed and asks for no estimate.
-        estimate = fitted.estimate if fitted is not None else _no_estimate
-        selection = select(self.selector, estimate, self._plan.tasks, self.keep)
+        # A selection without estimates is fixed, and asks for none.
+        estimate = _no_estimate if fitted is None else fitted.estimate
+        difference = None if fitted is None else fitted.difference
+        selection = select(self.selector, estimate, run.plan.tasks, self.keep, difference)
+        max_steps = trainer.state.max_steps
+        rows_to_read = (max_steps - step) * trainer.get_total_train_batch_size(trainer.args)
         report = SelectionReport(
             weights=selection.weights,
             scores=selection.scores,
@@ -322,77 +343,73 @@ class TaskSelectionCallback(TrainerCallback):
             selector=strategy_record(self.selector),
             run={
                 "after": self.after,
-                "switch_step": self._plan.switch_step,
-                "max_steps": trainer.state.max_steps,
+                "switch_step": step,
+                "max_steps": max_steps,
                 "keep": list(self.keep),
-                "seed": self._plan.seed,
+                "seed": run.plan.seed,
                 "model": access.model_name(trainer),
-                "versions": self._plan.to_dict()["versions"],
-                "reads_per_row": self._plan.reads_per_row(
-                    selection.weights,
-                    trainer.state.max_steps,
-                    trainer.get_total_train_batch_size(trainer.args),
-                ),
+                "versions": run.plan.to_dict()["versions"],
+                "reads_per_row": run.plan.reads_per_row(selection.weights, rows_to_read),
             },
         )
-        if store is not None and fitted is not None:
-            report.add_estimates(fitted, selection, store, seed=self._plan.seed)
-            report.warnings += [*self._notes, *self._plan.target_sample_note()]
+        if fitted is not None and store is not None:
+            report.add_estimates(fitted, selection, store, seed=run.plan.seed)
+            report.warnings += [*run.notes, *run.plan.target_sample_note()]
         return report
 
-    def _verify(
-        self, trainer: Trainer, report: SelectionReport, fitted: FittedEstimator | None
+    def _report(
+        self,
+        trainer: Trainer,
+        run: _Run,
+        report: SelectionReport,
+        fitted: MainProcessValue[FittedEstimator] | None,
     ) -> None:
-        """Fine-tune on a few mixtures for real, and write the report again with the result."""
-        rest = self._rest_of_run(trainer)
+        """Step 4: write and log the decision; where asked for, verify its estimates."""
+        report.attach_gradients(run.directory.gradients, None if fitted is None else fitted.local())
+        self.report = report
+        decision = decision_of(report)
+        run.decisions[decision["switch_step"]] = decision
+        run.directory.save_decision(decision)
+        run.directory.save_report(report)
+        if self.verify and fitted is not None:
+            self._verify(trainer, run, report, fitted)
+        if trainer.is_world_process_zero():
+            tqdm.write(report.to_text())
+        access.log(trainer, report.metrics())
+
+    def _verify(
+        self,
+        trainer: Trainer,
+        run: _Run,
+        report: SelectionReport,
+        fitted: MainProcessValue[FittedEstimator],
+    ) -> None:
+        """Train on a few mixtures, and write the report again with the losses."""
+        rest = self._rest_of_run(trainer, run)
         mixtures = mixtures_to_verify(report.weights, rest.tasks.counts, self.verify, rest.seed)
         report.verification = measure(rest, mixtures, fitted, "verification")
-        if trainer.is_world_process_zero():
-            report.save(self._directory / "report")
+        run.directory.save_report(report)
 
-    def _rest_of_run(self, trainer: Trainer) -> RestOfRun:
-        assert self._plan is not None
-        return RestOfRun(
-            trainer,
-            self._plan.tasks,
-            data.target_key(trainer, self.target),
-            self._plan.seed,
-            self._restart_from,
-        )
+    def _rest_of_run(self, trainer: Trainer, run: _Run) -> RestOfRun:
+        """The remaining steps, for ground-truth runs."""
+        target = data.target_key(trainer, self.target)
+        return RestOfRun(trainer, run.plan.tasks, target, run.plan.seed, run.initial)
 
-    @property
-    def _restart_from(self) -> dict[str, torch.Tensor] | None:
-        """Trainable parameters at step 0 if training restarts there."""
-        return self._initial if self.after == "restart" else None
-
-    def _switch(self, trainer: Trainer, state: TrainerState) -> None:
-        """Feed the selected mixture from here on, at the position that belongs to this step."""
-        if self._batches is None:
+    def _switch(self, trainer: Trainer, run: _Run, switch_step: int) -> None:
+        """Step 5: draw the decided mixture from here on, at the position of the present step."""
+        if run.batches is None:
             return
-        assert self._plan is not None and self._decision is not None
-        weights = self._decision["weights"]
-        per_epoch = len(trainer.callback_handler.train_dataloader)
-        accumulation = trainer.args.gradient_accumulation_steps
-        at_switch, now, at_end = (
-            consumed_batches(step, per_epoch, accumulation)
-            for step in (self._plan.switch_step, state.global_step, state.max_steps)
-        )
-        self._batches.mixture.start(
-            self._plan.tasks,
-            np.array([weights[name] for name in self._plan.tasks.names]),
-            self._plan.seed,
-            consumed=now - at_switch,
-            total=at_end - now,
-        )
+        weights = run.decisions[switch_step]["weights"]
+        shares = np.array([weights[name] for name in run.plan.tasks.names])
+        run.batches.draw_mixture(run.plan.tasks, shares, run.plan.seed, since=switch_step)
 
-    def _resume_after_switch(self, trainer: Trainer, state: TrainerState) -> None:
-        """Follow the decision of the run that is resumed; make it only if it is due right now."""
-        assert self._plan is not None
-        at_switch = state.global_step == self._plan.switch_step
-        decision = checkpoints.read_decision(
-            trainer, self._directory / "selection.json", self._plan.tasks.names
-        )
-        if decision is not None and not self._same_strategies(decision):
+    def _resume_after_switch(self, trainer: Trainer, run: _Run, switch_step: int) -> None:
+        """Follow the decision of the resumed run; make it only if it is due right now."""
+        step = trainer.state.global_step
+        at_switch = step == switch_step
+        decision = checkpoints.read_decision(trainer, run.directory.decision, run.plan.tasks.names)
+        strategies = (strategy_record(self.estimator), strategy_record(self.selector))
+        if decision is not None and (decision["estimator"], decision["selector"]) != strategies:
             if at_switch and (self.after != "restart" or not self._needs_estimates):
                 logger.warning(
                     "the checkpoint's decision was made with other options; nothing has been "
@@ -406,46 +423,28 @@ class TaskSelectionCallback(TrainerCallback):
                     decision["selected"],
                 )
         if decision is not None:
-            self._decision = decision
-            self.report = self._read_report(decision)
+            run.decisions[switch_step] = decision
+            self.report = run.directory.read_report(decision)
             if self.verify and at_switch and (self._verify_again or not self.report.verification):
                 with checkpoints.random_states_of_checkpoint(trainer):
-                    is_main = trainer.is_world_process_zero()
-                    self._verify(trainer, self.report, self.report.fitted() if is_main else None)
-            self._switch(trainer, state)
+                    fitted = MainProcessValue(self.report.fitted)
+                    self._verify(trainer, run, self.report, fitted)
+            self._switch(trainer, run, switch_step)
         elif at_switch:
             with checkpoints.random_states_of_checkpoint(trainer):
-                self._select(trainer, state)
+                self._select(trainer, run, switch_step)
         elif self.after == "observe":
             logger.warning(
                 "resumed at step %d, after the selection was due (step %d): nothing is selected.",
-                state.global_step,
-                self._plan.switch_step,
+                step,
+                switch_step,
             )
         else:
             raise ValueError(
-                f"cannot resume at step {state.global_step}: the selection was due after step "
-                f"{self._plan.switch_step}, but neither the checkpoint nor "
-                f"{self._directory / 'selection.json'} holds a decision. Resume from a checkpoint "
-                f"of step {self._plan.switch_step} or before."
+                f"cannot resume at step {step}: the selection was due after step {switch_step}, "
+                f"but neither the checkpoint nor {run.directory.decision} holds a decision. "
+                f"Resume from a checkpoint of step {switch_step} or before."
             )
-
-    def _same_strategies(self, decision: checkpoints.Decision) -> bool:
-        now = (strategy_record(self.estimator), strategy_record(self.selector))
-        return (decision["estimator"], decision["selector"]) == now
-
-    def _read_report(self, decision: checkpoints.Decision) -> SelectionReport:
-        try:
-            report = SelectionReport.load(self._directory)
-        except FileNotFoundError:  # the checkpoint was moved without it
-            report = SelectionReport(
-                weights=decision["weights"],
-                estimator=decision["estimator"],
-                selector=decision["selector"],
-                run={"after": decision["after"], "switch_step": decision["switch_step"]},
-            )
-        report.gradients_directory = self._directory / "gradients"
-        return report
 
     def _make_plan(self, trainer: Trainer, max_steps: int) -> Plan:
         return make_plan(
@@ -472,73 +471,9 @@ class TaskSelectionCallback(TrainerCallback):
             one_by_one=self.one_by_one,
         )
 
-    def _start_plan(self, plan: Plan) -> Plan:
-        """A new run: its plan is written, and nothing of an earlier run is left to be believed."""
-        if process_rank()[0] == 0:
-            try:
-                write_atomically(self._directory / "plan.json", to_json(plan.to_dict()))
-            except OSError as error:
-                raise OSError(
-                    f"output_dir: cannot write to {str(self._directory)!r} ({error.strerror}); "
-                    "pass output_dir=... to TaskSelectionCallback, or change the trainer's."
-                ) from error
-            for name in ("selection.json", "report/report.json"):
-                (self._directory / name).unlink(missing_ok=True)
-        return plan
-
-    def _resume_plan(self, plan: Plan) -> Plan:
-        """A resumed run: the plan on disk counts; a run that had none so far gets one."""
-        path = self._directory / "plan.json"
-        if not path.is_file():
-            logger.info("resuming a run that was started without a task selection.")
-            return self._start_plan(plan)
-        on_disk = read_json(path, PlanRecord)
-        require_same_plan(plan, on_disk, path)
-        return replace(plan, switch_step=on_disk["switch_step"], seed=on_disk["seed"])
-
-    def _settle_initial(self, trainer: Trainer, resumed: bool) -> None:
-        """Know the values that a restart goes back to: those at step 0."""
-        path = self._directory / "initial_adapter.safetensors"
-        if not resumed:
-            self._initial = access.trainable_state(trainer.model)
-            if process_rank()[0] == 0:
-                write_atomically(path, save(self._initial))
-        elif path.is_file():
-            try:
-                self._initial = load_file(path)
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{path}: damaged ({error}); after='restart' has nothing to go back to. Start "
-                    "again, in another output_dir."
-                ) from error
-        else:
-            logger.warning(
-                "%s is missing; a restart goes back to the parameters the trainer was made with.",
-                path,
-            )
-
-    def _shadow_batches(self, trainer: Trainer) -> BatchSource:
-        assert self._plan is not None
-        batches = BatchSource(trainer)
-        counts = self._plan.tasks.counts
-        try:
-            with access.preserved_rng():
-                batches.mixture.build_loader(
-                    MixtureSampler(self._plan.tasks, counts / counts.sum(), self._plan.seed)
-                )
-        except ValueError:
-            batches.remove()
-            raise
-        return batches
-
     @property
     def _needs_estimates(self) -> bool:
         return not isinstance(self.selector, FixedSelection) or self.selector.estimate
-
-    @property
-    def _directory(self) -> Path:
-        output_dir = self.output_dir or self._current_trainer().args.output_dir
-        return Path(output_dir) / DIRECTORY_NAME
 
     def _meet(self, trainer: Trainer) -> None:
         self._trainer = weakref.ref(trainer)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def process_rank() -> tuple[int, int]:
@@ -35,8 +36,8 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def computed_once(function: Callable[[], T]) -> T:
-    """Call ``function`` in the first process and return its result, or raise its error, in all."""
+def on_main_process(function: Callable[[], T]) -> T:
+    """Call ``function`` on the main process; return its result, or raise its error, on all."""
     rank, world_size = process_rank()
     if world_size == 1:
         return function()
@@ -50,3 +51,28 @@ def computed_once(function: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+class MainProcessValue(Generic[T]):
+    """A value that the main process computes and keeps, and every process may ask about.
+
+    Args:
+        make: computes the value; called on the main process alone. All processes raise its error.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._values: list[T] = []
+        on_main_process(lambda: self._values.append(make()))
+
+    @property
+    def value(self) -> T:
+        """The value; on the main process only."""
+        return self._values[0]
+
+    def ask(self, question: Callable[[T], U]) -> U:
+        """What the main process answers, on all processes; each of them must ask."""
+        return on_main_process(lambda: question(self.value))
+
+    def local(self) -> T | None:
+        """The value on the main process, None on the others."""
+        return self._values[0] if self._values else None

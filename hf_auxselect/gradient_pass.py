@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,21 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_auxselect.capture.check import compare_with_autograd
-from hf_auxselect.capture.examples import (
-    AT_OPTIMIZER,
-    capture_examples,
-    predict_pass,
-    warn_of_one_by_one,
-)
+from hf_auxselect.capture.cost import predict_pass, predict_probes
+from hf_auxselect.capture.example_gradients import warn_of_one_by_one
+from hf_auxselect.capture.examples import capture_examples
 from hf_auxselect.capture.memory import checkpointing_enabled
-from hf_auxselect.capture.optimizer_state import is_changed, why_not_modelled
-from hf_auxselect.capture.probes import look_ahead, losses_at, predict_look_ahead
+from hf_auxselect.capture.optimizer_families import is_changed
+from hf_auxselect.capture.optimizer_state import why_not_modelled
+from hf_auxselect.capture.probes import losses_at, measure_probes
 from hf_auxselect.capture.projection import CountSketch
-from hf_auxselect.capture.scalars import Batch
-from hf_auxselect.distributed import computed_once
+from hf_auxselect.capture.scalars import AT_OPTIMIZER, Batch
+from hf_auxselect.distributed import on_main_process
 from hf_auxselect.estimators import AbstractEstimator
-from hf_auxselect.estimators.base import NUM_ENDS
+from hf_auxselect.estimators.base import NUM_ENDPOINTS
 from hf_auxselect.plan import CostPreview, Plan
-from hf_auxselect.store.arrays import GradientStore, add_vectors
+from hf_auxselect.store.arrays import GradientStore
+from hf_auxselect.store.writer import add_vectors
 from hf_auxselect.trainer import access, data
 from hf_auxselect.trainer.evaluation import compare_evaluation
 from hf_auxselect.trainer.schedule import schedule_after, training_to_come
@@ -38,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GradientPass:
-    """Captures, in a run, what its estimator needs; options as in ``TaskSelectionCallback``."""
+    """Captures what the estimator of a run needs; options as in ``TaskSelectionCallback``."""
 
     trainer: Trainer
     plan: Plan
@@ -80,10 +79,10 @@ class GradientPass:
         return compare_evaluation(self.trainer, dataset, self.plan.loss)
 
     def _check_optimizer(self) -> list[str]:
-        """Refuse an optimizer whose steps are not modelled; say what is not known of others."""
+        """Refuse an optimizer whose steps are not modelled; note what is unknown about others."""
         trainer = self.trainer
-        schedule = schedule_after(trainer, self.plan.switch_step)
-        first_step = max(self.plan.switch_step, trainer.state.global_step)
+        first_step = max(self.plan.switch_steps[0], trainer.state.global_step)
+        schedule = schedule_after(trainer, first_step)
         name = access.optimizer_name(trainer)
         reason = why_not_modelled(trainer.model, trainer.optimizer, schedule, first_step=first_step)
         estimator = type(self.estimator).__name__
@@ -101,8 +100,8 @@ class GradientPass:
         if schedule.unknown_because is not None:
             notes.append(
                 "the learning rates of the steps after the switch are not known "
-                f"({schedule.unknown_because}); the estimates take them for what they are at the "
-                f"switch. Pass learning_rates=... to {estimator} to say what they will be."
+                f"({schedule.unknown_because}); the estimates assume the rates of the switch. "
+                f"Pass learning_rates=... to {estimator} to say what they will be."
             )
         for note in notes:
             logger.warning("%s", note)
@@ -136,24 +135,24 @@ class GradientPass:
                 loss=plan.loss.of_example,
             )
             seconds, memory = cost.seconds, cost.memory
-            if self.estimator.look_ahead:
-                cost = predict_look_ahead(
+            if self.estimator.needs_probes:
+                cost = predict_probes(
                     self.trainer.model,
                     plan.examples,
                     plan.target,
                     self._collate_fn,
-                    num_ends=NUM_ENDS,
+                    num_endpoints=NUM_ENDPOINTS,
                     batch_size=self._batch_size,
                     loss=plan.loss.of_example,
                 )
                 # The displacement, its start, a task's gradient; sources are on the CPU.
-                cost_of_way = cost.memory + 3 * 4 * entries
+                probe_memory = cost.memory + 3 * 4 * entries
                 sources = 4 * (1 + len(plan.examples)) * entries
                 if parameters[0].device.type == "cpu":
-                    cost_of_way += sources
+                    probe_memory += sources
                 else:
                     host = sources
-                seconds, memory = seconds + cost.seconds, max(memory, cost_of_way)
+                seconds, memory = seconds + cost.seconds, max(memory, probe_memory)
         bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
         return CostPreview(
             num_examples=plan.num_examples,
@@ -161,20 +160,22 @@ class GradientPass:
             disk_mib=plan.num_examples * bytes_per_example / 2**20,
             memory_mib=(kept + memory) / 2**20,
             host_memory_mib=host / 2**20,
-            switch_step=plan.switch_step,
+            switch_step=plan.switch_steps[0],
         )
 
     def run(self, directory: Path, initial: Mapping[str, Tensor] | None) -> GradientStore:
-        """Capture at the anchor and, if the estimator asks for it, where training is to lead.
+        """Capture gradients at theta_0 and, if the estimator asks for it, at its probes.
 
         Args:
             directory: where the store is written.
             initial: trainable parameters at step 0 if training restarts there, else None.
         """
         trainer, plan = self.trainer, self.plan
-        training = training_to_come(trainer, plan.switch_step, restarts=initial is not None)
+        training = training_to_come(
+            trainer, trainer.state.global_step, restarts=initial is not None
+        )
         if plan.examples_per_row:
-            training["examples_per_row"] = plan.examples_per_row
+            training = replace(training, examples_per_row=plan.examples_per_row)
         progress = not trainer.args.disable_tqdm
         with trainer.compute_loss_context_manager():
             store = capture_examples(
@@ -194,7 +195,7 @@ class GradientPass:
                 progress=progress,
             )
             if initial is not None:
-                losses_T = losses_at(
+                losses = losses_at(
                     trainer.model,
                     plan.target,
                     self._collate_fn,
@@ -202,12 +203,12 @@ class GradientPass:
                     batch_size=self._batch_size,
                     loss=plan.loss.of_example,
                 )
-                computed_once(lambda: add_vectors(directory, {"initial_losses": losses_T}))
-                store = store.with_vectors({"initial_losses": losses_T})
-            way = computed_once(lambda: self.estimator.way_ahead(store))
+                on_main_process(lambda: add_vectors(directory, losses.to_vectors()))
+                store = store.with_vectors(losses.to_vectors())
+            way = on_main_process(lambda: self.estimator.probe_points(store))
             if way is None:
                 return store
-            return look_ahead(
+            return measure_probes(
                 trainer.model,
                 plan.examples,
                 plan.target,
@@ -233,5 +234,5 @@ class GradientPass:
 
 
 def needs_optimizer(estimator: AbstractEstimator) -> bool:
-    """Whether it models steps of the run's optimizer."""
+    """Whether the estimator models steps of the run's optimizer."""
     return any(spec.endswith(AT_OPTIMIZER) for spec in estimator.scalars)

@@ -18,28 +18,31 @@ from torch import nn
 from transformers import Trainer
 
 from hf_auxselect._version import __version__
+from hf_auxselect.capture.batching import TaskExamples
 from hf_auxselect.capture.check import examples_to_check
-from hf_auxselect.capture.examples import TaskExamples
-from hf_auxselect.capture.hooks import CollateFn
+from hf_auxselect.capture.scalars import CollateFn
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.files import JsonDict
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.seeds import random_permutation
-from hf_auxselect.selectors.base import AbstractSelector, EstimateFn, FixedSelection, Selection
+from hf_auxselect.selectors import (
+    AbstractSelector,
+    DifferenceFn,
+    EstimateFn,
+    Selection,
+    SelectionProblem,
+)
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer import access, data, support
-from hf_auxselect.trainer.evaluation import (
-    TrainerLoss,
-    evaluation_weights,
-    has_label_tokens,
-    settle_loss,
-)
+from hf_auxselect.trainer.evaluation import evaluation_weights, has_label_tokens
+from hf_auxselect.trainer.loss import TrainerLoss, settle_loss
 
 logger = logging.getLogger(__name__)
 
 SECONDS_TO_COMPARE = 30.0
-"""For which training rows are compared with the target's, before the first step."""
+"""Time limit of the comparison of training rows with the target's; a convention."""
 _CHUNK = 1000
+"""Training rows that the comparison reads at once; a convention."""
 _TOO_OPTIMISTIC = (
     "the estimates are about rows that are trained on, too optimistic for new ones. Hold rows out "
     "for the target."
@@ -47,7 +50,7 @@ _TOO_OPTIMISTIC = (
 
 
 class PlanRecord(TypedDict):
-    """What is written to ``plan.json``."""
+    """The content of ``plan.json``."""
 
     switch_step: int
     seed: int
@@ -64,17 +67,17 @@ class Plan:
 
     tasks: TaskRows
     examples: tuple[TaskExamples, ...]
-    """Of each auxiliary task, what the gradient pass reads."""
+    """What the gradient pass reads of each auxiliary task."""
     target: TaskExamples
     loss: TrainerLoss
     """How the loss of an example is computed, in agreement with the trainer."""
     examples_per_row: dict[str, float]
-    """Of each task, mean examples in a packed row; empty if every row is one example."""
-    switch_step: int
-    """Optimizer steps of warm-up; the selection follows the last of them."""
+    """Mean number of examples in a packed row of each task; empty if each row is one example."""
+    switch_steps: tuple[int, ...]
+    """Optimizer steps after which a selection is made, ascending; the first ends the warm-up."""
     seed: int
     fingerprint: JsonDict
-    """What a resumed run must share with the one it goes on with, by what it is called."""
+    """What a resumed run must share with the run that it continues."""
 
     @property
     def num_examples(self) -> int:
@@ -107,21 +110,18 @@ class Plan:
                 return examples_to_check(model, [first], second, collate_fn, loss)
         return examples_to_check(model, self.examples, self.target, collate_fn, loss)
 
-    def reads_per_row(
-        self, weights: Mapping[str, float], max_steps: int, rows_per_step: int
-    ) -> dict[str, float]:
-        """How often the steps after the switch read each row of a task, in a mixture."""
-        rows = (max_steps - self.switch_step) * rows_per_step
+    def reads_per_row(self, weights: Mapping[str, float], num_rows: int) -> dict[str, float]:
+        """How often ``num_rows`` rows, drawn from a mixture, read each row of a task."""
         return {
-            name: round(rows * weights[name] / count, 3)
+            name: round(num_rows * weights[name] / count, 3)
             for name, count in zip(self.tasks.names, self.tasks.counts.tolist(), strict=True)
         }
 
     def to_dict(self) -> PlanRecord:
-        """What is written to ``plan.json``."""
+        """The content of ``plan.json``."""
         packages = ("torch", "transformers", "accelerate", "datasets")
         return {
-            "switch_step": self.switch_step,
+            "switch_step": self.switch_steps[0],
             "seed": self.seed,
             "tasks": dict(zip(self.tasks.names, self.tasks.counts.tolist(), strict=True)),
             "target": self.target.num_rows,
@@ -136,17 +136,18 @@ class CostPreview:
 
     Attributes:
         num_examples: examples that the pass reads, the target's included.
-        seconds: predicted duration, from timed batches; with the passes over fewer examples that
-            looking ahead takes.
-        disk_mib: size of the gradient store, MiB; twice as much for a moment, at the end of the
-            pass, when its parts are merged into one file.
+        seconds: predicted duration, from timed batches; includes the probes, which are passes over
+            fewer examples.
+        disk_mib: size of the gradient store, MiB. At the end of the pass it takes twice as much for
+            a moment, while its parts are merged into one file.
         memory_mib: predicted peak of the memory, in MiB, that the passes over the model take on its
             device beyond what is there before them (parameters, the optimizer's state): activations
             and gradients of the largest batch, as measured; the projection's tables; a copy of the
-            optimizer's state; and, to look ahead, displacements of the parameters and, on the CPU,
+            optimizer's state; and, for probes, displacements of the parameters and, on the CPU,
             the tasks' mean gradients. Without libraries, the allocator's fragments, and what the
             estimator and the selector take afterwards.
-        host_memory_mib: of the tasks' mean gradients, where the model is not on the CPU.
+        host_memory_mib: predicted size of the tasks' mean gradients, in MiB, which the host's
+            memory holds where the model is not on the CPU; else 0.
         switch_step: optimizer step after which the pass runs.
         verification_steps: further training steps, of ``verify`` and ``calibrate`` mixtures.
     """
@@ -165,10 +166,16 @@ class CostPreview:
             f"gradient pass after step {self.switch_step}: {self.num_examples} examples, about "
             f"{minutes} min {seconds:02d} s, {self.disk_mib:.1f} MiB on disk, "
             f"{self.memory_mib:.0f} MiB of memory"
-        ) + (
-            f"; real fine-tunes: {self.verification_steps} training steps"
-            if self.verification_steps
-            else ""
+            + (
+                f" and {self.host_memory_mib:.0f} MiB of the host's memory"
+                if self.host_memory_mib
+                else ""
+            )
+            + (
+                f"; ground-truth runs: {self.verification_steps} training steps"
+                if self.verification_steps
+                else ""
+            )
         )
 
 
@@ -273,7 +280,7 @@ def make_plan(
             if (examples_per_row == 1).all()
             else dict(zip(tasks.names, examples_per_row.tolist(), strict=True))
         ),
-        switch_step=switch_step,
+        switch_steps=(switch_step,),
         seed=seed,
         fingerprint={
             "tasks": dict(zip(tasks.names, tasks.counts.tolist(), strict=True)),
@@ -286,6 +293,7 @@ def make_plan(
                     if p.requires_grad
                 )
             ).hex(),
+            "loss": str(loss.of_example),
             "number of processes": trainer.args.world_size,
             "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
             "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
@@ -309,7 +317,7 @@ def warn_of_leaked_target(plan: Plan, task_column: str) -> None:
     found: list[set[bytes]] = [set() for _ in plan.tasks.names]
     found_rows = np.zeros(len(found), np.int64)
     starts = range(0, len(train), _CHUNK)
-    end, num_read = time.monotonic() + SECONDS_TO_COMPARE, 0
+    deadline, num_read = time.monotonic() + SECONDS_TO_COMPARE, 0
     for chunk in random_permutation(len(starts), plan.seed, "rows compared with the target"):
         ids = range(starts[chunk], min(starts[chunk] + _CHUNK, len(train)))
         for i, row_hash in zip(ids, _hashes(train, ids, columns), strict=True):
@@ -318,9 +326,9 @@ def warn_of_leaked_target(plan: Plan, task_column: str) -> None:
                 found[task].add(row_hash)
                 found_rows[task] += 1
             num_read += 1
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 break
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             break
     counts = [sum(copies[row_hash] for row_hash in own) for own in found]
     for name, count, rows, size in zip(
@@ -359,7 +367,7 @@ def require_same_plan(plan: Plan, on_disk: PlanRecord, path: Any) -> None:
     changed = [
         f"{what} ({before.get(what)} before, {now} now)"
         for what, now in plan.fingerprint.items()
-        if before.get(what) != now
+        if what in before and before[what] != now  # earlier releases wrote less
     ]
     if changed:
         raise ValueError(
@@ -370,13 +378,18 @@ def require_same_plan(plan: Plan, on_disk: PlanRecord, path: Any) -> None:
 
 
 def select(
-    selector: AbstractSelector, estimate: EstimateFn, tasks: TaskRows, keep: Sequence[str]
+    selector: AbstractSelector,
+    estimate: EstimateFn,
+    tasks: TaskRows,
+    keep: Sequence[str],
+    difference: DifferenceFn | None = None,
 ) -> Selection:
     """Ask a selector for a mixture of the tasks."""
-    if isinstance(selector, FixedSelection):
-        sizes = tasks.counts.tolist()
-        return selector.select(estimate, tasks.names, keep=keep, task_sizes=sizes)
-    return selector.select(estimate, tasks.names, keep=keep)
+    return selector.select(
+        SelectionProblem(
+            estimate, tasks.names, tasks.counts.tolist(), difference=difference, keep=keep
+        )
+    )
 
 
 def _dry_run(selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str]) -> None:
@@ -390,7 +403,7 @@ def _dry_run(selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str]) -
 
 
 def _hashes(rows: data.ModelRows, ids: range, columns: Sequence[str]) -> Iterator[bytes]:
-    """Of consecutive examples, by the values of some columns."""
+    """A hash of each of some consecutive examples, by the values of some columns."""
     for row in rows.stored(ids, columns):
         yield digest(*(row.get(name) for name in columns))
 

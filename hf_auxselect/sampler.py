@@ -1,13 +1,11 @@
-"""The order in which a training loop reads a mixture of tasks; can be entered anywhere.
+"""The order in which a training loop reads a mixture of tasks; any position can be the first.
 
 Shapes: K tasks.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -15,17 +13,13 @@ from torch.utils.data import Sampler
 from hf_auxselect.seeds import random_permutation
 from hf_auxselect.tasks import TaskRows
 
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
-
 MIN_SHARE = 1e-6
-"""Smallest share of a task in a mixture; a smaller one would be read less than once in a run."""
+"""Smallest share of a task in a mixture. A convention: a run of a million rows reads a smaller one
+less than once, and the sampler's blocks would hold more rows than that."""
 
 
 class MixtureSampler(Sampler[int]):
-    """Reads the rows of several tasks in given shares, in an order that can be entered anywhere.
+    """Reads the rows of several tasks in given shares, from any position of a fixed order.
 
     The order is a pure function of (tasks, shares, seed) and position, so that every process of
     a run sees the same one and a resumed run goes on exactly where it was. It comes in blocks

@@ -11,14 +11,15 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from hf_auxselect.callback import DIRECTORY_NAME, TaskSelectionCallback
+from hf_auxselect.callback import TaskSelectionCallback
 from hf_auxselect.files import read_json
 from hf_auxselect.plan import PlanRecord
-from hf_auxselect.report.report import SelectionReport, strategy_record
+from hf_auxselect.report import SelectionReport, strategy_record
+from hf_auxselect.run_directory import DIRECTORY_NAME
 
 
 class _Verified(BaseException):
-    """Ends the script when there is nothing left to do; scripts catch Exception, if anything."""
+    """Stops the script after the verification; not an Exception, which the script might catch."""
 
 
 class _StopBeforeTraining(TrainerCallback):
@@ -69,7 +70,10 @@ def verify_with_script(
 
 @contextmanager
 def _training_replaced(directory: Path, num_mixtures: int, checkpoint: Path) -> Iterator[None]:
-    """Let ``Trainer.train`` resume at the switch, verify, and raise :class:`_Verified`."""
+    """Let ``Trainer.train`` resume at the switch, verify, and raise :class:`_Verified`.
+
+    Replaced for all trainers: the script makes its own, and may add the callback just before.
+    """
     original = Trainer.train
 
     def train(self: Trainer, *args: Any, **kwargs: Any) -> Any:

@@ -44,7 +44,7 @@ def concatenate_tasks(
             has without any value (of type null), is filled with None; a warning says so.
             A ``datasets.IterableDataset`` (a stream) needs ``take``.
         task_column: name of the string column that is added.
-        take: so many rows of each task are taken, its first ones, or all if there are fewer; from
+        take: number of rows to take of each task, its first ones, or all if there are fewer; from
             streams they are read here and kept. A mapping (task name -> number) takes from the
             tasks that it names, and must name every stream. None: all rows; no task is a stream.
             A resumed run reads the same rows if the streams are deterministic, and is refused if
@@ -61,7 +61,7 @@ def concatenate_tasks(
         TypeError: a value is not a ``datasets.Dataset`` (of a ``DatasetDict`` the message names the
             splits), or is a stream without ``take``, or a name is not a string.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> a = Dataset.from_dict({"text": ["1+1=2", "2+2=4"]})
         >>> b = Dataset.from_dict({"text": ["The sky is blue."]})

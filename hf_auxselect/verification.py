@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 from tqdm.auto import tqdm
 
-from hf_auxselect.distributed import computed_once
+from hf_auxselect.distributed import MainProcessValue
 from hf_auxselect.estimators import FittedEstimator, normalize_mixtures
-from hf_auxselect.report.report import Measurement
-from hf_auxselect.selectors.base import RandomEnsemble
+from hf_auxselect.report import Measurement
+from hf_auxselect.selectors import RandomEnsemble
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer.trial_runs import RestOfRun
 
@@ -23,8 +23,8 @@ def mixtures_to_verify(
 
     Args:
         weights: share of each task in the chosen mixture.
-        counts: rows of each task [K].
-        num_mixtures: how many are wanted; there may be fewer different ones.
+        counts: number of rows of each task [K].
+        num_mixtures: number of mixtures wanted; there may be fewer different ones.
         seed: rules the random subsets.
 
     Returns:
@@ -45,11 +45,11 @@ def mixtures_to_verify(
 
 
 def mixtures_to_calibrate(tasks: TaskRows, num_mixtures: int, seed: int) -> dict[str, np.ndarray]:
-    """All tasks, then random subsets of all sizes, each as far from those before as can be.
+    """All tasks, then random subsets of all sizes; each the farthest from those before it.
 
     Args:
         tasks: of the training set.
-        num_mixtures: how many are wanted; there may be fewer different ones.
+        num_mixtures: number of mixtures wanted; there may be fewer different ones.
         seed: rules which subsets are looked at.
 
     Returns:
@@ -73,12 +73,18 @@ def mixtures_to_calibrate(tasks: TaskRows, num_mixtures: int, seed: int) -> dict
 def measure(
     rest: RestOfRun,
     mixtures: Mapping[str, np.ndarray],
-    fitted: FittedEstimator | None,
+    fitted: MainProcessValue[FittedEstimator],
     purpose: str,
 ) -> list[Measurement]:
-    """Fine-tune on each mixture for real and put the result beside the estimate.
+    """Train on each mixture for the remaining steps, and compare the loss with the estimate.
 
-    Every process takes part; ``fitted`` is needed on the main one only.
+    Every process must call this.
+
+    Args:
+        rest: the remaining steps of the run.
+        mixtures: shares [K] by the name of the mixture.
+        fitted: the estimator to compare with.
+        purpose: title of the progress bar.
     """
     trainer = rest.trainer
     steps = trainer.state.max_steps - trainer.state.global_step
@@ -93,8 +99,7 @@ def measure(
             start = time.perf_counter()
             measured[name] = rest.fine_tune(shares, progress), time.perf_counter() - start
 
-    def compare() -> list[Measurement]:
-        assert fitted is not None
+    def compare(fitted: FittedEstimator) -> list[Measurement]:
         estimate = fitted.estimate(np.array([*mixtures.values()]))
         return [
             Measurement(
@@ -109,4 +114,4 @@ def measure(
             for i, (name, shares) in enumerate(mixtures.items())
         ]
 
-    return computed_once(compare)
+    return fitted.ask(compare)

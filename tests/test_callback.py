@@ -31,6 +31,7 @@ from hf_auxselect import (
 from hf_auxselect.capture.memory import PeakMemory
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.gradient_pass import GradientPass
+from hf_auxselect.plan import CostPreview
 
 
 class TestARun:
@@ -212,7 +213,9 @@ class TestOptions:
 
     def test_another_task_column(self, run_dir):
         data = tiny.tasks().rename_column("task", "source")
-        trained(tiny.sft_trainer, run_dir, callback(task_column="source"), train_dataset=data)
+        cb = callback(task_column="source")
+        trained(tiny.sft_trainer, run_dir, cb, train_dataset=data)
+        assert list(cb.report.weights) == list("abcd")
 
     def test_rows_that_are_packed_within_tasks_are_captured_one_document_at_a_time(self, run_dir):
         from trl import pack_dataset
@@ -398,6 +401,12 @@ class TestMeetingTheTrainer:
 
 
 class TestPreview:
+    def test_its_summary_tells_of_the_hosts_memory_too(self):
+        sizes = {"disk_mib": 1, "memory_mib": 2, "host_memory_mib": 3}
+        preview = CostPreview(num_examples=4, seconds=65, switch_step=5, **sizes)
+        assert "1 min 05 s" in str(preview)
+        assert "2 MiB of memory and 3 MiB of the host's memory" in str(preview)
+
     def test_it_counts_examples_and_changes_nothing(self, run_dir):
         cb = callback(examples_per_task=10)
         torch.manual_seed(3)

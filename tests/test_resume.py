@@ -39,7 +39,6 @@ def in_a_process():
     return run
 
 
-@pytest.mark.parametrize(("kind", "after"), [("SFTTrainer", "continue"), ("Trainer", "restart")])
 class TestKills:
     @pytest.fixture(scope="class")
     def whole(self, in_a_process, tmp_path_factory):
@@ -54,7 +53,20 @@ class TestKills:
 
         return of
 
-    @pytest.mark.parametrize("moment", interrupted_run.MOMENTS)
+    @pytest.mark.parametrize(
+        ("kind", "after", "moment"),
+        [("SFTTrainer", "continue", moment) for moment in interrupted_run.MOMENTS]
+        + [
+            ("Trainer", "restart", moment)
+            for moment in (
+                "in the warm-up",
+                "in the gradient pass",
+                "right after the decision",
+                "in the switch's checkpoint",
+                "in a later checkpoint",
+            )
+        ],
+    )
     def test_the_run_goes_on_as_if_it_had_not_been_stopped(
         self, kind, after, moment, whole, in_a_process, run_dir
     ):
@@ -108,10 +120,14 @@ class TestCheckpointsThatAreNotWhole:
         assert is_whole(checkpoint, num_processes=2)
 
 
-@pytest.mark.parametrize("kind", tiny.TRAINERS)
-@pytest.mark.parametrize("after", ["continue", "restart"])
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 3, "dataloader_num_workers": 2}]
+    ("kind", "after", "options"),
+    [
+        ("SFTTrainer", "continue", {}),
+        ("Trainer", "restart", {}),
+        ("SFTTrainer", "restart", {"gradient_accumulation_steps": 3, "dataloader_num_workers": 2}),
+        ("Trainer", "continue", {"gradient_accumulation_steps": 3, "dataloader_num_workers": 2}),
+    ],
 )
 class TestResume:
     def test_from_before_at_and_after_the_switch(self, kind, after, options, run_dir, tmp_path):
@@ -186,6 +202,7 @@ class TestResumption:
         ("options", "changed"),
         [
             ({"per_device_train_batch_size": 2}, "per_device_train_batch_size .4 before, 2 now."),
+            ({"label_smoothing_factor": 0.1}, "loss .negative log-.*label_smoothing_factor=0.1"),
             ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
             ({"train_dataset": tiny.tasks(20)}, "tasks .*training rows"),
             ({"eval_dataset": tiny.sums(16, 10)}, "target rows"),

@@ -1,1 +1,1 @@
-"""Everything that knows the insides of ``Trainer``, and nothing else does."""
+"""The only package that uses private names of ``Trainer``, its accelerator and its loaders."""

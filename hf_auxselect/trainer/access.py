@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import math
 import random
 import sys
@@ -22,12 +21,10 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from hf_auxselect.capture.optimizer_state import underlying
+from hf_auxselect.capture.optimizer_families import underlying
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
-
-logger = logging.getLogger(__name__)
 
 
 def callers() -> Iterator[FrameType]:
@@ -93,7 +90,7 @@ def undisturbed(trainer: Trainer) -> Iterator[None]:
     """Run steps of a trainer without callbacks, logs or counters of the run noticing.
 
     Callbacks are not called; random states, counters and the trainer's own evaluation loaders are
-    put back.
+    put back. Persistent workers of evaluation loaders that are made meanwhile are stopped.
     """
     handler, missing = trainer.callback_handler, object()
     callbacks, handler.callbacks = handler.callbacks, []
@@ -108,10 +105,24 @@ def undisturbed(trainer: Trainer) -> Iterator[None]:
             yield
     finally:
         handler.callbacks, handler.eval_dataloader = callbacks, loader
+        for made in vars(trainer).get("_eval_dataloaders", {}).values():
+            stop_workers(made)
         for name, value in kept.items():
             vars(trainer).pop(name, None)
             if value is not missing:
                 setattr(trainer, name, value)
+
+
+def stop_workers(loader: Any) -> None:
+    """Stop the persistent workers of a loader that Trainer made, which would outlive its use.
+
+    The accelerator keeps every loader. When its garbage is collected, each worker is waited for.
+    """
+    base = getattr(loader, "base_dataloader", None)
+    iterator = getattr(base, "_iterator", None)
+    if base is not None and iterator is not None:
+        iterator._shutdown_workers()
+        base._iterator = None
 
 
 def total_steps(trainer: Trainer, loader: Any) -> int:
@@ -130,7 +141,7 @@ def clip_gradients(trainer: Trainer, model: torch.nn.Module) -> None:
     """Clip the gradients to ``max_grad_norm`` as the training loop does."""
     if hasattr(trainer, "_clip_grad_norm"):
         trainer._clip_grad_norm(model)
-    else:  # until transformers 5.0
+    else:  # until transformers 5.2
         trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
 
 

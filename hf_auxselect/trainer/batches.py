@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import Trainer
 
 from hf_auxselect.sampler import MixtureSampler
 from hf_auxselect.tasks import TaskRows
-from hf_auxselect.trainer.access import met, preserved_rng
-
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
+from hf_auxselect.trainer.access import met, preserved_rng, stop_workers
 
 
 class MixtureBatches:
@@ -99,6 +93,7 @@ class MixtureBatches:
         if self.iterator is not None:
             self.iterator.close()  # type: ignore[attr-defined]
             self.loader.end()
+            stop_workers(self.loader)
         self.iterator = self.loader = None
 
 
@@ -106,7 +101,7 @@ class BatchSource:
     """Feeds a trainer from its own data loader until the switch, and from a mixture after it.
 
     ``Trainer.get_batch_samples`` is the one place where the training loop draws batches. It is
-    shadowed on this trainer alone. Until ``mixture`` is started it passes the call through, so that
+    shadowed on this trainer alone. Until :meth:`draw_mixture` it passes the call through, so that
     the warm-up is the run without this package. From then on it passes the mixture's iterator; the
     trainer's loader, whose length rules epochs, schedule and resume, is left in place and never
     read again, with what its workers had fetched ahead.
@@ -118,6 +113,38 @@ class BatchSource:
         self._trainer = weakref.ref(trainer)
         self._shadowed = vars(trainer).get("get_batch_samples")
         trainer.get_batch_samples = self._get_batch_samples
+
+    def require_own_sampler(self, tasks: TaskRows, seed: int) -> None:
+        """Check before the first step that :meth:`draw_mixture` will work.
+
+        Raises:
+            ValueError: the trainer's loader does not take its sampler from ``_get_train_sampler``.
+        """
+        sampler = MixtureSampler(tasks, tasks.counts / tasks.counts.sum(), seed)
+        try:
+            with preserved_rng():
+                self.mixture.build_loader(sampler)
+        except ValueError:
+            self.remove()
+            raise
+
+    def draw_mixture(self, tasks: TaskRows, shares: np.ndarray, seed: int, *, since: int) -> None:
+        """Draw rows of ``tasks`` in the given shares from here on.
+
+        Args:
+            tasks: task of each row of the training set.
+            shares: float [K], summing to 1.
+            seed: rules the order.
+            since: the switch step: optimizer step after which the mixture's first row came.
+        """
+        trainer = met(self._trainer)
+        per_epoch = len(trainer.callback_handler.train_dataloader)
+        accumulation = trainer.args.gradient_accumulation_steps
+        at_switch, now, at_end = (
+            consumed_batches(step, per_epoch, accumulation)
+            for step in (since, trainer.state.global_step, trainer.state.max_steps)
+        )
+        self.mixture.start(tasks, shares, seed, consumed=now - at_switch, total=at_end - now)
 
     def remove(self) -> None:
         """Give the trainer its own method back, and stop the loader."""
@@ -141,9 +168,7 @@ class BatchSource:
     def _retire(self, trainer: Trainer, epoch_iterator: Any) -> None:
         """Stop the trainer's own loader, which is read no more, with its workers."""
         epoch_iterator.close()
-        base = getattr(trainer.callback_handler.train_dataloader, "base_dataloader", None)
-        if base is not None:
-            base._iterator = None  # persistent workers live as long as this
+        stop_workers(trainer.callback_handler.train_dataloader)
         for loader in trainer.accelerator.gradient_state.dataloader_references:
             if loader is not None and loader is not self.mixture.loader:
                 loader.end()

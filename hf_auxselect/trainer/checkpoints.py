@@ -15,7 +15,6 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
-from hf_auxselect.report.report import SelectionReport
 from hf_auxselect.trainer.access import callers, preserved_rng
 
 logger = logging.getLogger(__name__)
@@ -140,24 +139,6 @@ def random_states_of_checkpoint(trainer: Trainer) -> Iterator[None]:
     with preserved_rng():
         trainer._load_rng_state(resumed_checkpoint(trainer))
         yield
-
-
-def decision_of(report: SelectionReport) -> Decision:
-    """The decision that a report tells of."""
-    chosen = report.row("chosen") if report.rows else None
-    return Decision(
-        selected=report.selected,
-        weights=report.weights,
-        estimated_loss=chosen.loss if chosen else None,
-        low=chosen.low if chosen else None,
-        high=chosen.high if chosen else None,
-        estimated_loss_all=report.row("all tasks").loss if report.rows else None,
-        switch_step=report.run["switch_step"],
-        after=report.run["after"],
-        seed=report.run["seed"],
-        estimator=report.estimator,
-        selector=report.selector,
-    )
 
 
 def save_decision(trainer: Trainer, decision: Decision) -> None:

@@ -149,7 +149,7 @@ def _note_missing_tasks(
     missing = [name for name in joined_tasks(dataset) if name not in tasks.names]
     missing += [name for name in hidden if name not in missing]
     if missing:
-        # Of a trainer that prepares its data in a way of its own it is not known who left them out.
+        # Another trainer may have left them out itself, in its own preparation.
         is_known = type(trainer).__module__.partition(".")[0] in ("transformers", "trl")
         logger.log(
             logging.INFO if is_known else logging.WARNING,

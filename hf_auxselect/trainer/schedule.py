@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
+from hf_auxselect.capture.module_gradients import trainable_parameters
 from hf_auxselect.capture.schedule import Schedule, schedule_to_come
+from hf_auxselect.store.records import RemainingTraining
 from hf_auxselect.trainer.access import option_value, preserved_rng, torch_optimizer
-
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
 
 
 def restart(trainer: Trainer, initial: Mapping[str, Tensor]) -> None:
@@ -28,7 +24,7 @@ def restart(trainer: Trainer, initial: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: ``initial`` does not match the trainable parameters.
     """
-    trainable = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainable = trainable_parameters(trainer.model)
     shapes = {name: list(tensor.shape) for name, tensor in initial.items()}
     if shapes != {name: list(p.shape) for name, p in trainable.items()}:
         raise ValueError(
@@ -119,24 +115,16 @@ def schedule_after(trainer: Trainer, switch_step: int) -> Schedule:
         )
 
 
-def training_to_come(trainer: Trainer, switch_step: int, *, restarts: bool) -> dict[str, Any]:
-    """What the optimizer will be told in the steps after the switch, for estimators that model it.
-
-    Returns:
-        ``learning_rates`` of each remaining step (if it restarts, those without the restart) of the
-        reference group, ``group_learning_rates`` of all groups, ``learning_rates_are_known`` (else
-        they are those of now), ``momentum_coefficients`` of each step if the scheduler changes
-        them, else None, ``max_grad_norm`` (0: no clipping), ``examples_per_step`` over all
-        processes, and ``after``, as JSON values.
-    """
+def training_to_come(trainer: Trainer, switch_step: int, *, restarts: bool) -> RemainingTraining:
+    """What the optimizer will be told in the steps after the switch."""
     schedule = schedule_after(trainer, switch_step)
     momentum = schedule.momentum_coefficients[schedule.reference_group]
-    return {
-        "learning_rates": schedule.learning_rates[schedule.reference_group],
-        "group_learning_rates": schedule.learning_rates,
-        "learning_rates_are_known": schedule.unknown_because is None,
-        "momentum_coefficients": momentum if len(set(momentum)) > 1 else None,
-        "max_grad_norm": float(trainer.args.max_grad_norm or 0.0),
-        "examples_per_step": int(trainer.get_total_train_batch_size(trainer.args)),
-        "after": "restart" if restarts else "continue",
-    }
+    return RemainingTraining(
+        learning_rates=tuple(schedule.learning_rates[schedule.reference_group]),
+        group_learning_rates=tuple(map(tuple, schedule.learning_rates)),
+        learning_rates_are_known=schedule.unknown_because is None,
+        momentum_coefficients=tuple(momentum) if len(set(momentum)) > 1 else None,
+        max_grad_norm=float(trainer.args.max_grad_norm or 0.0),
+        examples_per_step=int(trainer.get_total_train_batch_size(trainer.args)),
+        after="restart" if restarts else "continue",
+    )

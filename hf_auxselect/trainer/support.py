@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

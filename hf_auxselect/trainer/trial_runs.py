@@ -1,4 +1,4 @@
-"""Fine-tunes for real from the switch, inside the run and without a trace in it."""
+"""Ground-truth runs: the remaining steps on a given mixture, without a trace in the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hf_auxselect.trainer.schedule import restart
 
 @dataclass(frozen=True)
 class RestOfRun:
-    """The steps that a run has still to take, to be tried on several mixtures.
+    """The remaining steps of a run, which can be trained on several mixtures in turn.
 
     Attributes:
         trainer: a trainer between two optimizer steps, at the switch.
@@ -44,9 +44,9 @@ class RestOfRun:
     def fine_tune(self, shares: np.ndarray, progress: tqdm | None = None) -> float:
         """The target's loss after the remaining steps on a mixture, as the trainer logs it.
 
-        The trainer is then what it was before: parameters, optimizer, schedule, random states and
-        logs. Its callbacks hear nothing. The loss is that of the run which goes on with this
-        mixture, bit by bit, since it starts from the same random states.
+        Restores the trainer: parameters, optimizer, schedule, random states and logs. No callback
+        is called. A run that goes on with this mixture ends with the same loss, bit by bit, since
+        it starts from the same random states.
 
         Args:
             shares: float [K], summing to 1.
@@ -70,11 +70,11 @@ class RestOfRun:
         trainer, args = self.trainer, self.trainer.args
         per_epoch = len(trainer.callback_handler.train_dataloader)
         steps = range(trainer.state.global_step, trainer.state.max_steps + 1)
-        ends = [
+        consumed = [
             consumed_batches(step, per_epoch, args.gradient_accumulation_steps) for step in steps
         ]
-        batches.start(self.tasks, shares, self.seed, consumed=0, total=ends[-1] - ends[0])
-        for num_batches in np.diff(ends).tolist():
+        batches.start(self.tasks, shares, self.seed, consumed=0, total=consumed[-1] - consumed[0])
+        for num_batches in np.diff(consumed).tolist():
             samples, num_items = trainer.get_batch_samples(
                 batches.iterator, num_batches, args.device
             )

@@ -16,6 +16,7 @@ import torch
 import transformers
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, concatenate_datasets
 from peft import LoraConfig
+from reference import per_example_gradients
 from tiny import callback, trained
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from transformers import BatchEncoding, BatchFeature, DataCollatorWithFlattening
@@ -25,10 +26,13 @@ from hf_auxselect import (
     concatenate_tasks,
     plan,
 )
+from hf_auxselect.capture.hooks import GradientHooks
+from hf_auxselect.capture.memory import evaluation_mode
+from hf_auxselect.capture.scalars import SCALARS, forward_label_logits
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.seeds import random_permutation
 from hf_auxselect.tasks import TaskRows
-from hf_auxselect.trainer.data import ModelRows, read_tasks
+from hf_auxselect.trainer.data import ModelRows, collate_function, read_tasks
 
 NAMES = ("a", "b", "c", "d")
 
@@ -627,7 +631,7 @@ class TestADictOfOneTarget:
         trainer = trained(tiny.TRAINERS[kind], run_dir, cb, eval_dataset=sets)
         assert cb.report.target.name == "sums"
         page = run_dir / "_task_selection" / "report" / "README.md"
-        assert r"| sums \(target\) |" in page.read_text()
+        assert "| sums (target) |" in page.read_text()
         (measured,) = cb.report.verification
         assert measured.measured == pytest.approx(trainer.evaluate()["eval_sums_loss"], rel=1e-5)
 
@@ -729,3 +733,37 @@ class TestSeveralImagesInARow:
         trainer.train()
         logged = next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e)
         assert cb.report.row("no further training").loss == pytest.approx(logged, rel=1e-5)
+
+
+def test_gradients_of_packed_rows_are_those_of_their_documents_alone(run_dir):
+    from trl import pack_dataset
+
+    documents = {
+        name: tiny.tokenize(dataset).remove_columns("attention_mask")
+        for name, dataset in {
+            "a": tiny.sums(9, 1, mark="a"),
+            "b": tiny.sums(6, 2, mark="b", letters=True),
+            "c": tiny.sums(6, 3, mark="c", shuffled=True),
+        }.items()
+    }
+    packed = concatenate_tasks({n: pack_dataset(d, 24, "bfd") for n, d in documents.items()})
+    assert len(packed) == 7
+    trainer = tiny.sft_trainer(
+        run_dir, train_dataset=packed, packing=False, padding_free=True, max_length=None
+    )
+    model = tiny.randomized(trainer.model)
+    rows = list(ModelRows(trainer, trainer.train_dataset))
+    tasks = [packed["task"][int(i)] for i in ModelRows(trainer, packed).packed_rows]
+    assert sorted((n, d["input_ids"], d["labels"]) for n, d in zip(tasks, rows, strict=True)) == (
+        sorted((n, d["input_ids"], d["labels"]) for n, part in documents.items() for d in part)
+    )
+
+    captured = {}
+    with evaluation_mode(model), GradientHooks(model, captured.__setitem__):
+        batch = collate_function(trainer)(rows)
+        SCALARS["margin"](forward_label_logits(model, batch)).sum().backward()
+    alone = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    for i, reference in enumerate(per_example_gradients(model, alone, tiny.collate)):
+        whole = torch.stack([gradient.norm() for gradient in reference.values()]).norm()
+        for name, gradient in reference.items():
+            assert (captured[name][i] - gradient).norm() < 1e-9 * whole

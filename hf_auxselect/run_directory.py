@@ -1,0 +1,147 @@
+"""The files of a run under ``<output_dir>/_task_selection/``.
+
+The main process writes them, and an error on it is raised on all processes: each of them must call
+the methods that write.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from hf_auxselect.distributed import on_main_process
+from hf_auxselect.files import read_json, to_json, write_atomically
+from hf_auxselect.plan import Plan, PlanRecord, require_same_plan
+from hf_auxselect.report.report import SelectionReport
+from hf_auxselect.trainer.checkpoints import Decision
+
+logger = logging.getLogger(__name__)
+
+DIRECTORY_NAME = "_task_selection"
+"""Under the output directory; Trainer leaves names with an underscore out of its Hub uploads."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Reads and writes the files of one run."""
+
+    path: Path
+
+    @property
+    def gradients(self) -> Path:
+        """Where the gradient store is."""
+        return self.path / "gradients"
+
+    @property
+    def decision(self) -> Path:
+        """The file of the run's last decision."""
+        return self.path / "selection.json"
+
+    def start(self, plan: Plan) -> Plan:
+        """Write the plan of a new run, and delete the decision and the report of an earlier one.
+
+        Raises:
+            OSError: the directory cannot be written to; names ``output_dir``.
+        """
+
+        def write() -> None:
+            try:
+                write_atomically(self.path / "plan.json", to_json(plan.to_dict()))
+            except OSError as error:
+                raise OSError(
+                    f"output_dir: cannot write to {str(self.path)!r} ({error.strerror}); "
+                    "pass output_dir=... to TaskSelectionCallback, or change the trainer's."
+                ) from error
+            for path in (self.decision, self.path / "report" / "report.json"):
+                path.unlink(missing_ok=True)
+
+        on_main_process(write)
+        return plan
+
+    def resume(self, plan: Plan) -> Plan:
+        """The plan of the resumed run: the one on disk; a run that had none gets this one.
+
+        Raises:
+            ValueError: the run on disk is another one; names what differs.
+        """
+        path = self.path / "plan.json"
+        # Read on one process: another would find a plan that the main process has just written.
+        on_disk = on_main_process(lambda: read_json(path, PlanRecord) if path.is_file() else None)
+        if on_disk is None:
+            logger.info("resuming a run that was started without a task selection.")
+            return self.start(plan)
+        require_same_plan(plan, on_disk, path)
+        return replace(plan, switch_steps=(on_disk["switch_step"],), seed=on_disk["seed"])
+
+    def save_initial(self, initial: dict[str, Tensor]) -> None:
+        """Write the trainable parameters of step 0."""
+        on_main_process(lambda: write_atomically(self._initial, save(initial)))
+
+    def load_initial(self) -> dict[str, Tensor] | None:
+        """Read the trainable parameters of step 0; None, with a warning, if the file is missing.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        if not self._initial.is_file():
+            logger.warning(
+                "%s is missing; a restart goes back to the parameters the trainer was made with.",
+                self._initial,
+            )
+            return None
+        try:
+            return load_file(self._initial)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self._initial}: damaged ({error}); after='restart' has nothing to go back to. "
+                "Start again, in another output_dir."
+            ) from error
+
+    @property
+    def _initial(self) -> Path:
+        return self.path / "initial_adapter.safetensors"
+
+    def save_decision(self, decision: Decision) -> None:
+        """Write ``selection.json``."""
+        on_main_process(lambda: write_atomically(self.decision, to_json(decision)))
+
+    def save_report(self, report: SelectionReport) -> None:
+        """Write the files of the report."""
+        on_main_process(lambda: report.save(self.path / "report"))
+
+    def read_report(self, decision: Decision) -> SelectionReport:
+        """The report on a decision; a short one if the checkpoint was moved without it."""
+        try:
+            report = SelectionReport.load(self.path)
+        except FileNotFoundError:
+            report = SelectionReport(
+                weights=decision["weights"],
+                estimator=decision["estimator"],
+                selector=decision["selector"],
+                run={"after": decision["after"], "switch_step": decision["switch_step"]},
+            )
+        report.attach_gradients(self.gradients)
+        return report
+
+
+def decision_of(report: SelectionReport) -> Decision:
+    """The decision that a report is about."""
+    chosen = report.row("chosen") if report.rows else None
+    return Decision(
+        selected=report.selected,
+        weights=report.weights,
+        estimated_loss=chosen.loss if chosen else None,
+        low=chosen.low if chosen else None,
+        high=chosen.high if chosen else None,
+        estimated_loss_all=report.row("all tasks").loss if report.rows else None,
+        switch_step=report.run["switch_step"],
+        after=report.run["after"],
+        seed=report.run["seed"],
+        estimator=report.estimator,
+        selector=report.selector,
+    )

@@ -1,0 +1,81 @@
+"""Runs of two processes: what reaches the model, and what both decide."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hf_auxselect import TaskSelectionCallback
+from hf_auxselect.trainer.batches import consumed_batches
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two gloo processes saw and decided; see ``distributed_run.py``."""
+    output = tmp_path_factory.mktemp("distributed")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [sys.executable, *command, str(TESTS / "distributed_run.py"), str(output)],
+        check=True,
+        timeout=600,
+        env=None,
+    )
+    return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+class TestTwoProcesses:
+    def test_there_were_two(self, two_processes):
+        assert [run["world_size"] for run in two_processes] == [2, 2]
+
+    @pytest.mark.parametrize("kind", tiny.TRAINERS)
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("accumulation", [1, 3])
+    def test_no_row_of_a_dropped_task_reaches_the_model(
+        self, two_processes, kind, workers, accumulation
+    ):
+        name = f"{kind}/{workers}/{accumulation}"
+        for run in two_processes:
+            seen = run["leaks"][name]
+            assert len(seen) == consumed_batches(10, 11, accumulation)
+            assert set("".join(seen[4 * accumulation :])) == {"a", "c"}
+        one, other = (run["leaks"][name][4 * accumulation :] for run in two_processes)
+        assert one != other  # each reads its own share
+
+    def test_both_decide_the_same_as_one_process(self, two_processes, run_dir):
+        one, other = (run["selection"] for run in two_processes)
+        assert one == other
+        callback = TaskSelectionCallback(warmup=4, projection_dim=16)
+        tiny.sft_trainer(run_dir, callback, learning_rate=0).train()
+        assert one["weights"] == callback.report.weights
+        assert one["rows"] == pytest.approx(
+            [row.loss for row in callback.report.rows], abs=tiny.ACROSS_PROCESSES
+        )
+
+    def test_the_store_is_that_of_one_process(self, two_processes):
+        for run in two_processes:
+            assert run["largest_difference"] < 1e-6
+            assert run["largest_difference_of_changes"] < 1e-6 < 1e-3 < run["largest_change"]
+
+    def test_verification_measures_what_the_run_ends_with(self, two_processes):
+        for run in two_processes:
+            assert run["measured at the switch"] == run["measured at the end"]
+
+    @pytest.mark.parametrize("kind", tiny.TRAINERS)
+    def test_the_anchors_estimate_is_the_logged_loss(self, two_processes, kind):
+        for run in two_processes:
+            assert run["anchor"][kind] == pytest.approx(run["logged"][kind], rel=1e-5)
+
+    def test_weights_stay_in_step(self, two_processes):
+        one, other = (run["weights"] for run in two_processes)
+        assert one == other
+
+    @pytest.mark.parametrize("what", ["plan.json", "selection.json", "initial_adapter.safetensors"])
+    def test_all_fail_where_the_main_process_cannot_write(self, two_processes, what):
+        one, other = (run["errors"][what] for run in two_processes)
+        assert one == other
+        assert "No space left on device" in one
