@@ -16,18 +16,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import small
 from datasets import Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
-
-import arithmetic
-import demo
-from arithmetic import TWO_DIGITS, examples, shuffled_answers
-from models import smollm2
+from benchmarks import small_family as small
+from recipes import arithmetic, demo
+from recipes.arithmetic import TWO_DIGITS, examples, shuffled_answers
+from recipes.models import smollm2
 
 Generator = tuple[str, dict[str, Any]]
 
@@ -60,7 +56,7 @@ def with_fixed_hashes() -> None:
     """
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.environ["PYTHONHASHSEED"] = "0"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +76,7 @@ class Family:
     examples_per_task: int | None = None
     """Captured; None: all of them."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of SFTConfig, where they are not those of ``truth.py``."""
+    """Of SFTConfig, where they are not those of ``ground_truth.py``."""
 
     def training_tasks(self) -> dict[str, Dataset]:
         """Rows of every auxiliary task."""
@@ -109,7 +105,10 @@ def _short_examples(task: Generator, num_rows: int, seed: int) -> Dataset:
 
     def shorten(prompt: str) -> str:
         question = prompt.removeprefix("Q: ").removesuffix("\nA:").strip()
-        return f"Q: {kept.search(question)[0]}\nA:"
+        found = kept.search(question)
+        if found is None:
+            raise ValueError(f"KEPT[{task[0]!r}] matches no part of {question!r}.")
+        return f"Q: {found[0]}\nA:"
 
     return dataset.map(lambda row: {"prompt": shorten(row["prompt"])})
 

@@ -4,7 +4,7 @@ Ten tasks of reasoning-gym, some of use for the target and some not, and one who
 shuffled. This is the script to copy: all but the lines marked with an arrow is an ordinary
 ``SFTTrainer`` script.
 
-    python recipes/arithmetic.py [--model NAME] [--output_dir DIR] [--after restart] ...
+    python -m recipes.arithmetic [--model NAME] [--output_dir DIR] [--after restart] ...
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def build(
 
 def main() -> None:
     """Run the recipe from the command line."""
-    from models import smollm2
+    from recipes.models import smollm2
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="name or directory; default: SmolLM2 from PyPI")

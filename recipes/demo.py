@@ -4,7 +4,7 @@ One run of ``arithmetic.py`` warms up, selects and goes on. From its checkpoint 
 more runs go on for as many steps: with all tasks, and with a random subset of the same size. The
 table at the end is measured, on examples of the target that no run has seen.
 
-    python recipes/demo.py [--model NAME] [--output_dir DIR]
+    python -m recipes.demo [--model NAME] [--output_dir DIR]
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import time
 import warnings
 from pathlib import Path
 
-from arithmetic import build, target_examples
-from models import smollm2
 from trl import SFTTrainer
 
 from hf_auxselect import FixedSelection, TaskSelectionCallback
 from hf_auxselect.files import to_json, write_atomically
+from recipes.arithmetic import build, target_examples
+from recipes.models import smollm2
 
 WARM_UP_STEPS, STEPS, BATCH_SIZE = 24, 48, 8
 NUM_ROWS, NUM_HELD_OUT, SEED = 48, 64, 0

@@ -10,7 +10,7 @@ The scores are taken early, after 30 steps, when the model knows the format and 
 sums. Later it has learned the right examples, whose margins then hardly move, and the mean
 margin, which ``GradExLogistic`` works with, no longer tells the groups apart.
 
-    python recipes/noisy_addition.py [--seeds 5]
+    python -m recipes.noisy_addition [--seeds 5]
 
 Source: Li et al., "Scalable Fine-tuning from Multiple Data Sources" (EMNLP Findings 2024).
 """

@@ -1,33 +1,22 @@
 """The recipes run; the slow ones at a small size, the model of the demo replaced by a tiny one."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 from datasets import Dataset
 
-RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-@pytest.fixture(autouse=True)
-def _recipes_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
+from recipes import arithmetic, demo, noisy_addition
 
 
 class TestNoisyAddition:
-    @pytest.mark.parametrize("seed", [0, 1])
-    def test_right_groups_are_told_from_random_ones(self, seed, tmp_path):
-        import noisy_addition
-
-        scores = noisy_addition.score_groups(seed, str(tmp_path), disable_tqdm=True, use_cpu=True)
+    def test_right_groups_are_told_from_random_ones(self, tmp_path):
+        scores = noisy_addition.score_groups(0, str(tmp_path), disable_tqdm=True, use_cpu=True)
         assert len(scores) == 20
         assert noisy_addition.auroc(scores) == 1.0
 
     def test_an_example(self):
         import random
-
-        import noisy_addition
 
         example = noisy_addition.addition(random.Random(0), is_right=True)
         text = "".join(noisy_addition.CHARACTERS[i] for i in example["input_ids"])
@@ -41,8 +30,6 @@ class TestNoisyAddition:
     def test_random_examples_have_the_same_form(self):
         import random
 
-        import noisy_addition
-
         right = noisy_addition.addition(random.Random(0), is_right=True)
         wrong = noisy_addition.addition(random.Random(0), is_right=False)
         assert right["input_ids"][:12] == wrong["input_ids"][:12]
@@ -50,16 +37,12 @@ class TestNoisyAddition:
         assert right != wrong
 
     def test_auroc(self):
-        import noisy_addition
-
         assert noisy_addition.auroc({"right 0": 1, "right 1": 3, "random 2": 2}) == 0.5
         assert noisy_addition.auroc({"right 0": 2, "random 1": 2}) == 0.5
 
 
 class TestArithmetic:
     def test_the_tasks(self):
-        import arithmetic
-
         tasks = arithmetic.training_tasks(6, seed=0)
         assert len(tasks) == 11
         assert all(len(dataset) == 6 for dataset in tasks.values())
@@ -68,8 +51,6 @@ class TestArithmetic:
         assert not prompts & set(arithmetic.target_examples(6, 7)["prompt"])
 
     def test_shuffling_keeps_questions_and_moves_answers(self):
-        import arithmetic
-
         rows = Dataset.from_dict({"prompt": list("abcdef"), "completion": list("123456")})
         mixed = arithmetic.shuffled_answers(rows, seed=0)
         assert mixed["prompt"][:] == rows["prompt"][:]
@@ -87,8 +68,6 @@ def tiny_model(tmp_path_factory):
 
 
 def test_the_script_to_copy_runs(tiny_model, tmp_path, monkeypatch, capsys):
-    import arithmetic
-
     arguments = ["--model", tiny_model, "--output_dir", str(tmp_path), "--max_steps", "5"]
     monkeypatch.setattr(sys, "argv", ["arithmetic.py", *arguments])
     arithmetic.main()
@@ -98,8 +77,6 @@ def test_the_script_to_copy_runs(tiny_model, tmp_path, monkeypatch, capsys):
 
 
 def test_the_demo_runs(tiny_model, tmp_path, monkeypatch, capsys):
-    import demo
-
     for name, value in {"STEPS": 6, "WARM_UP_STEPS": 2, "NUM_ROWS": 5}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(
@@ -121,7 +98,5 @@ def test_the_demo_runs(tiny_model, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_the_demo_says_plainly_whether_the_choice_won(losses, verdict):
-    import demo
-
     names = ["before training", "all tasks", "3 random tasks", "chosen by hf-auxselect"]
     assert demo.verdict(dict(zip(names, losses, strict=True))).startswith(verdict)

@@ -7,7 +7,7 @@ take their turn; the table gives medians. The regression is scikit-learn's, as t
 here SmolLM2-135M and 64 examples of the arithmetic recipe, with logits at label positions only.
 
     pip install -e '.[bench]'
-    python benchmarks/estimates.py [--repetitions 5]
+    python -m benchmarks.cost.estimate_time [--repetitions 5]
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from families import FAMILIES, smollm2
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks import RESULTS
+from benchmarks.families import FAMILIES
 from hf_auxselect import GradExLogistic, GradientStore, LinearizedTraining
 from hf_auxselect.capture.scalars import SCALARS, forward_label_logits
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.store.arrays import Arrays
+from hf_auxselect.store.format import Arrays
+from recipes.models import smollm2
 
-RESULTS = Path(__file__).resolve().parent / "results" / "estimates.json"
 NUM_TASKS, NUM_PER_TASK, NUM_TARGET, DIM = 38, 100, 256, 512
 NUM_SUBSETS = 1000
 NUM_REGRESSIONS, NUM_FORWARDS = 20, 2
@@ -170,7 +170,7 @@ def main() -> None:
     for name, median in medians.items():
         print(f"{name:30} {1 / median:11.1f}  {1000 * median:7.2f}  {median / fastest:15.1f}")
     record = {
-        "command": f"python benchmarks/estimates.py --repetitions {options.repetitions}",
+        "command": f"python -m benchmarks.cost.estimate_time --repetitions {options.repetitions}",
         "tasks": NUM_TASKS,
         "examples": NUM_TASKS * NUM_PER_TASK,
         "target_examples": NUM_TARGET,
@@ -179,7 +179,7 @@ def main() -> None:
         "seconds_per_estimate": medians,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    write_atomically(RESULTS, to_json(record))
+    write_atomically(RESULTS / "estimates.json", to_json(record))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ the end, with several seeds, through the public interface alone: a ``FixedSelect
 takes hours on a CPU; it can be stopped at any time and goes on where it stopped. Processes with
 other seeds can run at the same time, with one thread each (OMP_NUM_THREADS=1).
 
-    python benchmarks/truth.py [--families small,text] [--modes continue] [--seeds 1,2] [--rounds 2]
+    python -m benchmarks.accuracy.ground_truth [--families small,text] [--modes continue]
+        [--seeds 1,2] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ from typing import Any
 import numpy as np
 import torch
 import trl.trainer.utils
-from families import FAMILIES, VARIANTS, with_fixed_hashes
 from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks import RESULTS
+from benchmarks.families import FAMILIES, VARIANTS, with_fixed_hashes
 from hf_auxselect import FixedSelection, TaskSelectionCallback, concatenate_tasks
 from hf_auxselect.files import to_json, write_atomically
 
-RESULTS = Path(__file__).resolve().parent / "results" / "truth"
+TRUTH = RESULTS / "truth"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hf_auxselect" / "truth"
 
 ARGUMENTS: dict[str, Any] = {
@@ -188,14 +190,14 @@ def main() -> None:
 
 def run_family(family: str, mode: str, seed: int, rounds: int) -> Iterator[None]:
     """Run the mixtures of one family, mode and seed, one at each step of the iterator."""
-    path = RESULTS / f"{family}-{mode}.json"
+    path = TRUTH / f"{family}-{mode}.json"
     names = FAMILIES[family].tasks
     record: dict[str, Any] = {
         "family": family,
         "mode": mode,
         "tasks": list(names),
         "unit": "nats per label token, the trainer's eval_loss",
-        "command": "python benchmarks/truth.py",
+        "command": "python -m benchmarks.accuracy.ground_truth",
         "warm_up": digest(warm_up(family)),
         "warm_up_steps": FAMILIES[family].warm_up_steps,
         "steps": FAMILIES[family].steps,

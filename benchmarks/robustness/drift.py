@@ -1,16 +1,18 @@
-"""Which diagnostics tell that estimates are bad: what changes on a way, here and on the way ahead.
+"""Which diagnostics tell that estimates are bad: how gradients change during and after the warm-up.
 
-The estimator measures by how much gradients change on the way ahead (its second point). The way
-that the run has come is known without looking ahead: here the warm-up is trained again, each
-example's gradient is captured a half and three quarters of the way, and compared with the one at
-the anchor, in the same coordinates. For every family, next to how estimates agree with the truth:
+The estimator probes by how much gradients change up to its secant point, in the direction of the
+remaining training. How they changed during the warm-up is known without probes: here the warm-up is
+trained again, each example's gradient is captured after half and three quarters of its steps, and
+compared with the one at the linearization point, in the same coordinates. For every family, next to
+how estimates agree with ground-truth runs:
 
-- the linearization residual: what the quadratic model misses of the change of the mean gradient;
-- the kernel drift: how the inner products of the tasks' mean gradients change, and for the points
-  that were passed also those of single examples;
-- the rank correlation of estimates whose secant is the one to that point.
+- the linearization residual: the part of the change of the mean gradient that the quadratic model
+  misses;
+- the kernel drift: how the inner products of the tasks' mean gradients change, and during the
+  warm-up also those of single examples;
+- the rank correlation of estimates whose secant leads to that point.
 
-    python benchmarks/drift.py [--families text]
+    python -m benchmarks.robustness.drift [--families text]
 """
 
 from __future__ import annotations
@@ -24,7 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from agreement import (
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+from trl import SFTTrainer
+
+from benchmarks import RESULTS
+from benchmarks.accuracy.agreement import (
     Truth,
     captured_examples,
     complete_store,
@@ -33,22 +41,19 @@ from agreement import (
     measures_in_nats,
     read_truth,
 )
-from baselines import task_means, trainer_at_anchor
-from families import FAMILIES, VARIANTS, with_fixed_hashes
-from torch import Tensor
-from transformers import TrainerCallback
-from transformers.utils import logging as transformers_logging
-from trl import SFTTrainer
-from truth import CACHE, RESULTS, StopAt, digest, make_trainer, warm_up
-
+from benchmarks.accuracy.baselines import task_means, trainer_at_anchor
+from benchmarks.accuracy.ground_truth import CACHE, StopAt, digest, make_trainer, warm_up
+from benchmarks.families import FAMILIES, VARIANTS, with_fixed_hashes
 from hf_auxselect import GradientStore, LinearizedTraining
-from hf_auxselect.capture.examples import TaskExamples, capture_examples
+from hf_auxselect.capture.batching import TaskExamples
+from hf_auxselect.capture.examples import capture_examples
 from hf_auxselect.capture.optimizer_state import read_optimizer
-from hf_auxselect.capture.probes import EXAMPLES_AHEAD
 from hf_auxselect.capture.projection import CountSketch
-from hf_auxselect.estimators.base import kernel_distance
+from hf_auxselect.estimators.diagnostics import kernel_distance
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.store.arrays import add_vectors, evenly_spread
+from hf_auxselect.store.arrays import evenly_spread
+from hf_auxselect.store.records import MAX_PROBE_EXAMPLES
+from hf_auxselect.store.writer import add_vectors
 from hf_auxselect.trainer.access import trainable_state
 from hf_auxselect.trainer.data import collate_function
 
@@ -119,7 +124,7 @@ def capture(
 
     def examples(store: GradientStore, k: int, dataset: Any) -> TaskExamples:
         captured = captured_examples(trainer, store, k, dataset)
-        spread = evenly_spread(len(captured.example_ids), EXAMPLES_AHEAD)
+        spread = evenly_spread(len(captured.example_ids), MAX_PROBE_EXAMPLES)
         return replace(captured, example_ids=[captured.example_ids[i] for i in spread])
 
     with torch.no_grad():
@@ -137,7 +142,7 @@ def capture(
         scalars=("loss@optimizer",),
         optimizer=trainer.optimizer,
     )
-    add_vectors(directory, {"displacement": displacement.numpy()})
+    add_vectors(directory, {"displacement": torch.as_tensor(displacement).numpy()})
     with torch.no_grad():
         for name, value in anchor.items():
             parameters[name].copy_(value)
@@ -202,8 +207,8 @@ def main() -> None:
                 f"{'' if of_examples is None else f'{of_examples:8.2f}':8} "
                 f"{values['rank_correlation_with_step_norm']:6.2f}"
             )
-    record = {"command": "python benchmarks/drift.py", "lines": lines}
-    write_atomically(RESULTS.parent / "drift.json", to_json(record))
+    record = {"command": "python -m benchmarks.robustness.drift", "lines": lines}
+    write_atomically(RESULTS / "drift.json", to_json(record))
 
 
 if __name__ == "__main__":

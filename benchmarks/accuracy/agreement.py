@@ -1,8 +1,8 @@
 """Agreement of estimates with truth: every estimator, family and mode, next to the noise ceiling.
 
-The truth is what ``truth.py`` measured (committed in ``results/truth``). The gradients are captured
-once per family and mode at the warm-up's checkpoint, and cached, as is what the baselines find out
-about the texts; then the table takes seconds. The authors' own procedure is in it if
+The truth is what ``ground_truth.py`` measured (committed in ``results/truth``). The gradients are
+captured once per family and mode at the warm-up's checkpoint, and cached, as is what the baselines
+find out about the texts; then the table takes seconds. The authors' own procedure is in it if
 ``gradex_reference.py`` has measured it on all mixtures. Where the truth was measured on a processor
 that rounds otherwise, its warm-up ended elsewhere than the one here: the losses are moved by what
 those at the two anchors differ by, and the table says so.
@@ -10,7 +10,7 @@ those at the two anchors differ by, and the table says so.
 A mixture with the task of shuffled answers is easily told from one without, and shuffled answers
 from others; what matters is how estimates rank the mixtures that are left.
 
-    python benchmarks/agreement.py [--families small] [--modes continue]
+    python -m benchmarks.accuracy.agreement [--families small] [--modes continue]
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from ablations import (
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+from trl import SFTTrainer
+
+from benchmarks import RESULTS
+from benchmarks.accuracy.ablations import (
     ABLATIONS,
     AHEAD,
     ablated,
@@ -36,7 +41,7 @@ from ablations import (
     signed_token_margins,
     thinned,
 )
-from baselines import (
+from benchmarks.accuracy.baselines import (
     Constant,
     MeanCosine,
     MeanDotProduct,
@@ -46,13 +51,16 @@ from baselines import (
     RepresentationSimilarity,
     StepNorm,
 )
-from families import FAMILIES, with_fixed_hashes
-from gradex_reference import GradExAsPublished, measured_scales
-from transformers import TrainerCallback
-from transformers.utils import logging as transformers_logging
-from trl import SFTTrainer
-from truth import CACHE, RESULTS, anchor_loss, digest, make_trainer, warm_up
-
+from benchmarks.accuracy.gradex_reference import GradExAsPublished, measured_scales
+from benchmarks.accuracy.ground_truth import (
+    CACHE,
+    TRUTH,
+    anchor_loss,
+    digest,
+    make_trainer,
+    warm_up,
+)
+from benchmarks.families import FAMILIES, with_fixed_hashes
 from hf_auxselect import (
     AbstractEstimator,
     GaussNewton,
@@ -63,11 +71,11 @@ from hf_auxselect import (
     RidgeSurrogate,
     TaskSelectionCallback,
 )
-from hf_auxselect.capture.examples import TaskExamples
+from hf_auxselect.capture.batching import TaskExamples
 from hf_auxselect.capture.probes import losses_at
-from hf_auxselect.capture.scalars import SCALARS
+from hf_auxselect.capture.scalars import add_scalar
 from hf_auxselect.estimators import Estimate, FittedCalibrated, FittedEstimator
-from hf_auxselect.estimators.base import rank_correlation
+from hf_auxselect.estimators.diagnostics import rank_correlation
 from hf_auxselect.files import to_json, write_atomically
 from hf_auxselect.trainer.access import trainable_state
 from hf_auxselect.trainer.data import ModelRows, collate_function
@@ -155,7 +163,7 @@ class _Tokens(LinearizedTraining):
     """Captures what one of the ablations needs beyond that, and nothing ahead."""
 
     scalars: ClassVar[tuple[str, ...]] = (*LinearizedTraining.scalars, "token_margins@optimizer")
-    look_ahead: bool = False
+    probes: bool = False
 
 
 class _Stop(TrainerCallback):
@@ -185,7 +193,7 @@ def losses_before_training(family: str, store: GradientStore) -> np.ndarray:
                 collate_function(trainer),
                 trainable_state(trainer.model),
                 batch_size=trainer.args.per_device_eval_batch_size,
-            )
+            ).losses_T
 
 
 def captured_examples(
@@ -209,6 +217,7 @@ def with_token_margins(family: str, store: GradientStore, *, capture: bool) -> G
     name = f"tokens-{dim}"
     if not (capture or complete_store(_place(family, name), "momentum")):
         return None
+    add_scalar("token_margins", signed_token_margins)
     captured = _captured(family, name, _Tokens(), dim, last="momentum")
 
     def part(of: GradientStore, tokens: GradientStore, **target: GradientStore) -> GradientStore:
@@ -235,7 +244,6 @@ def _captured(
             seed=0,
         )
         trainer = make_trainer(family, directory, [callback, _Stop()])
-        SCALARS["token_margins"] = signed_token_margins
         trainer.train(resume_from_checkpoint=str(warm_up(family)))
         store = GradientStore.load(path)
     return store
@@ -261,8 +269,8 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def read_truth(family: str, mode: str) -> Truth:
-    """What ``truth.py`` has written; of runs that went on from another warm-up, moved to this."""
-    record = json.loads((RESULTS / f"{family}-{mode}.json").read_text())
+    """What ``ground_truth.py`` has written; runs from another warm-up are moved to this one."""
+    record = json.loads((TRUTH / f"{family}-{mode}.json").read_text())
     runs, moved = record["runs"], 0.0
     if mode == "continue" and record["warm_up"] != digest(warm_up(family)):
         moved = anchor_loss(family) - record["anchor_loss"]
@@ -517,7 +525,7 @@ def what_matters(
     with_tokens = with_token_margins(truth.family, store, capture=capture_tokens)
     if with_tokens is None:
         ablations = {n: a for n, a in ABLATIONS.items() if a.curvature != "token_margins"}
-    at_one_point = LinearizedTraining(look_ahead=False)
+    at_one_point = LinearizedTraining(probes=False)
     lines = [
         compare(truth, ablated(with_tokens or store, ablation), name, at_one_point)
         for name, ablation in ablations.items()
@@ -564,12 +572,12 @@ def main() -> None:
                 for num_anchors in NUM_ANCHORS
             ]
             header = describe(truth)
-            record = header | {"command": "python benchmarks/agreement.py", "lines": lines}
+            record = header | {"command": "python -m benchmarks.accuracy.agreement", "lines": lines}
             record |= {"calibrated": calibrated, "diagnostics": fitted.diagnostics()}
             if mode == "continue":
                 record |= what_matters(truth, store, capture_tokens=options.token_margins)
             print_table(record)
-            path = RESULTS.parent / "agreement" / f"{family}-{mode}.json"
+            path = RESULTS / "agreement" / f"{family}-{mode}.json"
             write_atomically(path, to_json(record))
 
 

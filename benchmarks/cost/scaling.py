@@ -5,7 +5,7 @@ temporary store, with one thread and one setting changed from the default. Time 
 which other users of the machine change least. The exponent is the slope of the logarithms by least
 squares: 1 is linear, 0 constant. Memory is the peak above that of the loaded model.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.cost.scaling
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from families import smollm2
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks import RESULTS
 from hf_auxselect import capture_gradients
 from hf_auxselect.files import to_json, write_atomically
+from recipes.models import smollm2
 
-RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULTS = {"examples": 32, "length": 64, "rank": 8, "projection_dim": 512}
 VALUES = {
     "examples": [16, 32, 64],
@@ -121,7 +121,7 @@ def main() -> None:
         for value in values:
             point = json.dumps(DEFAULTS | {setting: value})
             child = subprocess.run(
-                [sys.executable, __file__, "--point", point],
+                [sys.executable, "-m", "benchmarks.cost.scaling", "--point", point],
                 capture_output=True,
                 text=True,
                 check=True,
@@ -139,7 +139,7 @@ def main() -> None:
             f"{exponents[setting]['memory_mib']:8.2f}"
         )
     record = {
-        "command": "python benchmarks/scaling.py",
+        "command": "python -m benchmarks.cost.scaling",
         "defaults": DEFAULTS,
         "batch_size": BATCH_SIZE,
         "exponents": exponents,

@@ -19,7 +19,7 @@ from hf_auxselect.capture.scalars import LabelLogits, token_margins
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """What LinearizedTraining(look_ahead=False) is shown in place of what it asks for."""
+    """What LinearizedTraining(probes=False) is shown in place of what it asks for."""
 
     curvature: Literal["sampled_loss", "token_margins", "loss", "margin", "none"] = "sampled_loss"
     """Whose gradients give it. ``margin``: those of the loss come from the margin too, as in a
@@ -168,7 +168,7 @@ def projected_again(store: GradientStore, dim: int, seed: int) -> GradientStore:
 
 def replaced(store: GradientStore, **changes: Any) -> GradientStore:
     """A copy of a store with some of its parts replaced."""
-    parts = {
+    parts: dict[str, Any] = {
         "task_names": store.task_names,
         "task_ids": store.task_ids,
         "example_ids": store.example_ids,
@@ -177,6 +177,7 @@ def replaced(store: GradientStore, **changes: Any) -> GradientStore:
         "example_weights": store.example_weights,
         "scalars": {name: store.scalar(name) for name in store.scalars},
         "target": getattr(store, "target", None),  # a target has none of its own
+        "groups": store.groups,
         "task_sizes": store.task_sizes,
         "metadata": store.metadata,
         "vectors": store.vectors,

@@ -4,7 +4,7 @@ The small family: a model of 3 million parameters, twelve tasks, and the steps o
 which 16 warm up; a checkpoint every four. Each kill is a SIGKILL after a random time, seeded, of a
 run of its own, which is then resumed with ``trainer.train(resume_from_checkpoint=True)``.
 
-    python benchmarks/chaos.py [--kills 40] [--seed 0]
+    python -m benchmarks.robustness.kills [--kills 40] [--seed 0]
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from datasets import disable_progress_bars
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
-from truth import RESULTS, make_trainer
 
+from benchmarks import RESULTS
+from benchmarks.accuracy.ground_truth import make_trainer
 from hf_auxselect import TaskSelectionCallback
 from hf_auxselect.files import to_json, write_atomically
 from hf_auxselect.trainer.access import trainable_state
@@ -91,8 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["chaos"])
-    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent)
+    context.set_forkserver_preload(["benchmarks.robustness.kills"])
     forkserver.ensure_running()
 
     def run(directory: Path, kill_after: float | None = None) -> int | None:
@@ -100,7 +100,7 @@ def main() -> None:
         process.start()
         process.join(kill_after)
         if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
         return process.exitcode
 
@@ -111,7 +111,9 @@ def main() -> None:
             assert run(root / name) == 0, (root / f"{name}.log").read_text()
         seconds = time.perf_counter() - start
         whole = load_file(root / "whole" / "final.safetensors")
-        killed, resumed, equal = Counter(), Counter(), Counter()
+        killed: Counter[str] = Counter()
+        resumed: Counter[str] = Counter()
+        equal: Counter[str] = Counter()
         number = 0
         while killed.total() < options.kills:
             directory = root / str(number)
@@ -131,7 +133,8 @@ def main() -> None:
         counts = [c.total() if where == "in all" else c[where] for c in (killed, resumed, equal)]
         print(f"{where:<34}{counts[0]:>6}{counts[1]:>9}{counts[2]:>15}")
     record = {
-        "command": f"python benchmarks/chaos.py --kills {options.kills} --seed {options.seed}",
+        "command": "python -m benchmarks.robustness.kills "
+        f"--kills {options.kills} --seed {options.seed}",
         "seconds_of_a_run": round(seconds, 1),
         "killed": dict(killed),
         "resumed": dict(resumed),
@@ -139,7 +142,7 @@ def main() -> None:
         "versions": {p: version(p) for p in ("torch", "transformers", "trl", "peft", "accelerate")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    write_atomically(RESULTS.parent / "chaos.json", to_json(record))
+    write_atomically(RESULTS / "chaos.json", to_json(record))
 
 
 if __name__ == "__main__":

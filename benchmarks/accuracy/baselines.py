@@ -22,11 +22,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from families import FAMILIES
 from numpy.typing import ArrayLike
 from trl import SFTTrainer
-from truth import CACHE, make_trainer, warm_up
 
+from benchmarks.accuracy.ground_truth import CACHE, make_trainer, warm_up
+from benchmarks.families import FAMILIES
 from hf_auxselect import AbstractEstimator, Estimate, FittedEstimator, GradientStore
 from hf_auxselect.capture.scalars import Batch
 from hf_auxselect.estimators import normalize_mixtures

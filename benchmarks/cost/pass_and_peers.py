@@ -6,7 +6,7 @@ method runs the same forward, with logits at label positions only, except where 
 
     pip install -e '.[bench]'
     pip install --no-deps bergson==2.5.1 dattri==0.3.0
-    python benchmarks/gradients.py [--num_batches 2] [--repetitions 3]
+    python -m benchmarks.cost.pass_and_peers [--num_batches 2] [--repetitions 3]
 
 Bergson declares dependencies that are not needed here (torchvision, torchaudio, torchopt,
 bitsandbytes), dattri one for MIDI files; ``bench`` holds those that are. A package that is missing
@@ -44,21 +44,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peers
 import torch
-from families import smollm2  # puts the recipes on the path, too
-from peers import LossesFn, Row, RunFn
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks import RESULTS
+from benchmarks.cost import peers
+from benchmarks.cost.peers import LossesFn, Row, RunFn
 from hf_auxselect import LinearizedTraining
-from hf_auxselect.capture.examples import AT_OPTIMIZER, _Capture
+from hf_auxselect.capture.example_gradients import ExampleGradients
 from hf_auxselect.capture.optimizer_state import read_optimizer
 from hf_auxselect.capture.projection import CountSketch
-from hf_auxselect.capture.scalars import IGNORE_INDEX, SCALARS, Batch, forward_label_logits
+from hf_auxselect.capture.scalars import (
+    AT_OPTIMIZER,
+    IGNORE_INDEX,
+    SCALARS,
+    Batch,
+    forward_label_logits,
+)
 from hf_auxselect.files import to_json, write_atomically
+from recipes.models import smollm2
 
-RESULTS = Path(__file__).resolve().parent / "results" / "gradients.json"
 DIM = 512
 BATCH_SIZE = 16
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # the Makefile's
@@ -146,10 +152,12 @@ def ours(
         state = read_optimizer(model, optimizer)
         del optimizer  # in training it is there anyway
     sketch = CountSketch(DIM, 0)
-    with _Capture(model, lambda batch: collate(batch), sketch, scalars, 0, state) as capture:
+    with ExampleGradients(
+        model, lambda batch: collate(batch), sketch, scalars, 0, state
+    ) as capture:
 
         def run(indices: Sequence[int]) -> list[Tensor]:
-            arrays = capture.batch("", [(i, rows[i]) for i in indices])
+            arrays = capture._batch("", [(i, rows[i]) for i in indices])
             first = arrays.pop("gradients.loss")
             return [torch.from_numpy(array) for array in (first, *arrays.values())]
 
@@ -248,7 +256,7 @@ METHODS: dict[str, Method] = {
 
 def prepare(num_batches: int, seed: int, directory: str) -> Setting:
     """Train a few steps, and tokenize the rows."""
-    from arithmetic import TASKS, build
+    from recipes.arithmetic import TASKS, build
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     count = num_batches * BATCH_SIZE
@@ -446,7 +454,7 @@ def main() -> None:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     record = {
-        "command": "python benchmarks/gradients.py "
+        "command": "python -m benchmarks.cost.pass_and_peers "
         f"--num_batches {options.num_batches} --repetitions {options.repetitions}",
         "examples": len(exact),
         "lengths": [len(row["input_ids"]) for row in setting.rows],
@@ -457,7 +465,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread",
         "lines": lines,
     }
-    write_atomically(RESULTS, to_json(record))
+    write_atomically(RESULTS / "gradients.json", to_json(record))
 
 
 if __name__ == "__main__":

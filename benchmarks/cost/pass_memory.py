@@ -5,14 +5,13 @@ batches of 8 rows of at most 128 tokens, with and without gradient checkpointing
 that is trained whole. Peaks are those of live tensors on the CPU, in MiB, beyond what is there
 before; the projection's tables, which NumPy makes, are in none of the columns but the preview's::
 
-    python benchmarks/memory.py
+    python -m benchmarks.cost.pass_memory
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks import RESULTS
 from hf_auxselect import TaskSelectionCallback, concatenate_tasks
 from hf_auxselect.capture.memory import PeakMemory
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.gradient_pass import GradientPass
 
-RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
 VOCABULARY, LONGEST, BATCH_SIZE, DIM = 4096, 128, 8, 4096
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA, checkpointing": {"checkpointing": True, "heads": None},
@@ -103,7 +102,7 @@ def measure(directory: str, *, checkpointing: bool, heads: list[str] | None) -> 
         peaks.capture = peak.bytes
         return store
 
-    GradientPass.run = run  # type: ignore[method-assign]
+    GradientPass.run = run  # type: ignore[method-assign, assignment]
     try:
         trainer.train()
     finally:
@@ -125,7 +124,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             results[name] = measure(directory, **setting)
         print(f"{name:<34}", results[name])
-    RESULTS.write_text(json.dumps({"torch": torch.__version__, "MiB": results}, indent=1) + "\n")
+    (RESULTS / "memory.json").write_text(
+        json.dumps({"torch": torch.__version__, "MiB": results}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

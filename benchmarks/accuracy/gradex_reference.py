@@ -18,7 +18,8 @@ its share, and as 1 on average. What comes after the switch does not enter, so t
 for ``continue`` and ``restart`` are the same. P is drawn again, parameter by parameter, whenever it
 is needed: nothing of its size is in memory.
 
-    python benchmarks/gradex_reference.py [--families small] [--modes continue] [--scale 0.4]
+    python -m benchmarks.accuracy.gradex_reference [--families small]
+        [--modes continue] [--scale 0.4]
 
 Shapes: N examples, B of a batch, K tasks, M mixtures, P entries of one parameter, d.
 """
@@ -39,16 +40,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from baselines import Array, trainer_at_anchor
-from families import FAMILIES
 from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTTrainer
-from truth import RESULTS as TRUTH
-from truth import warm_up
 
+from benchmarks import RESULTS
+from benchmarks.accuracy.baselines import Array, trainer_at_anchor
+from benchmarks.accuracy.ground_truth import TRUTH, warm_up
+from benchmarks.families import FAMILIES
 from hf_auxselect import AbstractEstimator, Estimate, FittedEstimator, GradientStore
 from hf_auxselect.capture.check import check_per_example_gradients
 from hf_auxselect.capture.hooks import GradientHooks
@@ -59,7 +60,7 @@ from hf_auxselect.files import to_json, write_atomically
 from hf_auxselect.seeds import random_words
 from hf_auxselect.trainer.data import collate_function
 
-RESULTS = TRUTH.parent / "gradex_reference"
+MEASURED = RESULTS / "gradex_reference"
 
 PROJECTION_DIM = 200
 SHARE_OF_ONES = 0.7
@@ -134,7 +135,7 @@ def regress(gradients_Nd: Array, weights_N: Array, labels_N: Array) -> Array:
         weights_N: how much an example counts; 1 on average over those that count.
         labels_N: booleans, drawn at random.
     """
-    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+    from sklearn.linear_model import LogisticRegression
 
     taken = weights_N > 0
     signs_N = np.where(labels_N, 1.0, -1.0)
@@ -183,7 +184,7 @@ class GradExAsPublished(AbstractEstimator):
     seed: int = 0
 
     def fit(self, store: GradientStore) -> FittedEstimator:
-        path = RESULTS / f"{self.family}.json"
+        path = MEASURED / f"{self.family}.json"
         record = json.loads(path.read_text()) if path.is_file() else {"runs": []}
         runs = [r for r in record["runs"] if (r["scale"], r["seed"]) == (self.scale, self.seed)]
         return _Measured(runs, store)
@@ -209,7 +210,7 @@ class _Measured(FittedEstimator):
         if not len(matches):
             raise KeyError(
                 f"the mixture {shares.round(3).tolist()} was not measured; run "
-                "benchmarks/gradex_reference.py again, which adds what is missing."
+                "benchmarks.accuracy.gradex_reference again, which adds what is missing."
             )
         return int(matches[0])
 
@@ -219,7 +220,7 @@ class _Measured(FittedEstimator):
 
 def measured_scales(family: str, weights: Array) -> list[float]:
     """Scales at which all mixtures [M, K] have been measured, with the seed 0."""
-    path = RESULTS / f"{family}.json"
+    path = MEASURED / f"{family}.json"
     runs = json.loads(path.read_text())["runs"] if path.is_file() else []
     measured: dict[float, list[list[float]]] = {}
     for run in runs:
@@ -241,13 +242,13 @@ def mixtures_of_truth(family: str, modes: list[str]) -> list[list[float]]:
 
 def run_family(family: str, modes: list[str], scales: list[float], seed: int) -> None:
     """Measure what is missing of the mixtures' losses, and write each as it is known."""
-    path = RESULTS / f"{family}.json"
+    path = MEASURED / f"{family}.json"
     adapter = (warm_up(family) / "adapter_model.safetensors").read_bytes()
     record: dict[str, Any] = {
         "family": family,
         "tasks": list(FAMILIES[family].tasks),
         "unit": "nats per label token, the trainer's eval_loss",
-        "command": "python benchmarks/gradex_reference.py",
+        "command": "python -m benchmarks.accuracy.gradex_reference",
         "projection_dim": PROJECTION_DIM,
         "share_of_ones": SHARE_OF_ONES,
         "C": INVERSE_PENALTY,

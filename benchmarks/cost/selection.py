@@ -8,7 +8,7 @@ Findings 2024) as many as it scores, 1,000 in the authors' scripts.
 A fine-tune here is 32 or 60 steps, as many as fit into hours; its cost grows with the steps, that
 of the pass does not. The last columns are therefore for runs of 1,000 steps of the same batches.
 
-    python benchmarks/cost.py [--families small,arithmetic,logic,text]
+    python -m benchmarks.cost.selection [--families small,arithmetic,logic,text]
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from agreement import gradients
-from families import FAMILIES, with_fixed_hashes
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
-from truth import RESULTS, make_trainer, warm_up
 
-from hf_auxselect import ForwardSelection, LinearizedTraining, TaskSelectionCallback
+from benchmarks import RESULTS
+from benchmarks.accuracy.agreement import gradients
+from benchmarks.accuracy.ground_truth import make_trainer, warm_up
+from benchmarks.families import FAMILIES, with_fixed_hashes
+from hf_auxselect import (
+    ForwardSelection,
+    LinearizedTraining,
+    SelectionProblem,
+    TaskSelectionCallback,
+)
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.files import to_json, write_atomically
 
@@ -68,6 +74,7 @@ def seconds_of_pass(family: str) -> float:
         watch.moments = [0.0] * NUM_STEPS  # stops after the first step
         trainer = make_trainer(family, Path(directory), [callback, watch])
         trainer.train(resume_from_checkpoint=str(warm_up(family)))
+        assert callback.report is not None
         return float(callback.report.run["seconds"])
 
 
@@ -82,7 +89,8 @@ def mixtures_asked_about(family: str) -> tuple[int, float]:
         return fitted.estimate(weights)
 
     start = time.perf_counter()
-    ForwardSelection().select(estimate, store.task_names)
+    sizes = store.task_sizes.tolist()
+    ForwardSelection().select(SelectionProblem(estimate, store.task_names, sizes))
     return len(seen), time.perf_counter() - start
 
 
@@ -134,12 +142,12 @@ def main() -> None:
             f"{line['random_ensemble_times_long']:12.0f}"
         )
     record = {
-        "command": f"python benchmarks/cost.py --families {options.families}",
+        "command": f"python -m benchmarks.cost.selection --families {options.families}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {p: version(p) for p in ("torch", "transformers", "trl", "peft", "accelerate")},
         "lines": lines,
     }
-    write_atomically(RESULTS.parent / "cost.json", to_json(record))
+    write_atomically(RESULTS / "cost.json", to_json(record))
 
 
 if __name__ == "__main__":

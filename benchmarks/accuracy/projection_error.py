@@ -10,7 +10,7 @@ of examples is ``|<p(g), p(h)> - <g, h>| / (|g| |h|)``. Five projections:
     two-sided        each LoRA matrix [8, n] times a random [n, D / 8], the short side left whole
     SRHT             signs, fast Walsh-Hadamard transform and a sample of D entries per parameter
 
-    python benchmarks/projection.py [--dims 256,512,1024] [--num_examples 32]
+    python -m benchmarks.accuracy.projection_error [--dims 256,512,1024] [--num_examples 32]
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from families import smollm2  # puts the recipes on the path, too
 from torch import Tensor
 
+from benchmarks import RESULTS
 from hf_auxselect.capture.hooks import GradientHooks
 from hf_auxselect.capture.memory import evaluation_mode
 from hf_auxselect.capture.projection import CountSketch
@@ -35,8 +34,7 @@ from hf_auxselect.capture.scalars import SCALARS, forward_label_logits
 from hf_auxselect.files import to_json, write_atomically
 from hf_auxselect.seeds import random_words
 from hf_auxselect.trainer import data
-
-RESULTS = Path(__file__).resolve().parent / "results" / "projection.json"
+from recipes.models import smollm2
 
 
 class Projection(Protocol):
@@ -143,7 +141,7 @@ def _seed(seed: int, name: str) -> int:
 
 def real_gradients(num_examples: int) -> dict[str, Tensor]:
     """Loss gradients [N, *shape] of every LoRA matrix, after ten steps of training."""
-    from arithmetic import build
+    from recipes.arithmetic import build
 
     trainer = build(
         smollm2(),
@@ -223,12 +221,12 @@ def main() -> None:
                 flush=True,
             )
     record = {
-        "command": "python benchmarks/projection.py",
+        "command": "python -m benchmarks.accuracy.projection_error",
         "examples": count,
         "parameters": num_parameters,
         "lines": lines,
     }
-    write_atomically(RESULTS, to_json(record))
+    write_atomically(RESULTS / "projection.json", to_json(record))
 
 
 if __name__ == "__main__":

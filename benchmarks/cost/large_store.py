@@ -11,8 +11,9 @@ stacks, private writable pages), so that a run that ends has proven to need no m
 looked up every 10 ms: mapped pages of the store are not in it, as the kernel takes them back when
 memory is short.
 
-    python benchmarks/store.py                          # 100,000 examples, 0.6 GB
-    python benchmarks/store.py --num_examples 1000000   # 6.2 GB, 12.4 GB while shards are merged
+    python -m benchmarks.cost.large_store    # 100,000 examples, 0.6 GB
+    # 6.2 GB, 12.4 GB while shards are merged
+    python -m benchmarks.cost.large_store --num_examples 1000000
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from pathlib import Path
 import numpy as np
 
 from hf_auxselect import GradientStore, LinearizedTraining
-from hf_auxselect.store.arrays import Arrays, ShardSpec, StoreWriter
+from hf_auxselect.store.format import Arrays, task_entry
+from hf_auxselect.store.writer import ShardSpec, StoreWriter
 
 SHARD_SIZE = 4096
 NUM_TASKS = 10
@@ -65,7 +67,7 @@ def plan(num_examples: int) -> list[ShardSpec]:
     return [
         ShardSpec(
             task=name,
-            is_target=name == "target",
+            role="target" if name == "target" else "task",
             example_ids=tuple(range(start, min(start + SHARD_SIZE, size))),
         )
         for name, size in (*sizes.items(), ("target", NUM_TARGET))
@@ -93,14 +95,11 @@ def write(directory: Path, num_examples: int, dim: int) -> None:
     """Write a store as the gradient pass does."""
     rng = np.random.default_rng(0)
     shards = plan(num_examples)
-    names = dict.fromkeys((shard.task, shard.is_target) for shard in shards)
+    names = dict.fromkeys((shard.task, shard.role) for shard in shards)
     writer = StoreWriter(
         directory,
         scalars=LinearizedTraining.scalars,
-        tasks=[
-            {"name": name, "target": is_target, "num_rows": 2 * num_examples // NUM_TASKS}
-            for name, is_target in names
-        ],
+        tasks=[task_entry(name, role, 2 * num_examples // NUM_TASKS) for name, role in names],
         shards=shards,
         metadata={
             "optimizer": {

@@ -4,7 +4,7 @@ SmolLM2-135M with LoRA (r = 8 on all linear layers) on examples of the arithmeti
 to 512 numbers. The error of an example is ``|g - g32| / |g32|``; next to it stands the cosine.
 Gradients are accumulated over positions in float32 in all cases.
 
-    python benchmarks/precision.py [--num_examples 16]
+    python -m benchmarks.accuracy.half_precision [--num_examples 16]
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from families import smollm2  # puts the recipes on the path, too
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import RESULTS
 from hf_auxselect import capture_gradients
 from hf_auxselect.files import to_json, write_atomically
+from recipes.models import smollm2
 
-RESULTS = Path(__file__).resolve().parent / "results" / "precision.json"
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bf16 autocast": {"autocast": True},
@@ -71,7 +71,7 @@ def main() -> None:
     """Print the table and write it as JSON."""
     import tempfile
 
-    from arithmetic import training_tasks
+    from recipes.arithmetic import training_tasks
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_examples", type=int, default=16)
@@ -112,8 +112,12 @@ def main() -> None:
             f"{line['setting']:28} {line['error_median']:13.4f}  {line['error_max']:10.4f}  "
             f"{line['cosine_min']:16.5f}"
         )
-    record = {"command": "python benchmarks/precision.py", "examples": len(rows), "lines": lines}
-    write_atomically(RESULTS, to_json(record))
+    record = {
+        "command": "python -m benchmarks.accuracy.half_precision",
+        "examples": len(rows),
+        "lines": lines,
+    }
+    write_atomically(RESULTS / "precision.json", to_json(record))
 
 
 if __name__ == "__main__":

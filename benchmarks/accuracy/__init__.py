@@ -1,0 +1,1 @@
+"""How well estimates, and the gradients that they are made of, agree with what is true."""

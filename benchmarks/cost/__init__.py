@@ -1,0 +1,1 @@
+"""Time and memory of the gradient pass, of the store and of estimates."""

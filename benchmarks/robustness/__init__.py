@@ -1,0 +1,1 @@
+"""What happens to a run that is killed, and to estimates far from theta_0."""
