@@ -1,4 +1,4 @@
-"""Each row of docs/limits.md names a test that exists and a verdict."""
+"""Each situation of docs/limits.md has a verdict and a test, and each warning is explained there."""
 
 import ast
 import re
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from hf_auxselect.estimators.reliability import RELIABILITY_CHECKS
+
 ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "docs" / "limits.md").read_text()
 ROWS = [
     [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-    for line in (ROOT / "docs" / "limits.md").read_text().splitlines()
+    for line in TEXT.partition("## All situations")[2].splitlines()
     if line.startswith("| ") and not line.startswith("| situation")
 ]
 
@@ -25,8 +28,8 @@ def names_of(node, *path):
                 yield from names_of(child, *path, child.name)
 
 
-def test_there_are_rows():
-    assert len(ROWS) >= 15
+def test_no_situation_is_lost():
+    assert len(ROWS) >= 106
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:60])
@@ -36,3 +39,26 @@ def test_the_row_is_held_by_a_test(row):
     for test in tests.split(", "):
         file, _, name = test.strip("`").partition("::")
         assert name in names_of(ast.parse((ROOT / file).read_text()))
+
+
+@pytest.mark.parametrize("check", RELIABILITY_CHECKS, ids=lambda check: check.diagnostic)
+def test_a_warning_of_the_report_is_explained_with_its_limit(check):
+    stated = re.search(rf"^\| `{check.diagnostic}` \| ([\d./]+) \|", TEXT, re.MULTILINE)
+    assert stated, f"docs/limits.md does not explain {check.diagnostic}"
+    above, _, below = stated[1].partition("/")
+    assert float(above) / float(below or 1) == pytest.approx(check.limit)
+
+
+def test_the_table_of_diagnostics_has_the_limits_of_the_package():
+    text = (ROOT / "docs" / "accuracy.md").read_text()
+    (header,) = re.findall(r"^\|.*`terms_over_loss`.*$", text, re.MULTILINE)
+    (last,) = re.findall(r"^\| \*limit\* .*$", text, re.MULTILINE)
+    limits = {check.diagnostic: check.limit for check in RELIABILITY_CHECKS}
+    for name, stated in zip(
+        re.findall(r"`(\w+)`", header), re.findall(r"\*([\d%]+|none)\*", last), strict=True
+    ):
+        if stated == "none":
+            assert name not in limits
+        else:
+            unit = 100 if stated.endswith("%") else 1
+            assert float(stated.rstrip("%")) / unit == pytest.approx(limits[name], abs=0.005)
