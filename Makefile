@@ -1,10 +1,13 @@
 # make demo    the main job, end to end, on a real model and real tasks
 # make test    all tests
+# make test-fast   those to run while editing: all but the ones that are marked slow
 # make check   lint, format and types
+# make docs    the pages of docs/, into site/
+# make wheel-check   the wheel, installed with its declared dependencies alone
 # make test-versions   the core tests on the oldest and on the newest dependencies, which are in
 #                      tests/versions/; test-oldest and test-newest run one of them
 #
-# Each sets up a virtual environment in .venv (.venv-oldest, .venv-newest) first. On Linux without a
+# Each sets up a virtual environment in .venv (.venv-oldest, .venv-newest, .venv-wheel) first. On Linux without a
 # GPU, a CPU build of torch saves gigabytes:
 # make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" demo
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-versions
@@ -19,19 +22,23 @@ BIN := $(VENV)/bin
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 100000000000
 
-# Where runs are killed matters to files, and not to versions.
+# What touches Trainer, PEFT or autograd. Where runs are killed matters to files, and estimates to
+# NumPy alone: neither depends on versions of those.
 CORE_TESTS ?= --deselect tests/test_resume.py::TestKills $(addprefix tests/,test_versions.py \
-	test_callback.py test_tasks.py test_resume.py test_launch.py trainer/test_batches.py \
-	trainer/test_options.py capture/test_examples.py capture/test_adapters.py \
-	estimators/test_estimators.py)
+	test_callback.py test_resume.py test_launch.py trainer/test_batches.py \
+	trainer/test_two_processes.py trainer/test_privates.py trainer/test_options.py \
+	capture/test_examples.py capture/test_adapters.py)
 
-.PHONY: demo test check clean test-versions test-oldest test-newest
+.PHONY: demo test test-fast check docs wheel-check clean test-versions test-oldest test-newest
 
 demo: $(VENV)/.installed
-	$(BIN)/python recipes/demo.py
+	$(BIN)/python -m recipes.demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
+
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest --numprocesses auto --dist loadscope -m "not slow"
 
 test-versions: test-oldest test-newest
 
@@ -42,6 +49,31 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
+
+# A new environment with the declared dependencies, so that a missing one is noticed; importing every
+# public name needs them. pip takes the wheels that .venv was made of from its cache. It starts outside
+# the repository, whose own hf_auxselect would be imported instead.
+wheel-check: $(VENV)/.installed
+	rm -rf .venv-wheel build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet $(TORCH)
+	.venv-wheel/bin/python -m pip install --quiet build/wheel/hf_auxselect-*.whl
+	cd build/wheel && env -u PYTHONPATH ../../.venv-wheel/bin/python -W error::SyntaxWarning -c \
+		"import hf_auxselect as h; [getattr(h, name) for name in h.__all__]"
+	cd build/wheel && env -u PYTHONPATH ../../.venv-wheel/bin/hf-auxselect --help
+
+# Only what builds the pages: they are made from the sources, without importing the package.
+docs: .venv-docs/.installed
+	.venv-docs/bin/python docs/tables.py --check
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	.venv-docs/bin/python -m pip install --quiet --group docs
+	touch $@
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -58,4 +90,5 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest outputs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-docs .venv-wheel site outputs build dist .mypy_cache \
+		.ruff_cache .pytest_cache .hypothesis

@@ -3,6 +3,7 @@ import os
 # No test may reach for a hub, and tokenizers' threads do not survive a fork of data workers.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TRL_TELEMETRY="0")
 
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +12,31 @@ from hypothesis import settings
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
+
+# Modules most of whose tests train several runs, start processes or run code of the documentation.
+SLOW_MODULES = (
+    "capture/test_optimizer_state.py",
+    "estimators/test_calibration.py",
+    "test_callback.py",
+    "test_docs.py",
+    "test_faults.py",
+    "test_fuzz.py",
+    "test_launch.py",
+    "test_packing.py",
+    "test_recipes.py",
+    "test_resume.py",
+    "trainer/test_batches.py",
+    "trainer/test_options.py",
+    "trainer/test_trial_runs.py",
+    "trainer/test_two_processes.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    slow = {Path(__file__).parent / name for name in SLOW_MODULES}
+    for item in items:
+        if item.path in slow:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

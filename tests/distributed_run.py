@@ -1,11 +1,13 @@
-"""Run under torchrun by test_switch.py: writes what each process saw as JSON."""
+"""Run under torchrun by trainer/test_two_processes.py: writes what each process saw as JSON."""
 
+import errno
 import hashlib
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -21,14 +23,36 @@ from hf_auxselect import (
     TaskSelectionCallback,
     capture_gradients,
 )
-from hf_auxselect.capture.examples import TaskExamples
-from hf_auxselect.capture.probes import look_ahead
+from hf_auxselect.capture.batching import TaskExamples
+from hf_auxselect.capture.probes import measure_probes
+from hf_auxselect.files import write_atomically
 from hf_auxselect.trainer.access import preserved_rng
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:
     content = b"".join(weights[name].numpy().tobytes() for name in sorted(weights))
     return hashlib.sha256(content).hexdigest()
+
+
+def error_of_full_disk(output: Path, name: str) -> str:
+    """The error of a run whose main process finds no space to write a file."""
+
+    def write(path: Path, content: Any) -> None:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_atomically(path, content)
+
+    callback = TaskSelectionCallback(
+        warmup=1, after="restart", selector=FixedSelection(["a"], estimate=False)
+    )
+    trainer = tiny.sft_trainer(output / name, callback, max_steps=2)
+    written = write if dist.get_rank() == 0 else write_atomically
+    with mock.patch("hf_auxselect.run_directory.write_atomically", written):
+        try:
+            trainer.train()
+        except OSError as error:
+            return str(error)
+    return "none"
 
 
 def main(output: Path) -> None:
@@ -83,6 +107,11 @@ def main(output: Path) -> None:
         result["anchor"][kind] = callback.report.row("no further training").loss
         result["logged"][kind] = trainer.evaluate()["eval_loss"]
 
+    result["errors"] = {
+        name: error_of_full_disk(output / "full", name)
+        for name in ("plan.json", "initial_adapter.safetensors", "selection.json")
+    }
+
     # Uneven shards: the pass of both processes against that of one, on the same model.
     model = get_peft_model(tiny.llama(), tiny.lora())
     tasks = {name: list(tiny.tokenize(tiny.sums(n, n))) for name, n in {"x": 70, "y": 33}.items()}
@@ -105,7 +134,7 @@ def main(output: Path) -> None:
                 progress=False,
             )
             mean = store.scalar("loss@optimizer")[1].mean(0)
-            ahead = look_ahead(
+            ahead = measure_probes(
                 model,
                 [examples_of(name, rows) for name, rows in tasks.items()],
                 examples_of("target", target),

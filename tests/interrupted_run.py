@@ -1,4 +1,4 @@
-"""A run that kills its own process at a given moment; started by test_resume.py and chaos.py."""
+"""A run that kills its own process at a given moment; started by test_resume.py."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ def main(output: Path, *, dies: bool) -> None:
     trainer = tiny.sft_trainer(output, callback, learning_rate=0.0)
     rank = trainer.args.process_index
     if dies and rank == 1:
-        from hf_auxselect.capture.examples import _Capture
+        from hf_auxselect.capture.example_gradients import ExampleGradients
 
-        _Capture.shard = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        ExampleGradients.shard = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
     trainer.train()
     result = {
         "world_size": trainer.args.world_size,

@@ -532,6 +532,7 @@ def rebuilt(store: GradientStore, **changes: Any) -> GradientStore:
             "scalars": store._scalars,
             "task_sizes": store.task_sizes,
             "target": store._target,
+            "groups": store.groups,
             "metadata": store.metadata,
             "vectors": store.vectors,
         }

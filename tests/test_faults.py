@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import callback, trained
 
 from hf_auxselect import NonFiniteError
-from hf_auxselect.store.arrays import StoreWriter
+from hf_auxselect.store.writer import StoreWriter
 
 OPTIONS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
@@ -38,7 +38,7 @@ def written(monkeypatch):
 
     def write(self, shard, arrays):
         original(self, shard, arrays)
-        shards.append("the target" if shard.is_target else shard.task)
+        shards.append("the target" if shard.role == "target" else shard.task)
 
     monkeypatch.setattr(StoreWriter, "write", write)
     return shards
@@ -173,7 +173,7 @@ def test_outliers_are_reported(run_dir, monkeypatch):
     original, counts = StoreWriter.write, []
 
     def write(self, shard, arrays):
-        if not shard.is_target:
+        if shard.role == "task":
             counts.append(len(shard.example_ids))
             if len(counts) == 1:  # of its gradients, one is far longer than the others
                 arrays = dict(arrays)

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -26,13 +27,13 @@ from hf_auxselect import (
 )
 
 HERE = Path(__file__).parent
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "continue": {"calibrate": 3, "verify": 2},
     "restart": {"after": "restart"},
     "gauss_newton": {"estimator": GaussNewton()},
     "logistic": {"estimator": GradExLogistic()},
 }
-ESTIMATORS = {
+ESTIMATORS: dict[str, list[Any]] = {
     "continue": [LinearizedTraining(), RidgeSurrogate(), KernelSurrogate()],
     "restart": [LinearizedTraining()],
     "gauss_newton": [GaussNewton()],
