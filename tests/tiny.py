@@ -245,6 +245,21 @@ def spy(trainer: Any) -> list[str]:
     return seen
 
 
+def exactly_projected() -> tuple[LlamaForCausalLM, dict[str, list[Any]], list[Any]]:
+    """A model, two tasks and a target whose gradients a projection to 512 numbers keeps exactly.
+
+    One parameter of 384 entries is trained, which fits into 512 cells without a collision.
+    """
+    model = llama()
+    model.requires_grad_(False)
+    model.model.layers[0].mlp.down_proj.requires_grad_(True)
+    tasks = {
+        "sums": list(tokenize(sums(12, 1))),
+        "letters": list(tokenize(sums(12, 2, letters=True))),
+    }
+    return model, tasks, list(tokenize(sums(12, 5)))
+
+
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 

@@ -457,15 +457,7 @@ class TestLinearizedTraining:
 
     def test_it_predicts_short_real_training(self, tmp_path):
         """A few steps of SGD with momentum on a tiny model, in the range of its first order."""
-        model = tiny.llama()
-        model.requires_grad_(False)
-        # One parameter of 384 entries fits into 512 cells without a collision: no projection error.
-        model.model.layers[0].mlp.down_proj.requires_grad_(True)
-        tasks = {
-            "sums": list(tiny.tokenize(tiny.sums(12, 1))),
-            "letters": list(tiny.tokenize(tiny.sums(12, 2, letters=True))),
-        }
-        target = list(tiny.tokenize(tiny.sums(12, 5)))
+        model, tasks, target = tiny.exactly_projected()
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         rate, steps = 2.0, 6
         sgd = torch.optim.SGD(

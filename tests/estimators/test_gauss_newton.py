@@ -125,15 +125,7 @@ class TestTheEstimate:
 
         That far, the first order alone errs by a quarter.
         """
-        model = tiny.llama()
-        model.requires_grad_(False)
-        # One parameter of 384 entries fits into 512 cells without a collision: no projection error.
-        model.model.layers[0].mlp.down_proj.requires_grad_(True)
-        tasks = {
-            "sums": list(tiny.tokenize(tiny.sums(12, 1))),
-            "letters": list(tiny.tokenize(tiny.sums(12, 2, letters=True))),
-        }
-        target = list(tiny.tokenize(tiny.sums(12, 5)))
+        model, tasks, target = tiny.exactly_projected()
         (parameter,) = [p for p in model.parameters() if p.requires_grad]
         start = parameter.detach().clone()
         store = capture_gradients(
