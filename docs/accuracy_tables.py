@@ -41,7 +41,7 @@ def default_line(record: dict[str, Any], name: str = DEFAULT) -> dict[str, Any]:
 
 def calibrated(record: dict[str, Any], runs: int) -> dict[str, Any]:
     """The default's line after so many calibration runs."""
-    return next(line for line in record["calibrated"] if line["anchors"] == runs)
+    return next(line for line in record["calibrated"] if line["calibration_runs"] == runs)
 
 
 def per_family(
@@ -195,9 +195,13 @@ def probes() -> str:
     """What the probes are worth."""
     return per_family(
         {
-            "no probes (`probes=False`)": triple("not looking ahead", "ablations"),
-            "gradients of the tasks alone": triple("gradients ahead, no losses", "ablations"),
-            "losses of the target alone": triple("losses ahead, no gradients", "ablations"),
+            "no probes (`probes=False`)": triple("without probes", "ablations"),
+            "gradients of the tasks alone": triple(
+                "probe gradients, no endpoint losses", "ablations"
+            ),
+            "losses of the target alone": triple(
+                "endpoint losses, no probe gradients", "ablations"
+            ),
             "both: the default": triple(DEFAULT),
         }
     )
@@ -232,7 +236,7 @@ def captured() -> str:
     """Captured examples of a task, and the warning about them."""
     counts = ("8", "16", "32", "64")
     rows = {count: of(f"{count} examples a task", part="fewer_examples") for count in counts}
-    text = per_family(rows | {"all": of("not looking ahead", part="ablations")})
+    text = per_family(rows | {"all": of("without probes", part="ablations")})
     above: list[float] = []
     below: list[float] = []
     for family in FAMILIES:
@@ -252,7 +256,7 @@ def captured() -> str:
 def ablations() -> str:
     """What curvature, preconditioner and momentum are worth."""
     names = {
-        "no probes": "not looking ahead",
+        "no probes": "without probes",
         "and no curvature": "no curvature",
         "and curvature from the loss (empirical Fisher), not from drawn labels": "empirical Fisher",
         "and curvature from margins of tokens (`--token-margins`)": "margins of tokens",
@@ -273,7 +277,7 @@ def ablation_errors() -> str:
     """What curvature is worth in nats."""
     return per_family(
         {
-            "no probes": of("not looking ahead", "error", "ablations", percent),
+            "no probes": of("without probes", "error", "ablations", percent),
             "and no curvature": of("no curvature", "error", "ablations", percent),
         }
     )
@@ -330,7 +334,7 @@ def diagnostics() -> str:
 
     rows = []
     for found in read("drift")["lines"]:
-        rows.append(row(VARIANTS[found["family"]], found["ahead"], found["ahead"]))
+        rows.append(row(VARIANTS[found["family"]], found["probes"], found["probes"]))
     for family in FAMILIES:
         if family != "small":
             record = agreement(family)
@@ -350,7 +354,7 @@ def behind() -> str:
         "of the examples' kernel": "{kernel_drift_of_examples:.1f}",
     }
     rows = [
-        [VARIANTS[found["family"]], step, number(found["ahead"]["spearman"])]
+        [VARIANTS[found["family"]], step, number(found["probes"]["spearman"])]
         + [form.format(**values).replace("-", "−") for form in columns.values()]
         for found in read("drift")["lines"]
         for step, values in found.items()

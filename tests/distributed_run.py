@@ -92,19 +92,19 @@ def main(output: Path) -> None:
     }
 
     # Evaluation batches that differ in label tokens, and a part of one.
-    result["anchor"], result["logged"] = {}, {}
+    result["estimated"], result["logged"] = {}, {}
     for kind, make in tiny.TRAINERS.items():
         rows = tiny.sums(11, 9)
         callback = TaskSelectionCallback(warmup=4, projection_dim=16, estimator=GradExLogistic())
         trainer = make(
-            output / f"anchor-{kind}",
+            output / f"estimated-{kind}",
             callback,
             learning_rate=0,
             eval_dataset=rows if kind == "SFTTrainer" else tiny.tokenize(rows),
             per_device_eval_batch_size=2,
         )
         trainer.train()
-        result["anchor"][kind] = callback.report.row("no further training").loss
+        result["estimated"][kind] = callback.report.row("no further training").loss
         result["logged"][kind] = trainer.evaluate()["eval_loss"]
 
     result["errors"] = {

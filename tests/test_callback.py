@@ -76,7 +76,7 @@ class TestARun:
             if step >= 4:
                 assert copy.read_bytes() == (files / "selection.json").read_bytes()
 
-    def test_the_anchor_loss_is_what_the_trainer_logs(self, run):
+    def test_the_loss_at_the_switch_is_what_the_trainer_logs(self, run):
         trainer, cb, _ = run
         logged = [
             e["eval_loss"] for e in trainer.state.log_history if e["step"] == 4 and "eval_loss" in e

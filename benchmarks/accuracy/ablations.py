@@ -36,7 +36,7 @@ class Ablation:
 
 
 ABLATIONS = {
-    "not looking ahead": Ablation(),
+    "without probes": Ablation(),
     "no curvature": Ablation(curvature="none"),
     "empirical Fisher": Ablation(curvature="loss"),
     "margins of tokens": Ablation(curvature="token_margins"),
@@ -94,15 +94,15 @@ def ablated(store: GradientStore, ablation: Ablation) -> GradientStore:
     return replaced(part(store, target=part(store.target)), vectors=vectors)
 
 
-AHEAD = {
-    "gradients ahead, no losses": ("ends", "end_changes"),
-    "losses ahead, no gradients": ("second_points", "gradient_changes"),
+PROBES = {
+    "probe gradients, no endpoint losses": ("ends", "end_changes"),
+    "endpoint losses, no probe gradients": ("second_points", "gradient_changes"),
 }
-"""What is left out of what was measured ahead; the rest is for LinearizedTraining()."""
+"""Which measurements of the probes are left out."""
 
 
-def partly_ahead(store: GradientStore, left_out: Sequence[str]) -> GradientStore:
-    """The store with some of what was measured ahead replaced by nothing that changes anywhere."""
+def with_some_probes(store: GradientStore, left_out: Sequence[str]) -> GradientStore:
+    """The store with some measurements of the probes replaced by zeros, which correct nothing."""
     return store.with_vectors({name: np.zeros_like(store.vectors[name]) for name in left_out})
 
 

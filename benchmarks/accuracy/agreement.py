@@ -5,7 +5,7 @@ captured once per family and mode at the warm-up's checkpoint, and cached, as is
 find out about the texts; then the table takes seconds. The authors' own procedure is in it if
 ``gradex_reference.py`` has measured it on all mixtures. Where the truth was measured on a processor
 that rounds otherwise, its warm-up ended elsewhere than the one here: the losses are moved by what
-those at the two anchors differ by, and the table says so.
+those at the two checkpoints differ by, and the table says so.
 
 A mixture with the task of shuffled answers is easily told from one without, and shuffled answers
 from others; what matters is how estimates rank the mixtures that are left.
@@ -16,30 +16,21 @@ from others; what matters is how estimates rank the mixtures that are left.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
-from trl import SFTTrainer
 
 from benchmarks import RESULTS
 from benchmarks.accuracy.ablations import (
     ABLATIONS,
-    AHEAD,
+    PROBES,
     ablated,
-    before_restart,
-    partly_ahead,
     projected_again,
-    replaced,
-    signed_token_margins,
     thinned,
+    with_some_probes,
 )
 from benchmarks.accuracy.baselines import (
     Constant,
@@ -51,16 +42,19 @@ from benchmarks.accuracy.baselines import (
     RepresentationSimilarity,
     StepNorm,
 )
+from benchmarks.accuracy.captured import gradients, with_token_margins
 from benchmarks.accuracy.gradex_reference import GradExAsPublished, measured_scales
-from benchmarks.accuracy.ground_truth import (
-    CACHE,
-    TRUTH,
-    anchor_loss,
-    digest,
-    make_trainer,
-    warm_up,
+from benchmarks.accuracy.measures import (
+    Truth,
+    coverage_of_differences,
+    describe,
+    is_inside,
+    measures,
+    measures_in_nats,
+    read_truth,
+    spearman,
 )
-from benchmarks.families import FAMILIES, with_fixed_hashes
+from benchmarks.families import with_fixed_hashes
 from hf_auxselect import (
     AbstractEstimator,
     GaussNewton,
@@ -69,16 +63,9 @@ from hf_auxselect import (
     KernelSurrogate,
     LinearizedTraining,
     RidgeSurrogate,
-    TaskSelectionCallback,
 )
-from hf_auxselect.capture.batching import TaskExamples
-from hf_auxselect.capture.probes import losses_at
-from hf_auxselect.capture.scalars import add_scalar
-from hf_auxselect.estimators import Estimate, FittedCalibrated, FittedEstimator
-from hf_auxselect.estimators.diagnostics import rank_correlation
+from hf_auxselect.estimators import FittedCalibrated, FittedEstimator
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.trainer.access import trainable_state
-from hf_auxselect.trainer.data import ModelRows, collate_function
 
 IN_NATS = (
     LinearizedTraining,
@@ -90,8 +77,8 @@ IN_NATS = (
     Constant,
 )
 NUM_BOOTSTRAP = 1000
-NUM_ANCHORS = (2, 4, 8, 16)
-NUM_ANCHOR_DRAWS = 50
+NUM_CALIBRATION_RUNS = (2, 4, 8, 16)
+NUM_CALIBRATION_DRAWS = 50
 EXAMPLES_PER_TASK = (8, 16, 32, 64)
 DIMS = (256, 512, 1024, 2048)
 NUM_PROJECTIONS = 8
@@ -111,7 +98,7 @@ def estimators(family: str, weights: np.ndarray) -> dict[str, AbstractEstimator]
             f"GradEx as published, scale {scale}": GradExAsPublished(family=family, scale=scale)
             for scale in measured_scales(family, weights)
         },
-        "constant: loss at the anchor": Constant(),
+        "constant: loss at the switch": Constant(),
         "mean dot product": MeanDotProduct(),
         "mean dot product, preconditioned": MeanDotProduct(preconditioned=True),
         "mean cosine": MeanCosine(),
@@ -123,206 +110,6 @@ def estimators(family: str, weights: np.ndarray) -> dict[str, AbstractEstimator]
         "representations (RDS+)": RepresentationSimilarity(family=family),
         "n-grams, cosine": NgramOverlap(family=family),
         "n-grams, importance (DSIR)": NgramOverlap(family=family, importance=True),
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Truth:
-    """What was measured of a family and mode."""
-
-    family: str
-    mode: str
-    weights: np.ndarray
-    """Mixtures [M, K] that were trained on."""
-    losses: np.ndarray
-    """Of every seed [seeds, M]; NaN where it has not been run."""
-    moved: float = 0.0
-    """What has been added to the losses: the anchor's here, less the one they were measured from.
-    Other processors round otherwise, and there a warm-up of the same recipe ends elsewhere."""
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Over the seeds [M]: what estimates are compared with."""
-        return np.nanmean(self.losses, axis=0)
-
-    @property
-    def is_without_shuffled(self) -> np.ndarray:
-        """Which of the mixtures leave out the task of shuffled answers: booleans [M]."""
-        return self.weights[:, FAMILIES[self.family].tasks.index("shuffled")] == 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Everything(LinearizedTraining):
-    """Captures what any of the estimators needs."""
-
-    scalars: ClassVar[tuple[str, ...]] = (*LinearizedTraining.scalars, "sampled_loss", "margin")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tokens(LinearizedTraining):
-    """Captures what one of the ablations needs beyond that, and nothing ahead."""
-
-    scalars: ClassVar[tuple[str, ...]] = (*LinearizedTraining.scalars, "token_margins@optimizer")
-    probes: bool = False
-
-
-class _Stop(TrainerCallback):
-    """Ends the run after one step: the gradients are captured before it."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop."""
-        control.should_training_stop = True
-
-
-def gradients(family: str, mode: str, dim: int = 4096) -> GradientStore:
-    """The gradients at the warm-up's checkpoint, captured when they are first asked for."""
-    if mode == "restart":  # from the same anchor: the gradients are the same
-        store = gradients(family, "continue", dim)
-        return before_restart(store, losses_before_training(family, store))
-    return _captured(family, f"{mode}-{dim}", _Everything(), dim, last="second_points")
-
-
-def losses_before_training(family: str, store: GradientStore) -> np.ndarray:
-    """Those of the store's examples of the target [T], at the adapter's initial values."""
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = make_trainer(family, Path(directory), [])
-        with trainer.compute_loss_context_manager():
-            return losses_at(
-                trainer.model,
-                captured_examples(trainer, store.target, 0, trainer.eval_dataset),
-                collate_function(trainer),
-                trainable_state(trainer.model),
-                batch_size=trainer.args.per_device_eval_batch_size,
-            ).losses_T
-
-
-def captured_examples(
-    trainer: SFTTrainer, store: GradientStore, k: int, dataset: Any
-) -> TaskExamples:
-    """Those of its k-th task that a store holds, as rows for the model."""
-    return TaskExamples(
-        name=store.task_names[k],
-        rows=ModelRows(trainer, dataset),
-        example_ids=store.example_ids[store.task_ids == k].tolist(),
-        num_rows=int(store.task_sizes[k]),
-    )
-
-
-def with_token_margins(family: str, store: GradientStore, *, capture: bool) -> GradientStore | None:
-    """The store with the gradients of the tokens' margins; None if they are not to be had.
-
-    They are of the same examples in the same order. It takes as long as the whole pass.
-    """
-    dim = store.metadata["projection_dim"]
-    name = f"tokens-{dim}"
-    if not (capture or complete_store(_place(family, name), "momentum")):
-        return None
-    add_scalar("token_margins", signed_token_margins)
-    captured = _captured(family, name, _Tokens(), dim, last="momentum")
-
-    def part(of: GradientStore, tokens: GradientStore, **target: GradientStore) -> GradientStore:
-        assert np.array_equal(of.example_ids, tokens.example_ids)
-        scalars = {name: of.scalar(name) for name in of.scalars}
-        name = "token_margins@optimizer"
-        return replaced(of, scalars=scalars | {name: tokens.scalar(name)}, **target)
-
-    return part(store, captured, target=part(store.target, captured.target))
-
-
-def _captured(
-    family: str, name: str, estimator: AbstractEstimator, dim: int, *, last: str
-) -> GradientStore:
-    """What an estimator asks for, from the cache if it is there with the vector added ``last``."""
-    directory, path = CACHE / family / name, _place(family, name)
-    store = complete_store(path, last)
-    if store is None:
-        callback = TaskSelectionCallback(
-            warmup=FAMILIES[family].warm_up_steps,
-            estimator=estimator,
-            examples_per_task=FAMILIES[family].examples_per_task,
-            projection_dim=dim,
-            seed=0,
-        )
-        trainer = make_trainer(family, directory, [callback, _Stop()])
-        trainer.train(resume_from_checkpoint=str(warm_up(family)))
-        store = GradientStore.load(path)
-    return store
-
-
-def _place(family: str, name: str) -> Path:
-    """Where gradients are cached."""
-    return CACHE / family / name / "_task_selection" / "gradients"
-
-
-def complete_store(path: Path, vector: str) -> GradientStore | None:
-    """The store, if it is whole and has that vector, which is added last."""
-    index = path / "index.json"
-    if not index.is_file() or not json.loads(index.read_text())["complete"]:
-        return None
-    store = GradientStore.load(path)
-    return store if vector in store.vectors else None
-
-
-def spearman(one: np.ndarray, other: np.ndarray) -> float:
-    """Rank correlation; 0 if one of them is constant, or nothing is compared."""
-    return rank_correlation(one, other) if len(one) else 0.0
-
-
-def read_truth(family: str, mode: str) -> Truth:
-    """What ``ground_truth.py`` has written; runs from another warm-up are moved to this one."""
-    record = json.loads((TRUTH / f"{family}-{mode}.json").read_text())
-    runs, moved = record["runs"], 0.0
-    if mode == "continue" and record["warm_up"] != digest(warm_up(family)):
-        moved = anchor_loss(family) - record["anchor_loss"]
-    losses: dict[tuple[float, ...], dict[int, float]] = {}
-    for run in runs:
-        losses.setdefault(tuple(run["weights"]), {})[run["seed"]] = run["loss"]
-    seeds = sorted({run["seed"] for run in runs})
-    table = [[of.get(seed, np.nan) for seed in seeds] for of in losses.values()]
-    return Truth(
-        family=family,
-        mode=mode,
-        weights=np.array(list(losses)),
-        losses=np.array(table).T + moved,
-        moved=moved,
-    )
-
-
-def noise_ceiling(losses: np.ndarray) -> float | None:
-    """Expected Spearman of a perfect estimate with the mean over seeds; None with one seed.
-
-    From the mixtures that all seeds have run.
-
-    With r the correlation of two seeds, the mean of n of them has the reliability
-    n r / (1 + (n - 1) r) (Spearman-Brown), whose root is its correlation with the expectation.
-    """
-    count = len(losses)
-    losses = losses[:, np.isfinite(losses).all(0)]
-    if count < 2 or losses.shape[1] < 3:
-        return None
-    pairs = [spearman(losses[i], losses[j]) for i in range(count) for j in range(i)]
-    r = max(float(np.mean(pairs)), 0.0)
-    return float(np.sqrt(count * r / (1 + (count - 1) * r)))
-
-
-def measures(loss: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """How estimates [M] agree with the truth [M].
-
-    The regret is that of a mixture drawn from those that are estimated as the best.
-    """
-    chosen = true[loss == loss.min()].mean()
-    return {
-        "spearman": spearman(loss, true),
-        "regret": float((chosen - true.min()) / np.ptp(true)),
-    }
-
-
-def measures_in_nats(loss: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Further measures of estimates that are losses, not scores."""
-    return {
-        "r2": float(1 - ((loss - true) ** 2).sum() / ((true - true.mean()) ** 2).sum()),
-        "error": float(np.mean(np.abs(loss - true) / true)),
-        "offset": float(np.mean(loss - true)),
     }
 
 
@@ -364,34 +151,18 @@ def compare(
     return line
 
 
-def is_inside(estimate: Estimate, true: np.ndarray) -> np.ndarray:
-    """Which of the true values [M] lie in their intervals: booleans [M]."""
-    return (estimate.low <= true) & (true <= estimate.high)
-
-
-def coverage_of_differences(
-    fitted: FittedEstimator, weights: np.ndarray, true: np.ndarray
-) -> float:
-    """Share of all pairs of mixtures whose difference lies in its 90% interval."""
-    inside = []
-    for j in range(1, len(weights)):
-        difference = fitted.difference(weights[:j], weights[j])
-        inside.append(is_inside(difference, true[:j] - true[j]))
-    return float(np.concatenate(inside).mean())
-
-
 def compare_calibrated(
-    truth: Truth, fitted: FittedEstimator, name: str, num_anchors: int
+    truth: Truth, fitted: FittedEstimator, name: str, num_runs: int
 ) -> dict[str, Any]:
-    """As :func:`compare`, after ``num_anchors`` of the real runs have put the estimates right.
+    """As :func:`compare`, with estimates calibrated to ``num_runs`` of the runs.
 
-    The mean over random choices of the anchors, each compared on all other mixtures.
+    The mean over random choices of these runs, each compared on all other mixtures.
     """
     rng, true, lines = np.random.default_rng(0), truth.mean, []
-    for _ in range(NUM_ANCHOR_DRAWS):
-        anchors = rng.choice(len(true), num_anchors, replace=False)
-        others = np.setdiff1d(np.arange(len(true)), anchors)
-        calibrated = FittedCalibrated(fitted, truth.weights[anchors], true[anchors])
+    for _ in range(NUM_CALIBRATION_DRAWS):
+        known = rng.choice(len(true), num_runs, replace=False)
+        others = np.setdiff1d(np.arange(len(true)), known)
+        calibrated = FittedCalibrated(fitted, truth.weights[known], true[known])
         estimate = calibrated.estimate(truth.weights[others])
         lines.append(
             measures(estimate.loss, true[others])
@@ -402,7 +173,7 @@ def compare_calibrated(
         "family": truth.family,
         "mode": truth.mode,
         "estimator": name,
-        "anchors": num_anchors,
+        "calibration_runs": num_runs,
         **{key: float(np.mean([line[key] for line in lines])) for key in lines[0]},
     }
 
@@ -422,45 +193,6 @@ def compare_projections(truth: Truth, store: GradientStore, dim: int) -> dict[st
         **{key: float(np.mean([line[key] for line in lines])) for key in lines[0]},
         "spearman_range": [f(line["spearman"] for line in lines) for f in (min, max)],
         "spearman_of_the_mean": spearman(np.mean(losses, axis=0), truth.mean),
-    }
-
-
-def describe(truth: Truth) -> dict[str, Any]:
-    """The truth in numbers."""
-    losses = truth.losses
-    is_left, mean = truth.is_without_shuffled, truth.mean
-    return {
-        "family": truth.family,
-        "mode": truth.mode,
-        "mixtures": len(truth.weights),
-        "mixtures_without_shuffled": int(is_left.sum()),
-        "seeds": len(losses),
-        "moved": truth.moved,
-        "range": [float(mean.min()), float(mean.max())],
-        "spread": float(mean.std()),
-        "noise_ceiling": noise_ceiling(losses),
-        "noise_ceiling_without_shuffled": noise_ceiling(losses[:, is_left]),
-        "error_of_a_constant": float(np.mean(np.abs(mean / mean.mean() - 1))),
-        **ceilings_in_nats(losses),
-    }
-
-
-def ceilings_in_nats(losses: np.ndarray) -> dict[str, float | None]:
-    """Expected R^2 and relative error of a perfect estimate, against the mean over seeds.
-
-    With one seed they are not known (None). Seeds differ by sqrt(2) times the deviation of one, the
-    mean of n of them from the expectation by 1/sqrt(n) times it.
-    """
-    count = len(losses)
-    losses = losses[:, np.isfinite(losses).all(0)]
-    if count < 2 or losses.shape[1] < 3:
-        return {"r2_ceiling": None, "error_floor": None}
-    pairs = [(i, j) for i in range(count) for j in range(i)]
-    squares = np.mean([np.mean((losses[i] - losses[j]) ** 2) for i, j in pairs])
-    gaps = np.mean([np.mean(np.abs(losses[i] - losses[j]) / losses.mean(0)) for i, j in pairs])
-    return {
-        "r2_ceiling": float(1 - squares / (2 * count) / losses.mean(0).var()),
-        "error_floor": float(gaps / np.sqrt(2 * count)),
     }
 
 
@@ -511,7 +243,7 @@ def print_table(header: dict[str, Any]) -> None:
         )
     for line in header["calibrated"]:
         print(
-            f"{line['estimator']} with {line['anchors']:2} anchors: Spearman "
+            f"{line['estimator']} with {line['calibration_runs']:2} calibration runs: Spearman "
             f"{line['spearman']:.3f}, R2 {line['r2']:.2f}, error {line['error']:.2%}, regret "
             f"{line['regret']:.1%}, coverage {line['coverage']:.0%}"
         )
@@ -531,8 +263,8 @@ def what_matters(
         for name, ablation in ablations.items()
     ]
     lines += [
-        compare(truth, partly_ahead(store, left_out), name, LinearizedTraining())
-        for name, left_out in AHEAD.items()
+        compare(truth, with_some_probes(store, left_out), name, LinearizedTraining())
+        for name, left_out in PROBES.items()
     ]
     return {
         "ablations": lines,
@@ -568,8 +300,8 @@ def main() -> None:
             ]
             fitted = LinearizedTraining().fit(store)
             calibrated = [
-                compare_calibrated(truth, fitted, "LinearizedTraining()", num_anchors)
-                for num_anchors in NUM_ANCHORS
+                compare_calibrated(truth, fitted, "LinearizedTraining()", num_runs)
+                for num_runs in NUM_CALIBRATION_RUNS
             ]
             header = describe(truth)
             record = header | {"command": "python -m benchmarks.accuracy.agreement", "lines": lines}

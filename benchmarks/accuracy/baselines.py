@@ -3,7 +3,7 @@
 They order mixtures and do not know by how much the loss will move (but for ``Constant``, which says
 that it will not); ``loss`` is therefore a score on an arbitrary scale (lower is better), without an
 interval. Most read the gradient store alone. Those that compare a family's texts with its target's
-keep the scores of the tasks in the cache, for as long as the anchor stays the same.
+keep the scores of the tasks in the cache, for as long as the checkpoint stays the same.
 
 Shapes: K tasks, M mixtures, D projection_dim; B rows of a batch, S positions, H hidden size.
 """
@@ -76,7 +76,7 @@ def _score_of_tasks(store: GradientStore, scores: Mapping[str, float]) -> _Score
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(AbstractEstimator):
-    """The target's loss at the anchor, for every mixture: that training changes nothing.
+    """The target's loss at the switch, for every mixture: that training changes nothing.
 
     In nats per label token. What an error has to be compared with.
     """
@@ -186,7 +186,7 @@ class RepresentationSimilarity(AbstractEstimator):
     """Minus the mean cosine between a task's and the target's rows in the model's representation.
 
     A row, prompt and completion, is represented by the mean of the S last hidden states h_i at the
-    anchor, later positions counting more, as they have seen more of the row:
+    checkpoint, later positions counting more, as they have seen more of the row:
 
         r = sum_i i h_i / sum_i i,    i = 1 ... S.
 
@@ -243,7 +243,7 @@ class NgramOverlap(AbstractEstimator):
 
 
 @contextlib.contextmanager
-def trainer_at_anchor(family: str) -> Iterator[SFTTrainer]:
+def trainer_at_switch(family: str) -> Iterator[SFTTrainer]:
     """The family's trainer with the parameters of the warm-up's checkpoint."""
     with tempfile.TemporaryDirectory() as directory:
         trainer = make_trainer(family, Path(directory), [])
@@ -257,12 +257,15 @@ def _cached(
     store: GradientStore,
     compute: Callable[[str, SFTTrainer], dict[str, float]],
 ) -> dict[str, float]:
-    """Score of each task, from the cache if it is of the store's anchor."""
+    """Score of each task, from the cache if it is of the store's checkpoint."""
     path = CACHE / family / f"{name}.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
-    if record.get("anchor") != store.metadata["anchor"]:
-        with trainer_at_anchor(family) as trainer:
-            record = {"anchor": store.metadata["anchor"], "scores": compute(family, trainer)}
+    if record.get("parameters") != store.metadata["parameters"]:
+        with trainer_at_switch(family) as trainer:
+            record = {
+                "parameters": store.metadata["parameters"],
+                "scores": compute(family, trainer),
+            }
         write_atomically(path, to_json(record))
     return record["scores"]
 

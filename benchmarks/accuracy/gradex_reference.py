@@ -47,7 +47,7 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTTrainer
 
 from benchmarks import RESULTS
-from benchmarks.accuracy.baselines import Array, trainer_at_anchor
+from benchmarks.accuracy.baselines import Array, trainer_at_switch
 from benchmarks.accuracy.ground_truth import TRUTH, warm_up
 from benchmarks.families import FAMILIES
 from hf_auxselect import AbstractEstimator, Estimate, FittedEstimator, GradientStore
@@ -273,7 +273,7 @@ def run_family(family: str, modes: list[str], scales: list[float], seed: int) ->
     missing = {row: left for row, left in missing.items() if left}
     if not missing:
         return
-    with trainer_at_anchor(family) as trainer:
+    with trainer_at_switch(family) as trainer:
         _run_mixtures(trainer, record, missing, seed, path)
 
 
@@ -287,13 +287,13 @@ def _run_mixtures(
     trainer.remove_callback(PrinterCallback)
     projection = Rademacher(dim=PROJECTION_DIM, seed=seed)
     parameters = trainable(trainer)
-    anchor = [p.detach().clone() for p in parameters.values()]
+    start_values = [p.detach().clone() for p in parameters.values()]
     start = time.perf_counter()
     gradients_Nd = projected_margins(trainer, trainer.train_dataset, projection)
     record |= {
-        "num_parameters": sum(p.numel() for p in anchor),
-        "adapter_norm": norm(anchor),
-        "anchor_loss": round(trainer.evaluate()["eval_loss"], 6),
+        "num_parameters": sum(p.numel() for p in start_values),
+        "adapter_norm": norm(start_values),
+        "switch_loss": round(trainer.evaluate()["eval_loss"], 6),
         "seconds_of_capture": round(time.perf_counter() - start, 1),
     }
     position = {name: k for k, name in enumerate(record["tasks"])}
@@ -310,7 +310,7 @@ def _run_mixtures(
         seconds_of_step = time.perf_counter() - start
         for scale in scales:
             start = time.perf_counter()
-            _move(parameters, anchor, step, scale * record["adapter_norm"])
+            _move(parameters, start_values, step, scale * record["adapter_norm"])
             run = {
                 "weights": list(weights),
                 "scale": scale,
@@ -325,11 +325,11 @@ def _run_mixtures(
 
 
 def _move(
-    parameters: dict[str, Tensor], anchor: list[Tensor], step: list[Tensor], length: float
+    parameters: dict[str, Tensor], start_values: list[Tensor], step: list[Tensor], length: float
 ) -> None:
-    """Set the parameters to anchor + length * step."""
+    """Set the parameters to start_values + length * step."""
     with torch.no_grad():
-        for parameter, start, part in zip(parameters.values(), anchor, step, strict=True):
+        for parameter, start, part in zip(parameters.values(), start_values, step, strict=True):
             parameter.copy_(start + length * part)
 
 

@@ -156,7 +156,7 @@ def train_on(family: str, weights: dict[str, float], mode: str, seed: int) -> di
     }
 
 
-def anchor_loss(family: str) -> float:
+def switch_loss(family: str) -> float:
     """The target's loss at the switch."""
     with tempfile.TemporaryDirectory() as directory:
         trainer = make_trainer(family, Path(directory), [])
@@ -214,9 +214,9 @@ def run_family(family: str, mode: str, seed: int, rounds: int) -> Iterator[None]
                 f"{path} was measured from another warm-up than {warm_up(family)}: remove the "
                 "file to measure anew, or bring that checkpoint back."
             )
-        record |= {name: before[name] for name in ("anchor_loss", "runs")}
+        record |= {name: before[name] for name in ("switch_loss", "runs")}
     else:
-        record["anchor_loss"] = anchor_loss(family)
+        record["switch_loss"] = switch_loss(family)
     done = {(tuple(run["weights"]), run["seed"]) for run in record["runs"]}
     for weights in mixtures(len(names), rounds):
         if (tuple(weights), seed) not in done:

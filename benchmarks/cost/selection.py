@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import RESULTS
-from benchmarks.accuracy.agreement import gradients
+from benchmarks.accuracy.captured import gradients
 from benchmarks.accuracy.ground_truth import make_trainer, warm_up
 from benchmarks.families import FAMILIES, with_fixed_hashes
 from hf_auxselect import (

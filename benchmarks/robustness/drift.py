@@ -32,17 +32,10 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTTrainer
 
 from benchmarks import RESULTS
-from benchmarks.accuracy.agreement import (
-    Truth,
-    captured_examples,
-    complete_store,
-    gradients,
-    measures,
-    measures_in_nats,
-    read_truth,
-)
-from benchmarks.accuracy.baselines import task_means, trainer_at_anchor
+from benchmarks.accuracy.baselines import task_means, trainer_at_switch
+from benchmarks.accuracy.captured import captured_examples, complete_store, gradients
 from benchmarks.accuracy.ground_truth import CACHE, StopAt, digest, make_trainer, warm_up
+from benchmarks.accuracy.measures import Truth, measures, measures_in_nats, read_truth
 from benchmarks.families import FAMILIES, VARIANTS, with_fixed_hashes
 from hf_auxselect import GradientStore, LinearizedTraining
 from hf_auxselect.capture.batching import TaskExamples
@@ -83,7 +76,7 @@ class KeepAt(TrainerCallback):
 
 
 def passed(family: str, steps: list[int]) -> dict[int, dict[str, Tensor]]:
-    """The trainable parameters after those steps of a warm-up that ends at the anchor, bitwise."""
+    """The trainable parameters after those steps of a warm-up that ends at the switch, bitwise."""
     keep = KeepAt(steps)
     torch.set_num_threads(1)  # as in the warm-up itself
     with tempfile.TemporaryDirectory() as directory:
@@ -100,7 +93,7 @@ def captured(family: str) -> dict[int, GradientStore]:
     steps = [max(1, int(share * FAMILIES[family].warm_up_steps)) for share in POINTS]
     directories = {step: CACHE / family / f"step-{step}" for step in steps}
     if not all(complete_store(path, "displacement") for path in directories.values()):
-        with trainer_at_anchor(family) as trainer:
+        with trainer_at_switch(family) as trainer:
             trainer.create_optimizer()
             state = torch.load(warm_up(family) / "optimizer.pt", weights_only=True)
             trainer.optimizer.load_state_dict(state)
@@ -110,16 +103,16 @@ def captured(family: str) -> dict[int, GradientStore]:
 
 
 def capture(
-    trainer: SFTTrainer, at_anchor: GradientStore, values: dict[str, Tensor], directory: Path
+    trainer: SFTTrainer, at_switch: GradientStore, values: dict[str, Tensor], directory: Path
 ) -> None:
-    """Gradients of some examples of each task elsewhere, in the anchor's coordinates."""
-    model, metadata = trainer.model, at_anchor.metadata
+    """Gradients of some examples of each task elsewhere, in the coordinates of the switch."""
+    model, metadata = trainer.model, at_switch.metadata
     sketch = CountSketch(metadata["projection_dim"], metadata["seed"])
     scales = read_optimizer(model, trainer.optimizer).scales
-    anchor, parameters = trainable_state(model), dict(model.named_parameters())
+    at_start, parameters = trainable_state(model), dict(model.named_parameters())
     displacement = sum(
-        sketch.project(name, ((values[name] - anchor[name]).flatten() / scales[name])[None])[0]
-        for name in anchor
+        sketch.project(name, ((values[name] - at_start[name]).flatten() / scales[name])[None])[0]
+        for name in at_start
     )
 
     def examples(store: GradientStore, k: int, dataset: Any) -> TaskExamples:
@@ -132,8 +125,8 @@ def capture(
             parameters[name].copy_(value)
     capture_examples(
         model,
-        [examples(at_anchor, k, trainer.train_dataset) for k in range(len(at_anchor.task_names))],
-        examples(at_anchor.target, 0, trainer.eval_dataset),
+        [examples(at_switch, k, trainer.train_dataset) for k in range(len(at_switch.task_names))],
+        examples(at_switch.target, 0, trainer.eval_dataset),
         collate_function(trainer),
         directory=directory,
         projection_dim=sketch.dim,
@@ -144,21 +137,21 @@ def capture(
     )
     add_vectors(directory, {"displacement": torch.as_tensor(displacement).numpy()})
     with torch.no_grad():
-        for name, value in anchor.items():
+        for name, value in at_start.items():
             parameters[name].copy_(value)
 
 
 def compare(family: str) -> dict[str, Any]:
     """How well estimates agree with the truth, and what changes on each way."""
     truth, store = read_truth(family, "continue"), gradients(family, "continue")
-    line: dict[str, Any] = {"family": family, "ahead": on_the_way(truth, store)}
+    line: dict[str, Any] = {"family": family, "probes": with_probes(truth, store)}
     for step, elsewhere in captured(family).items():
         kept = rows_of(store, elsewhere)
         change_ND = elsewhere.gradients.astype(np.float64) - kept
         changes_KD = task_means(elsewhere, change_ND)
         second_points_KD = np.tile(elsewhere.vectors["displacement"], (len(changes_KD), 1))
         secant = {"second_points": second_points_KD, "gradient_changes": changes_KD}
-        line[f"step {step}"] = on_the_way(truth, store.with_vectors(secant)) | {
+        line[f"step {step}"] = with_probes(truth, store.with_vectors(secant)) | {
             "kernel_drift_of_examples": kernel_distance(kept, kept + change_ND)
         }
     return line
@@ -171,7 +164,7 @@ def rows_of(store: GradientStore, some: GradientStore) -> np.ndarray:
     return store.scalar("loss@optimizer")[1][rows].astype(np.float64)
 
 
-def on_the_way(truth: Truth, store: GradientStore) -> dict[str, float]:
+def with_probes(truth: Truth, store: GradientStore) -> dict[str, float]:
     """Agreement and diagnostics with the store's second point."""
     fitted = LinearizedTraining().fit(store)
     loss, diagnostics = fitted.estimate(truth.weights).loss, fitted.diagnostics()

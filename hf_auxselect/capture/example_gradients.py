@@ -111,7 +111,7 @@ class ExampleGradients:
         if self._loss.of_batch is not None:
             loss["name"] = self._loss.of_batch_name
         return {
-            "anchor": _digest(self._trainable),
+            "parameters": _digest(self._trainable),
             "num_trainable_parameters": sum(p.numel() for p in self._trainable.values()),
             "projection": "count_sketch",
             "projection_version": PROJECTION_VERSION,

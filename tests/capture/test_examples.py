@@ -474,7 +474,7 @@ class TestCaptureGradients:
         assert np.array_equal(resumed.gradients, whole.gradients)
         assert np.array_equal(resumed.target.losses, whole.target.losses)
 
-    def test_another_anchor_starts_again(self, tasks, target, tmp_path):
+    def test_other_parameters_start_again(self, tasks, target, tmp_path):
         self.capture(tasks, target, tmp_path)
         model = adapted(tiny.llama())
         with torch.no_grad():

@@ -39,7 +39,7 @@ def tasks(*counts):
 
 
 def captured(model, optimizer, rows, directory, dim=64):
-    """The store of a pass at the anchor."""
+    """The store of a pass at the switch."""
     return capture_gradients(
         model,
         rows,
@@ -299,7 +299,7 @@ def test_a_run_measures_probes_unless_told_not_to(tmp_path):
         tiny.trained(tiny.sft_trainer, tmp_path / str(i), callback)
     stores = [GradientStore.load(tmp_path / str(i) / "_task_selection/gradients") for i in range(3)]
     assert [store.probes is not None for store in stores] == [True, False, True]
-    # A restart is estimated as a run that goes on from the anchor.
+    # A restart is estimated as a run that continues from the switch.
     training = [store.remaining_training for store in stores]
     assert [t.after for t in training] == ["continue", "continue", "restart"]
     assert training[0].learning_rates == training[2].learning_rates

@@ -47,7 +47,7 @@ BERT = {
 }
 
 
-def anchor_and_logged(make, directory, cb=None, **options):
+def estimated_and_logged(make, directory, cb=None, **options):
     """The loss at the switch, as the report estimates it and as the trainer logs it."""
     cb = cb or callback(after="observe", estimator=GradExLogistic())
     trainer = make(directory, cb, **EVALUATED | options)
@@ -188,12 +188,12 @@ SITUATIONS = {
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_the_anchors_estimate_is_the_logged_loss(name, run_dir):
+def test_estimate_at_the_switch_is_the_logged_loss(name, run_dir):
     options = {"eval_dataset": tiny.tokenize(tiny.sums(11, 9))} | SITUATIONS[name]
     if "model" in options:
         options["model"] = options["model"]()
-    anchor, logged, cb = anchor_and_logged(tiny.plain_trainer, run_dir, **options)
-    assert anchor == pytest.approx(logged, rel=1e-5)
+    estimated, logged, cb = estimated_and_logged(tiny.plain_trainer, run_dir, **options)
+    assert estimated == pytest.approx(logged, rel=1e-5)
     assert not cb.report.warnings
 
 
@@ -237,8 +237,8 @@ def seq2seq_trainer(directory, *callbacks, **options):
 
 class TestEncoderDecoders:
     def test_seq2seq_trainer_weighs_a_part_of_a_batch_as_a_whole_one(self, run_dir):
-        anchor, logged, _ = anchor_and_logged(seq2seq_trainer, run_dir)
-        assert anchor == pytest.approx(logged, rel=1e-5)
+        estimated, logged, _ = estimated_and_logged(seq2seq_trainer, run_dir)
+        assert estimated == pytest.approx(logged, rel=1e-5)
 
     def test_what_is_trained_for_real_is_measured_as_it_is_logged(self, run_dir):
         cb = callback(verify=1)
@@ -286,13 +286,13 @@ class TestEncoderDecoders:
 class TestWhatDoesNotSplitByExample:
     def test_a_small_term_is_told(self, run_dir, caplog):
         """The router's auxiliary loss, of a batch."""
-        anchor, logged, cb = anchor_and_logged(
+        estimated, logged, cb = estimated_and_logged(
             tiny.plain_trainer,
             run_dir,
             model=mixtral(output_router_logits=True, router_aux_loss_coef=0.02),
         )
-        assert anchor != pytest.approx(logged, rel=1e-5)
-        assert anchor == pytest.approx(logged, rel=0.05)
+        assert estimated != pytest.approx(logged, rel=1e-5)
+        assert estimated == pytest.approx(logged, rel=0.05)
         (warning,) = cb.report.warnings
         assert "output_router_logits=True" in warning
         assert "does not split by example" in warning
@@ -300,17 +300,19 @@ class TestWhatDoesNotSplitByExample:
     def test_one_that_is_zero_in_the_first_step_is_told(self, run_dir):
         """As a distance from the initial adapter is: it shows at the switch."""
 
-        class Anchored(Trainer):
+        class Regularized(Trainer):
             def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
                 loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
                 bs = [p for n, p in model.named_parameters() if "lora_B" in n]
                 loss = loss + 10 * sum(p.square().sum() for p in bs)
                 return (loss, outputs) if return_outputs else loss
 
-        anchor, logged, cb = anchor_and_logged(tiny.plain_trainer, run_dir, trainer_class=Anchored)
-        assert logged > 1.005 * anchor
+        estimated, logged, cb = estimated_and_logged(
+            tiny.plain_trainer, run_dir, trainer_class=Regularized
+        )
+        assert logged > 1.005 * estimated
         (warning,) = cb.report.warnings
-        assert "(Anchored.compute_loss?)" in warning
+        assert "(Regularized.compute_loss?)" in warning
         assert f"gives {logged:.1f}"[:-1] in warning
 
     def test_a_large_one_is_refused_with_both_numbers(self, run_dir):
@@ -318,7 +320,7 @@ class TestWhatDoesNotSplitByExample:
             UnsupportedLossError,
             match=r"evaluation loss of some rows is \d.*Contrasting.compute_loss",
         ):
-            anchor_and_logged(tiny.plain_trainer, run_dir, trainer_class=Contrasting)
+            estimated_and_logged(tiny.plain_trainer, run_dir, trainer_class=Contrasting)
 
 
 def left(rows):
@@ -336,15 +338,15 @@ class TestLeftPadding:
     )
 
     def test_relative_positions_do_not_see_it(self, run_dir):
-        anchor, logged, _ = anchor_and_logged(
+        estimated, logged, _ = estimated_and_logged(
             tiny.plain_trainer, run_dir, data_collator=left, eval_dataset=tiny.tokenize(self.uneven)
         )
-        assert anchor == pytest.approx(logged, rel=1e-5)
+        assert estimated == pytest.approx(logged, rel=1e-5)
 
     def test_absolute_positions_are_refused(self, run_dir):
         model = adapted(tiny.gpt2(), target_modules=["c_attn"], fan_in_fan_out=True)
         with pytest.raises(UnsupportedLossError, match=r"padded on the left.*padding_side='right'"):
-            anchor_and_logged(
+            estimated_and_logged(
                 tiny.plain_trainer,
                 run_dir,
                 model=model,
@@ -359,7 +361,7 @@ class TestLabelsOfOtherShapes:
             return tiny.collate(rows) | {"labels": labels(len(rows))}
 
         with pytest.raises(UnsupportedLossError, match=match):
-            anchor_and_logged(tiny.plain_trainer, run_dir, model=model, data_collator=collate)
+            estimated_and_logged(tiny.plain_trainer, run_dir, model=model, data_collator=collate)
 
     def test_regression(self, run_dir):
         model = bert(BertForSequenceClassification, num_labels=1)
@@ -388,7 +390,7 @@ class TestCollators:
             return batch | {"input_ids": torch.where(torch.rand(batch["labels"].shape) < 0.5, 0, 2)}
 
         with pytest.raises(UnsupportedLossError, match=r"other inputs or labels.*dataset.map"):
-            anchor_and_logged(
+            estimated_and_logged(
                 tiny.plain_trainer,
                 run_dir,
                 model=bert(BertForMaskedLM),
@@ -402,7 +404,7 @@ class TestCollators:
         """
         rows = [{"prompt": "1+2=", "completion": "3"}] * 12
         rows[5:7] = [{"prompt": "1+2=", "completion": "33333"}] * 2
-        anchor, logged, _ = anchor_and_logged(
+        estimated, logged, _ = estimated_and_logged(
             tiny.plain_trainer,
             run_dir,
             train_dataset=tiny.tokenize(
@@ -410,11 +412,11 @@ class TestCollators:
             ),
             eval_dataset=tiny.tokenize(Dataset.from_list(rows)),
         )
-        assert anchor == pytest.approx(logged, rel=1e-5)
+        assert estimated == pytest.approx(logged, rel=1e-5)
 
     def test_a_target_that_is_dropped_with_the_last_batch(self, run_dir):
         with pytest.raises(ValueError, match=r"dataloader_drop_last=True leaves all 5 examples"):
-            anchor_and_logged(
+            estimated_and_logged(
                 tiny.plain_trainer,
                 run_dir,
                 eval_dataset=tiny.tokenize(tiny.sums(5, 9)),
@@ -476,5 +478,5 @@ class TestWithoutATrainer:
 
 def test_usual_losses_are_not_warned_of(run_dir, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_auxselect"):
-        anchor_and_logged(tiny.sft_trainer, run_dir)
+        estimated_and_logged(tiny.sft_trainer, run_dir)
     assert not [record for record in caplog.records if record.name.startswith("hf_auxselect")]

@@ -66,9 +66,9 @@ class TestTwoProcesses:
             assert run["measured at the switch"] == run["measured at the end"]
 
     @pytest.mark.parametrize("kind", tiny.TRAINERS)
-    def test_the_anchors_estimate_is_the_logged_loss(self, two_processes, kind):
+    def test_estimate_at_the_switch_is_the_logged_loss(self, two_processes, kind):
         for run in two_processes:
-            assert run["anchor"][kind] == pytest.approx(run["logged"][kind], rel=1e-5)
+            assert run["estimated"][kind] == pytest.approx(run["logged"][kind], rel=1e-5)
 
     def test_weights_stay_in_step(self, two_processes):
         one, other = (run["weights"] for run in two_processes)
