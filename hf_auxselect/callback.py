@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_auxselect.decision import decide
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
-from hf_auxselect.plan import CostPreview, Plan, make_plan, select, warn_of_leaked_target
+from hf_auxselect.plan import CostPreview, Plan, make_plan, warn_of_leaked_target
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory, decision_of
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
@@ -316,32 +318,16 @@ class TaskSelectionCallback(TrainerCallback):
         fitted: MainProcessValue[FittedEstimator] | None,
     ) -> SelectionReport:
         """Step 3: the selector's choice, and the report on it."""
-        make_report = partial(self._make_report, trainer, run, step, store)
-        if fitted is None:
-            return on_main_process(lambda: make_report(None))
-        return fitted.ask(make_report)
-
-    def _make_report(
-        self,
-        trainer: Trainer,
-        run: _Run,
-        step: int,
-        store: GradientStore | None,
-        fitted: FittedEstimator | None,
-    ) -> SelectionReport:
-        # A selection without estimates is fixed, and asks for none.
-        estimate = _no_estimate if fitted is None else fitted.estimate
-        difference = None if fitted is None else fitted.difference
-        selection = select(self.selector, estimate, run.plan.tasks, self.keep, difference)
         max_steps = trainer.state.max_steps
-        rows_to_read = (max_steps - step) * trainer.get_total_train_batch_size(trainer.args)
-        report = SelectionReport(
-            weights=selection.weights,
-            scores=selection.scores,
-            history=list(selection.history),
-            estimator=strategy_record(self.estimator),
-            selector=strategy_record(self.selector),
+        choose = partial(
+            decide,
+            plan=run.plan,
+            store=store,
+            estimator=self.estimator,
+            selector=self.selector,
+            keep=self.keep,
             run={
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "after": self.after,
                 "switch_step": step,
                 "max_steps": max_steps,
@@ -349,13 +335,13 @@ class TaskSelectionCallback(TrainerCallback):
                 "seed": run.plan.seed,
                 "model": access.model_name(trainer),
                 "versions": run.plan.to_dict()["versions"],
-                "reads_per_row": run.plan.reads_per_row(selection.weights, rows_to_read),
             },
+            rows_to_read=(max_steps - step) * trainer.get_total_train_batch_size(trainer.args),
+            notes=run.notes,
         )
-        if fitted is not None and store is not None:
-            report.add_estimates(fitted, selection, store, seed=run.plan.seed)
-            report.warnings += [*run.notes, *run.plan.target_sample_note()]
-        return report
+        if fitted is None:
+            return on_main_process(lambda: choose(None))
+        return fitted.ask(choose)
 
     def _report(
         self,
@@ -489,7 +475,3 @@ class TaskSelectionCallback(TrainerCallback):
                 "before trainer.train()."
             )
         return trainer
-
-
-def _no_estimate(weights: Any) -> Any:
-    raise AssertionError("FixedSelection(estimate=False) asked for an estimate")

@@ -20,6 +20,7 @@ LAYERS = [
     "cli",
     "script",
     "callback",
+    "decision",
     "run_directory",
     "gradient_pass",
     "verification",

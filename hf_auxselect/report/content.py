@@ -63,6 +63,8 @@ class Measurement:
 class RunRecord(TypedDict, total=False):
     """What a report tells of the run that it was made in."""
 
+    created: str
+    """When the decision was made: ISO 8601, UTC."""
     after: str
     switch_step: int
     max_steps: int
@@ -95,7 +97,9 @@ class ReportFields:
             before calibration.
         diagnostics: numbers that say how far to trust the estimates.
         estimator, selector: name and options of the strategies.
-        run: switch step, mode, seed, model, versions, seconds.
+        run: date, switch step, mode, seed, model, versions, seconds.
+        sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
+            ``name``, ``split``, ...), for exports and the model card; empty where it is not known.
         warnings: what a reader should know before trusting the choice.
     """
 
@@ -112,6 +116,7 @@ class ReportFields:
     estimator: JsonDict = field(default_factory=dict)
     selector: JsonDict = field(default_factory=dict)
     run: RunRecord = field(default_factory=RunRecord)
+    sources: dict[str, JsonDict] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 

@@ -1,0 +1,60 @@
+"""A decision: the selector chooses a mixture, and a report says what and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hf_auxselect.estimators import AbstractEstimator, FittedEstimator
+from hf_auxselect.plan import Plan, select
+from hf_auxselect.report import SelectionReport, strategy_record
+from hf_auxselect.report.content import RunRecord
+from hf_auxselect.selectors import AbstractSelector
+from hf_auxselect.store.arrays import GradientStore
+
+
+def decide(
+    fitted: FittedEstimator | None,
+    *,
+    plan: Plan,
+    store: GradientStore | None,
+    estimator: AbstractEstimator,
+    selector: AbstractSelector,
+    keep: Sequence[str],
+    run: RunRecord,
+    rows_to_read: int,
+    notes: Sequence[str],
+) -> SelectionReport:
+    """Choose a mixture and report on it.
+
+    Args:
+        fitted: the estimator, fitted and calibrated; None: nothing is estimated, which only a fixed
+            selection can do without.
+        plan: of the run.
+        store: the gradients that ``fitted`` was fitted to.
+        estimator: as the user gave it, for the report.
+        selector: chooses the mixture.
+        keep: tasks that must be selected.
+        run: what the report tells of the run.
+        rows_to_read: number of training rows that the remaining steps read.
+        notes: sentences on what the estimates do not model.
+    """
+    estimate = _no_estimate if fitted is None else fitted.estimate
+    difference = None if fitted is None else fitted.difference
+    selection = select(selector, estimate, plan.tasks, keep, difference)
+    report = SelectionReport(
+        weights=selection.weights,
+        scores=selection.scores,
+        history=list(selection.history),
+        estimator=strategy_record(estimator),
+        selector=strategy_record(selector),
+        run={**run, "reads_per_row": plan.reads_per_row(selection.weights, rows_to_read)},
+    )
+    if fitted is not None and store is not None:
+        report.add_estimates(fitted, selection, store, seed=plan.seed)
+        report.warnings += [*notes, *plan.target_sample_note()]
+    return report
+
+
+def _no_estimate(weights: Any) -> Any:
+    raise AssertionError("FixedSelection(estimate=False) asked for an estimate")
