@@ -183,6 +183,18 @@ class FittedEstimator(ABC):
             group_losses=group_differences(ours, other),
         )
 
+    def task_losses(self, weights: ArrayLike) -> Array | None:
+        """Estimate the tasks' own losses after fine-tuning on each of M mixtures, for a report.
+
+        Args:
+            weights: [M, K], as in :meth:`estimate`.
+
+        Returns:
+            float64 [M, K], of the captured examples, nats per label token; None if the estimator
+            has no model of them.
+        """
+        return None
+
     @abstractmethod
     def diagnostics(self) -> dict[str, float]:
         """Numbers that say how far to trust the estimates; names end with their unit, if any."""

@@ -163,6 +163,9 @@ class FittedCalibrated(FittedEstimator):
             group_losses=plain.group_losses,
         )
 
+    def task_losses(self, weights: ArrayLike) -> Array | None:
+        return self._fitted.task_losses(weights)
+
     def diagnostics(self) -> dict[str, float]:
         """The estimator's diagnostics, and what the ground-truth runs have changed."""
         return {

@@ -141,6 +141,15 @@ class FittedQuadratic(FittedEstimator):
             group_losses=group_MG if groups else None,
         )
 
+    def task_losses(self, weights: ArrayLike) -> Array | None:
+        training = self._store.remaining_training
+        if training is not None and training.restarts:
+            return None  # the quadratic model is about a run that continues
+        shares_MK = normalize_mixtures(weights, self._store.task_sizes)
+        with one_blas_thread():
+            change_MK = self._model.tasks.loss_changes(self._predict(shares_MK).delta_MR)
+        return np.maximum(self._store.task_losses + change_MK, 0.0)
+
     @staticmethod
     def _mean_changes(
         targets: Sequence[TargetQuadratic],

@@ -111,6 +111,20 @@ class TaskCurvature:
         self._H_KRR = result_KRR
         return float(np.median(missed_K / np.maximum(length_K, TINY)))
 
+    def loss_changes(self, delta_MR: Array) -> Array:
+        """By how much displacements change each task's own loss, b . delta + delta^T H delta / 2.
+
+        Returns:
+            Nats per label token [M, K]. Displacements out of the basis are left out; the tasks'
+            mean gradients lie in it unless there are more of them than its rank.
+        """
+        added_K = self._trace_K / self._basis.dim
+        squares_MK = (
+            np.einsum("mr,krs,ms->mk", delta_MR, self._H_KRR, delta_MR, optimize=True)
+            - (delta_MR**2).sum(1)[:, None] * added_K
+        )
+        return delta_MR @ self.b_KR.T + squares_MK / 2
+
     def eigendecomposition(self, w_MK: Array) -> tuple[Array, Array, Array]:
         """Eigenvalues of mixtures' H_w, less what the projection adds; they may be negative.
 

@@ -18,15 +18,22 @@ from hf_auxselect.estimators import (
 )
 from hf_auxselect.estimators.registry import RENAMED_OPTIONS
 from hf_auxselect.files import JsonDict
-from hf_auxselect.report.content import NUM_RANDOM_SUBSETS, Measurement, Row, TaskSummary
+from hf_auxselect.report.content import (
+    NUM_RANDOM_SUBSETS,
+    Measurement,
+    Row,
+    Similarity,
+    TaskSummary,
+)
 from hf_auxselect.selectors import RandomEnsemble, Selection
 from hf_auxselect.store.arrays import GradientStore
 
 
 def compare(
-    fitted: FittedEstimator, selection: Selection, task_names: Sequence[str], *, seed: int
+    fitted: FittedEstimator, selection: Selection, store: GradientStore, *, seed: int
 ) -> list[Row]:
     """Estimate the losses that a reader compares the choice with; see ``ReportFields.rows``."""
+    task_names = store.task_names
     num_tasks = len(task_names)
     chosen = np.array([[selection.weights[name] for name in task_names]])
     subset_size = len(selection.selected)
@@ -51,11 +58,37 @@ def compare(
             high=float(high),
         )
     )
+    own = store.target.task_names[0]
+    if own in task_names:
+        lines += rows([f"only {own}"], np.array([[name == own for name in task_names]]))
     without = rows([f"all without {name}" for name in task_names], left_out)
-    return lines + [
+    lines += [
         dataclasses.replace(row, left_out=name)
         for row, name in zip(without, task_names, strict=True)
     ]
+    dropped = [name for name in task_names if selection.weights[name] == 0]
+    if dropped:
+        added = rows(
+            [f"chosen and {name}" for name in dropped],
+            np.array([_with_task(chosen[0], store, name) for name in dropped]),
+        )
+        lines += [
+            dataclasses.replace(row, added=name) for row, name in zip(added, dropped, strict=True)
+        ]
+    return lines
+
+
+def _with_task(weights_K: np.ndarray, store: GradientStore, name: str) -> np.ndarray:
+    """A mixture with one more task, whose share is that of its rows among those of all its tasks.
+
+    For a subset, in which shares are those of rows, this is the subset with the task.
+    """
+    k = store.task_names.index(name)
+    sizes_K = np.asarray(store.task_sizes, float)
+    share = sizes_K[k] / (sizes_K[k] + sizes_K[weights_K > 0].sum())
+    result_K = weights_K / weights_K.sum() * (1 - share)
+    result_K[k] = share
+    return result_K
 
 
 def compare_with_all_tasks(
@@ -76,8 +109,10 @@ def _rows(names: Sequence[str], estimate: Estimate) -> list[Row]:
     ]
 
 
-def summarize_tasks(store: GradientStore) -> list[TaskSummary]:
-    """What a store holds of each of its tasks."""
+def summarize_tasks(
+    store: GradientStore, losses_after: np.ndarray | None = None
+) -> list[TaskSummary]:
+    """What a store holds of each of its tasks; with their estimated losses [K] if there are any."""
     counts = np.bincount(store.task_ids, minlength=len(store.task_names))
     tokens = np.bincount(store.task_ids, store.num_label_tokens, minlength=len(store.task_names))
     return [
@@ -87,9 +122,64 @@ def summarize_tasks(store: GradientStore) -> list[TaskSummary]:
             captured=int(counts[k]),
             label_tokens=int(tokens[k]),
             loss=float(store.task_losses[k]),
+            loss_after=None if losses_after is None else float(losses_after[k]),
         )
         for k, name in enumerate(store.task_names)
     ]
+
+
+def similarity(store: GradientStore, shown: Sequence[int]) -> Similarity:
+    """Cosines between the mean gradients of some tasks, and of each with the target."""
+    scalar = next((n for n in ("loss@optimizer", "loss") if n in store.scalars), store.scalars[0])
+    means_KD = _unit_means(store, scalar)[list(shown)]
+    order = clustered(means_KD @ means_KD.T)
+    means_KD = means_KD[order]
+    return Similarity(
+        tasks=[store.task_names[shown[k]] for k in order],
+        cosines=np.round(means_KD @ means_KD.T, 4).tolist(),
+        target=np.round(means_KD @ _unit_means(store.target, scalar)[0], 4).tolist(),
+    )
+
+
+def _unit_means(store: GradientStore, scalar: str) -> np.ndarray:
+    """Mean gradient of each task, divided by its length; zeros stay: [K, D]."""
+    _, gradients_ND = store.scalar(scalar)
+    means_KD = np.zeros((len(store.task_names), gradients_ND.shape[1]))
+    for k in range(len(means_KD)):
+        examples = store.task_ids == k
+        means_KD[k] = store.example_weights[examples] @ gradients_ND[examples]
+    lengths_K1 = np.linalg.norm(means_KD, axis=1, keepdims=True)
+    return np.divide(means_KD, lengths_K1, out=np.zeros_like(means_KD), where=lengths_K1 > 0)
+
+
+def clustered(cosines_KK: np.ndarray) -> list[int]:
+    """The leaves of an average-linkage clustering by cosine, from left to right."""
+    clusters = [[k] for k in range(len(cosines_KK))]
+    means_CC = np.array(cosines_KK, float)  # mean cosine between the members of two clusters
+    np.fill_diagonal(means_CC, -np.inf)
+    while len(clusters) > 1:
+        i, j = sorted(int(c) for c in np.unravel_index(np.argmax(means_CC), means_CC.shape))
+        sizes = np.array([len(clusters[i]), len(clusters[j])])
+        means_CC[i] = means_CC[:, i] = sizes @ means_CC[[i, j]] / sizes.sum()
+        means_CC[i, i] = -np.inf
+        means_CC = np.delete(np.delete(means_CC, j, 0), j, 1)
+        clusters[i] += clusters.pop(j)
+    return clusters[0]
+
+
+def most_relevant(store: GradientStore, selection: Selection, at_most: int) -> list[int]:
+    """The tasks that a page shows in detail: all, or the chosen ones and those nearest the target.
+
+    Nearest by the cosine of mean gradients, of either sign.
+    """
+    names = store.task_names
+    if len(names) <= at_most:
+        return list(range(len(names)))
+    scalar = next((n for n in ("loss@optimizer", "loss") if n in store.scalars), store.scalars[0])
+    cosines_K = np.abs(_unit_means(store, scalar) @ _unit_means(store.target, scalar)[0])
+    is_chosen_K = np.array([selection.weights[name] > 0 for name in names])
+    order = np.lexsort((-cosines_K, ~is_chosen_K))[:at_most]
+    return sorted(order.tolist())
 
 
 def calibrated(fitted: FittedEstimator, runs: Sequence[Measurement]) -> FittedEstimator:

@@ -24,6 +24,8 @@ class Row:
     name: str
     left_out: str | None = None
     """The task that is left out of all tasks, in rows of that kind."""
+    added: str | None = None
+    """The task that is added to the chosen mixture, in rows of that kind."""
     loss: float
     low: float
     high: float
@@ -40,6 +42,23 @@ class TaskSummary:
     """Label tokens of the captured examples."""
     loss: float
     """At the switch, nats per label token."""
+    loss_after: float | None = None
+    """Estimated for the end of training on the chosen mixture; None if it is not estimated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similarity:
+    """Cosines between the mean gradients of tasks: above 0, training on one also serves the other.
+
+    In the optimizer's coordinates if the estimator captured them so.
+    """
+
+    tasks: list[str]
+    """In the order of a clustering: similar tasks are neighbours."""
+    cosines: list[list[float]]
+    """[task, task]"""
+    target: list[float]
+    """Cosine of each task with the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +106,12 @@ class ReportFields:
         weights: task -> fraction of the training examples; 0 for dropped tasks.
         scores: task -> score, if the selector has scores.
         rows: estimates of no further training, the chosen mixture, all tasks, random subsets of the
-            chosen size, and all tasks without each one.
+            chosen size, the task with the target's name if there is one, all tasks without each
+            one, and the chosen mixture with each dropped one.
         difference: the chosen mixture's loss minus that of all tasks. Its interval is narrower than
             the intervals of the two losses, whose errors are shared.
         tasks: what was captured of each task; ``target``: of the target.
+        similarity: of the tasks' gradients; None without gradients.
         history: every mixture the selector tried.
         verification: ground-truth runs after the choice (``verify=n``), the chosen mixture first.
         calibration: ground-truth runs before the choice (``calibrate=n``), next to the estimates
@@ -109,6 +130,7 @@ class ReportFields:
     difference: Row | None = None
     tasks: list[TaskSummary] = field(default_factory=list)
     target: TaskSummary | None = None
+    similarity: Similarity | None = None
     history: list[Step] = field(default_factory=list)
     verification: list[Measurement] = field(default_factory=list)
     calibration: list[Measurement] = field(default_factory=list)

@@ -12,13 +12,14 @@ import numpy as np
 from hf_auxselect.estimators import Estimate, FittedEstimator
 from hf_auxselect.estimators.reliability import reliability_warnings
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
-from hf_auxselect.report import analysis, figures, markdown, text
+from hf_auxselect.report import analysis, figures, markdown, page, text
 from hf_auxselect.report.content import ReportContent, ReportFields, SavedReport
+from hf_auxselect.report.what_if import MAX_TASKS, WhatIf, approximate
 from hf_auxselect.selectors import Selection
 from hf_auxselect.store.arrays import GradientStore
 
 REPORT_NAME = "report.json"
-PICTURE_NAME = "left_out.png"
+WHAT_IF_NAME = "what_if.json"
 
 
 @dataclass(kw_only=True)
@@ -39,6 +40,8 @@ class SelectionReport(ReportContent):
     are nats per label token of the target.
     """
 
+    what_if: WhatIf | None = None
+    """The estimator in a form that the page evaluates; a file of its own."""
     gradients_directory: Path | None = None
     """Where the gradient store is, for :meth:`estimate`; not part of the JSON."""
     _fitted: FittedEstimator | None = field(default=None, init=False, repr=False, compare=False)
@@ -107,9 +110,14 @@ class SelectionReport(ReportContent):
             store: the gradients that the estimator was fitted to.
             seed: determines the random subsets.
         """
-        self.rows = analysis.compare(fitted, selection, store.task_names, seed=seed)
-        self.difference = analysis.compare_with_all_tasks(fitted, selection, store.task_names)
-        self.tasks = analysis.summarize_tasks(store)
+        names = store.task_names
+        self.rows = analysis.compare(fitted, selection, store, seed=seed)
+        self.difference = analysis.compare_with_all_tasks(fitted, selection, names)
+        after = fitted.task_losses(np.array([[selection.weights[name] for name in names]]))
+        self.tasks = analysis.summarize_tasks(store, None if after is None else after[0])
+        shown = analysis.most_relevant(store, selection, MAX_TASKS)
+        self.similarity = analysis.similarity(store, shown)
+        self.what_if = approximate(fitted, names, store.task_sizes.tolist(), shown, seed=seed)
         self.target = analysis.summarize_tasks(store.target)[0]
         self.diagnostics = fitted.diagnostics()
         training = store.remaining_training
@@ -143,17 +151,28 @@ class SelectionReport(ReportContent):
         """The report as a Markdown page."""
         return markdown.to_markdown(self)
 
+    def to_html(self) -> str:
+        """The report as one self-contained HTML page, which estimates other mixtures itself."""
+        return page.to_html(self, self.what_if)
+
     def to_dict(self) -> JsonDict:
         """The report as JSON values."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(ReportFields)}
         return {"selected": self.selected} | dataclasses.asdict(ReportFields(**content))
 
     def save(self, directory: str | Path) -> None:
-        """Write ``report.json``, ``README.md`` and, with estimates, ``left_out.png``."""
+        """Write the report's files into a directory.
+
+        ``report.json``, ``README.md`` and ``index.html``; with estimates, ``what_if.json`` and the
+        figures as PNG and SVG.
+        """
         directory = Path(directory)
         write_atomically(directory / REPORT_NAME, to_json(self.to_dict()))
-        if any(row.left_out for row in self.rows):
-            write_atomically(directory / PICTURE_NAME, figures.left_out_figure(self))
+        if self.what_if is not None:
+            write_atomically(directory / WHAT_IF_NAME, to_json(vars(self.what_if)))
+        for name, content in figures.draw(self).items():
+            write_atomically(directory / name, content)
+        write_atomically(directory / "index.html", self.to_html())
         write_atomically(directory / "README.md", self.to_markdown())
 
     @classmethod
@@ -174,5 +193,7 @@ class SelectionReport(ReportContent):
             )
         saved = read_json(path, SavedReport)
         report = cls(**{f.name: getattr(saved, f.name) for f in dataclasses.fields(ReportFields)})
+        if (directory / WHAT_IF_NAME).is_file():
+            report.what_if = read_json(directory / WHAT_IF_NAME, WhatIf)
         report.attach_gradients(directory.parent / "gradients")
         return report
