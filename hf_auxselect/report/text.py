@@ -72,8 +72,9 @@ def to_text(content: ReportContent) -> str:
     lines = [f"{title}: {', '.join(printable(name) for name in content.selected)}"]
     if content.rows:
         lines.append("Estimated target loss, nats per label token, with 90% intervals:")
-        width = max(len(printable(row.name)) for row in content.rows)
-        for row in content.rows:
+        rows = [row for row in content.rows if row.added is None]
+        width = max(len(printable(row.name)) for row in rows)
+        for row in rows:
             name = printable(row.name)
             lines.append(f"  {name:<{width}}  {row.loss:7.4f}  [{row.low:.4f}, {row.high:.4f}]")
         lines += [comparison_sentence(content)] if content.difference else []

@@ -62,6 +62,7 @@ class TestTheComparison:
             "all tasks",
             f"random {size} of 3 tasks",
             *(f"all without {name}" for name in store.task_names),
+            *(f"chosen and {name}" for name, w in report.weights.items() if w == 0),
         ]
         assert report.row("no further training").loss == pytest.approx(store.target.task_losses[0])
         everything = fitted.estimate(np.ones((1, 3), bool))
@@ -70,6 +71,10 @@ class TestTheComparison:
         without = fitted.estimate([[True, False, True]])
         assert report.row("all without task1").high == pytest.approx(without.high[0], rel=1e-12)
         assert report.row("all without task1").left_out == "task1"
+        for row in report.rows:
+            if row.added:
+                subset = [[n in report.selected or n == row.added for n in store.task_names]]
+                assert row.loss == pytest.approx(fitted.estimate(subset).loss[0], rel=1e-12)
 
     def test_the_difference_to_all_tasks_is_told_in_words(self, report):
         chosen, everything = report.row("chosen").loss, report.row("all tasks").loss
