@@ -59,7 +59,7 @@ def test_nine_of_ten_further_mixtures_are_within_the_error(store, estimator):
     estimate = fitted.estimate(shares)
     outputs = record.outputs(shares)
     within = np.abs(outputs[:, 0] - estimate.loss) <= record.error
-    assert 0.8 <= within.mean()
+    assert within.mean() >= 0.8
     assert record.error < 0.5 * estimate.loss.std()
     widths = estimate.high - estimate.low
     assert outputs[:, 1] + outputs[:, 2] == pytest.approx(widths, abs=0.5 * widths.mean())
