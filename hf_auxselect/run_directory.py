@@ -134,7 +134,7 @@ class RunDirectory:
         """
         path = self._report / ROWS_NAME
         on_main_process(
-            lambda: write_atomically(path, row_lines(tasks.names, tasks.ids, count_reads()))
+            lambda: write_atomically(path, row_lines(tasks.names, tasks.rows, count_reads()))
         )
         report.rows_file = path
 

@@ -96,9 +96,11 @@ def test_a_run_that_only_observes_writes_none(run_dir):
 
 
 def test_large_ones_come_in_pieces():
-    ids = np.arange(25_000) % 2
-    reads = np.where(ids == 0, 0, np.arange(25_000) % 3)
-    pieces = list(row_lines(["even", 'od"d\n'], ids, reads))
+    even, odd = np.arange(0, 50_000, 2), np.arange(1, 50_000, 2)
+    reads = np.arange(50_000) % 3
+    reads[even] = 0
+    pieces = list(row_lines(["even", 'od"d\n'], [even, odd], reads))
+    assert len(pieces) > 1
     assert max(len(piece) for piece in pieces) < 10_000 * 70
     lines = [json.loads(line) for line in b"".join(pieces).decode().splitlines()]
     assert {line["index"]: line["reads"] for line in lines} == {

@@ -14,21 +14,20 @@ _CHUNK = 10_000
 
 
 def row_lines(
-    task_names: Sequence[str], task_ids: np.ndarray, reads: np.ndarray
+    task_names: Sequence[str], indices_K: Sequence[np.ndarray], reads: np.ndarray
 ) -> Iterator[bytes]:
     """A line of JSON for each row that is read, task after task.
 
     Args:
         task_names: the K tasks.
-        task_ids: int64 [N], task of each row of the training set.
-        reads: int64 [N], how often each is read.
+        indices_K: int64 arrays, rows of the training set that belong to each task, ascending.
+        reads: int64 [N], how often each row of the training set is read.
 
     Yields:
-        Lines such as ``{"task": "sums", "row": 3, "index": 51, "reads": 2}``: the fourth row of the
-        task is row 51 of the training set, and is read twice.
+        Lines such as ``{"task": "sums", "row": 3, "index": 51, "reads": 2}``, some at a time: the
+        fourth row of the task is row 51 of the training set, and is read twice.
     """
-    for k, name in enumerate(task_names):
-        indices = np.flatnonzero(task_ids == k)
+    for name, indices in zip(task_names, indices_K, strict=True):
         rows = np.flatnonzero(reads[indices])
         start = f'{{"task": {json.dumps(name)}, "row": '
         for first in range(0, len(rows), _CHUNK):
