@@ -150,6 +150,7 @@ class RunDirectory:
                 run={"after": decision["after"], "switch_step": decision["switch_step"]},
             )
         report.attach_gradients(self.gradients)
+        report.rows_file = self._report / ROWS_NAME
         return report
 
 

@@ -173,8 +173,9 @@ class SelectionReport(ReportContent):
             return exports.export(self, format, sources)
         if self.rows_file is None or not self.rows_file.is_file():
             raise ValueError(
-                f"the rows of this selection are not available (looked for {self.rows_file}). A "
-                "run writes them when it switches to the mixture; after='observe' does not."
+                f"the rows of this selection are not available ({self.rows_file or 'rows.jsonl'} "
+                "is missing). A run writes them when it switches to the mixture, which "
+                "after='observe' does not."
             )
         return self.rows_file.read_text(encoding="utf-8")
 

@@ -278,7 +278,7 @@ class TestSources:
         )
         text = report.export("trl")
         assert promised(text) == {"a": 30, "b": 41}
-        assert "2 of these epochs" in text and "packed" in text
+        assert "as long as 2 of these epochs" in text and "packed" in text
 
     @pytest.mark.parametrize(
         ("tool", "key", "entry"),

@@ -55,11 +55,6 @@ class Mixture:
     is_packed: bool
     seed: int
 
-    @property
-    def total(self) -> int:
-        """Rows of an epoch."""
-        return sum(part.count for part in self.parts)
-
     def header(self, tool: str, notes: Sequence[str], counts: Sequence[int] | None = None) -> str:
         """The comment at the top of a file.
 
@@ -82,7 +77,9 @@ class Mixture:
             shares = f"{100 * count / total:>8.4g}%{100 * part.share:>8.4g}%"
             lines.append(f"{shares}{count:>9}{part.examples:>9}  {quoted(part.task)}")
         if self.epochs is not None:
-            lines.append(f"The steps after the selection are {self.epochs:.4g} of these epochs.")
+            lines.append(
+                f"The steps after the selection are as long as {self.epochs:.4g} of these epochs."
+            )
         if self.is_packed:
             lines.append(
                 "The run packed its rows. Shares were chosen in packed rows; these are of rows "
@@ -98,12 +95,12 @@ class Mixture:
 def mixture_of(content: ReportContent, sources: Mapping[str, Mapping[str, Any]]) -> Mixture:
     """One epoch of the mixture that a report is about.
 
-    The number of epochs E that the remaining steps are counted as is free: a task whose rows they
-    read r times is then read r / E times per epoch. With E = max r no row is repeated within an
-    epoch, but rows of the other tasks are left out; with E = min r no row is left out. Taken is the
-    E between them that is closest to 1, so that an epoch leaves out no row that the run reads, and
-    repeats none that it need not. Where all tasks have the same r, as after a selection of a
-    subset, an epoch is all their rows.
+    The remaining steps can be cut into any number of epochs E: a task whose rows they read r times
+    is then read r / E times per epoch. With E = max r no row is repeated within an epoch, but rows
+    of the other tasks are left out; with E = min r no row is left out. Taken is the E between them
+    that is closest to 1: an epoch then leaves out no row that the run reads, and repeats none that
+    it need not. Where all tasks have the same r, as after the selection of a subset, an epoch is
+    all their rows.
 
     Raises:
         ValueError: the report does not tell how many rows a task has; or a source is wrong.
