@@ -110,7 +110,7 @@ def main(output: Path) -> None:
 
     result["errors"] = {
         name: error_of_full_disk(output / "full", name)
-        for name in ("plan.json", "initial_adapter.safetensors", "selection.json")
+        for name in ("plan.json", "initial_adapter.safetensors", "selection.json", "rows.jsonl")
     }
 
     # Uneven shards: the pass of both processes against that of one, on the same model.

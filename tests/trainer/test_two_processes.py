@@ -88,7 +88,9 @@ class TestTwoProcesses:
         one, other = (run["weights"] for run in two_processes)
         assert one == other
 
-    @pytest.mark.parametrize("what", ["plan.json", "selection.json", "initial_adapter.safetensors"])
+    @pytest.mark.parametrize(
+        "what", ["plan.json", "selection.json", "initial_adapter.safetensors", "rows.jsonl"]
+    )
     def test_all_fail_where_the_main_process_cannot_write(self, two_processes, what):
         one, other = (run["errors"][what] for run in two_processes)
         assert one == other

@@ -81,10 +81,10 @@ class Mixture:
                 f"The steps after the selection are as long as {self.epochs:.4g} of these epochs."
             )
         if self.is_packed:
-            lines.append(
-                "The run packed its rows. Shares were chosen in packed rows; these are of rows "
-                "before packing, each read as often as by the run."
-            )
+            lines += [
+                "The run packed its rows. Its shares are of packed rows; these are of rows before",
+                "packing, each of which is read as often as by the run.",
+            ]
         for part in self.parts:
             if part.source.is_placeholder:
                 lines.append(f"To do: replace the path {quoted(part.task)} by that of its data.")
