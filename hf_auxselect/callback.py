@@ -66,6 +66,18 @@ class _Run:
     notes: list[str]
     decisions: dict[int, checkpoints.Decision] = field(default_factory=dict)
 
+    def shares(self, switch_step: int) -> np.ndarray:
+        """Share of each task in the mixture of a decision: float [K]."""
+        weights = self.decisions[switch_step]["weights"]
+        return np.array([weights[name] for name in self.plan.tasks.names])
+
+    def rows_to_read(self, trainer: Trainer, step: int) -> int:
+        """Number of training rows that the steps after ``step`` read."""
+        if self.batches is not None:
+            return self.batches.rows_to_read(step)
+        steps = trainer.state.max_steps - step
+        return steps * trainer.get_total_train_batch_size(trainer.args)
+
 
 class TaskSelectionCallback(TrainerCallback):
     """Selects, in the middle of one training run, the tasks that lower the target's loss most.
@@ -318,7 +330,6 @@ class TaskSelectionCallback(TrainerCallback):
         fitted: MainProcessValue[FittedEstimator] | None,
     ) -> SelectionReport:
         """Step 3: the selector's choice, and the report on it."""
-        max_steps = trainer.state.max_steps
         choose = partial(
             decide,
             plan=run.plan,
@@ -330,13 +341,13 @@ class TaskSelectionCallback(TrainerCallback):
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "after": self.after,
                 "switch_step": step,
-                "max_steps": max_steps,
+                "max_steps": trainer.state.max_steps,
                 "keep": list(self.keep),
                 "seed": run.plan.seed,
                 "model": access.model_name(trainer),
                 "versions": run.plan.to_dict()["versions"],
             },
-            rows_to_read=(max_steps - step) * trainer.get_total_train_batch_size(trainer.args),
+            rows_to_read=run.rows_to_read(trainer, step),
             notes=run.notes,
         )
         if fitted is None:
@@ -357,6 +368,11 @@ class TaskSelectionCallback(TrainerCallback):
         run.decisions[decision["switch_step"]] = decision
         run.directory.save_decision(decision)
         run.directory.save_report(report)
+        if run.batches is not None:
+            step = decision["switch_step"]
+            mixture = run.plan.tasks, run.shares(step), run.plan.seed
+            count_reads = partial(run.batches.reads, *mixture, since=step)
+            run.directory.save_rows(report, run.plan.tasks, count_reads)
         if self.verify and fitted is not None:
             self._verify(trainer, run, report, fitted)
         if trainer.is_world_process_zero():
@@ -385,8 +401,7 @@ class TaskSelectionCallback(TrainerCallback):
         """Step 5: draw the decided mixture from here on, at the position of the present step."""
         if run.batches is None:
             return
-        weights = run.decisions[switch_step]["weights"]
-        shares = np.array([weights[name] for name in run.plan.tasks.names])
+        shares = run.shares(switch_step)
         run.batches.draw_mixture(run.plan.tasks, shares, run.plan.seed, since=switch_step)
 
     def _resume_after_switch(self, trainer: Trainer, run: _Run, switch_step: int) -> None:

@@ -48,7 +48,7 @@ def decide(
         history=list(selection.history),
         estimator=strategy_record(estimator),
         selector=strategy_record(selector),
-        run={**run, "reads_per_row": plan.reads_per_row(selection.weights, rows_to_read)},
+        run={**run, **plan.amounts(selection.weights, rows_to_read)},
     )
     if fitted is not None and store is not None:
         report.add_estimates(fitted, selection, store, seed=plan.seed)

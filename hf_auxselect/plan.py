@@ -24,6 +24,7 @@ from hf_auxselect.capture.scalars import CollateFn
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.files import JsonDict
 from hf_auxselect.fingerprint import digest
+from hf_auxselect.report.content import RunRecord
 from hf_auxselect.seeds import random_permutation
 from hf_auxselect.selectors import (
     AbstractSelector,
@@ -110,12 +111,24 @@ class Plan:
                 return examples_to_check(model, [first], second, collate_fn, loss)
         return examples_to_check(model, self.examples, self.target, collate_fn, loss)
 
-    def reads_per_row(self, weights: Mapping[str, float], num_rows: int) -> dict[str, float]:
-        """How often ``num_rows`` rows, drawn from a mixture, read each row of a task."""
-        return {
-            name: round(num_rows * weights[name] / count, 3)
-            for name, count in zip(self.tasks.names, self.tasks.counts.tolist(), strict=True)
-        }
+    def amounts(self, weights: Mapping[str, float], rows_to_read: int) -> RunRecord:
+        """How much there is of each task, and how much of it the rest of the run reads.
+
+        Args:
+            weights: share of each task in the mixture.
+            rows_to_read: number of rows that are drawn from the mixture.
+        """
+        rows = dict(zip(self.tasks.names, self.tasks.counts.tolist(), strict=True))
+        amounts = RunRecord(
+            reads_per_row={
+                name: round(rows_to_read * weights[name] / count, 3) for name, count in rows.items()
+            },
+            rows_to_read=rows_to_read,
+            rows_per_task=rows,
+        )
+        if self.examples_per_row:
+            amounts["examples_per_row"] = self.examples_per_row
+        return amounts
 
     def to_dict(self) -> PlanRecord:
         """The content of ``plan.json``."""

@@ -7,9 +7,11 @@ the methods that write.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -17,7 +19,9 @@ from torch import Tensor
 from hf_auxselect.distributed import on_main_process
 from hf_auxselect.files import read_json, to_json, write_atomically
 from hf_auxselect.plan import Plan, PlanRecord, require_same_plan
-from hf_auxselect.report.report import SelectionReport
+from hf_auxselect.report.exports.rows import ROWS_NAME, row_lines
+from hf_auxselect.report.report import REPORT_NAME, SelectionReport
+from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer.checkpoints import Decision
 
 logger = logging.getLogger(__name__)
@@ -57,7 +61,7 @@ class RunDirectory:
                     f"output_dir: cannot write to {str(self.path)!r} ({error.strerror}); "
                     "pass output_dir=... to TaskSelectionCallback, or change the trainer's."
                 ) from error
-            for path in (self.decision, self.path / "report" / "report.json"):
+            for path in (self.decision, self._report / REPORT_NAME, self._report / ROWS_NAME):
                 path.unlink(missing_ok=True)
 
         on_main_process(write)
@@ -103,6 +107,10 @@ class RunDirectory:
             ) from error
 
     @property
+    def _report(self) -> Path:
+        return self.path / "report"
+
+    @property
     def _initial(self) -> Path:
         return self.path / "initial_adapter.safetensors"
 
@@ -112,7 +120,23 @@ class RunDirectory:
 
     def save_report(self, report: SelectionReport) -> None:
         """Write the files of the report."""
-        on_main_process(lambda: report.save(self.path / "report"))
+        on_main_process(lambda: report.save(self._report))
+
+    def save_rows(
+        self, report: SelectionReport, tasks: TaskRows, count_reads: Callable[[], np.ndarray]
+    ) -> None:
+        """Write ``rows.jsonl``: what the rest of the run reads.
+
+        Args:
+            report: is told where the file is.
+            tasks: of the training set.
+            count_reads: how often each row is read, int64 [N]; called on the main process alone.
+        """
+        path = self._report / ROWS_NAME
+        on_main_process(
+            lambda: write_atomically(path, row_lines(tasks.names, tasks.rows, count_reads()))
+        )
+        report.rows_file = path
 
     def read_report(self, decision: Decision) -> SelectionReport:
         """The report on a decision; a short one if the checkpoint was moved without it."""
@@ -126,6 +150,7 @@ class RunDirectory:
                 run={"after": decision["after"], "switch_step": decision["switch_step"]},
             )
         report.attach_gradients(self.gradients)
+        report.rows_file = self._report / ROWS_NAME
         return report
 
 

@@ -71,11 +71,23 @@ class MixtureSampler(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
+        for rows in self._blocks():
+            yield from rows.tolist()
+
+    def reads(self) -> np.ndarray:
+        """How often an iteration yields each row of the training set: int64 [N]."""
+        reads = np.zeros(len(self._tasks.ids), np.int64)
+        for rows in self._blocks():
+            np.add.at(reads, rows, 1)
+        return reads
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        """The row numbers of an iteration, in pieces that end where a block ends."""
         position, end = self.start, self.start + self.length
         while position < end:
             block, offset = divmod(position, self._block_length)
             rows = self._block(block)[offset : offset + end - position]
-            yield from rows.tolist()
+            yield rows
             position += len(rows)
 
     def _draws_before(self, block: int) -> np.ndarray:

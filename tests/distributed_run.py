@@ -57,7 +57,7 @@ def error_of_full_disk(output: Path, name: str) -> str:
 
 def main(output: Path) -> None:
     torch.set_num_threads(1)
-    result: dict = {"leaks": {}}
+    result: dict = {"leaks": {}, "exported": {}}
     for kind, make in tiny.TRAINERS.items():
         for workers in (0, 2):
             for accumulation in (1, 3):
@@ -74,6 +74,7 @@ def main(output: Path) -> None:
                 seen = tiny.spy(trainer)
                 trainer.train()
                 result["leaks"][name] = seen
+                result["exported"][name] = callback.report.export("rows")
     result["world_size"] = trainer.args.world_size
 
     callback = TaskSelectionCallback(warmup=4, projection_dim=16, verify=1)
@@ -109,7 +110,7 @@ def main(output: Path) -> None:
 
     result["errors"] = {
         name: error_of_full_disk(output / "full", name)
-        for name in ("plan.json", "initial_adapter.safetensors", "selection.json")
+        for name in ("plan.json", "initial_adapter.safetensors", "selection.json", "rows.jsonl")
     }
 
     # Uneven shards: the pass of both processes against that of one, on the same model.

@@ -60,6 +60,12 @@ class TestMixtureSampler:
         drawn = Counter(list(sampler([1, 5], [0.001, 0.999], length=10_000)))
         assert drawn[0] == 10
 
+    @given(counts, st.integers(0, 200), st.integers(0, 200))
+    def test_reads_count_what_is_drawn(self, counts, start, length):
+        shares = np.arange(len(counts)) + 1.0
+        drawn = sampler(counts, shares / shares.sum(), start=start, length=length)
+        assert drawn.reads().tolist() == np.bincount([*drawn], minlength=sum(counts)).tolist()
+
     @pytest.mark.parametrize(
         ("shares", "message"),
         [

@@ -93,6 +93,11 @@ class RunRecord(TypedDict, total=False):
     versions: dict[str, str]
     reads_per_row: dict[str, float]
     """How often the steps after the switch read each row of a task."""
+    rows_to_read: int
+    """Rows of the training set that the steps after the switch read."""
+    rows_per_task: dict[str, int]
+    examples_per_row: dict[str, float]
+    """Mean number of examples in a row of each task, where rows are packed."""
     gradient_pass_seconds: float
     seconds: float
     """Of the whole selection, the gradient pass and calibration runs included."""

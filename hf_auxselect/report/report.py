@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hf_auxselect.estimators import Estimate, FittedEstimator
 from hf_auxselect.estimators.reliability import reliability_warnings
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
-from hf_auxselect.report import analysis, figures, markdown, page, text
+from hf_auxselect.report import analysis, exports, figures, markdown, page, text
 from hf_auxselect.report.content import ReportContent, ReportFields, SavedReport
+from hf_auxselect.report.exports.rows import ROWS_NAME
 from hf_auxselect.report.what_if import MAX_TASKS, WhatIf, approximate
 from hf_auxselect.selectors import Selection
 from hf_auxselect.store.arrays import GradientStore
@@ -44,6 +46,8 @@ class SelectionReport(ReportContent):
     """The estimator in a form that the page evaluates; a file of its own."""
     gradients_directory: Path | None = None
     """Where the gradient store is, for :meth:`estimate`; not part of the JSON."""
+    rows_file: Path | None = None
+    """Where ``rows.jsonl`` is, for :meth:`export`; not part of the JSON."""
     _fitted: FittedEstimator | None = field(default=None, init=False, repr=False, compare=False)
 
     def attach_gradients(self, directory: Path, fitted: FittedEstimator | None = None) -> None:
@@ -155,6 +159,38 @@ class SelectionReport(ReportContent):
         """The report as one self-contained HTML page, which estimates other mixtures itself."""
         return page.to_html(self, self.what_if)
 
+    def export(self, format: str, *, sources: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+        """The chosen mixture for another training tool, as the text of a file.
+
+        One epoch of the file reads the chosen shares. It leaves out no row that the run itself
+        reads after the selection, and repeats none that it need not. A comment in the file states
+        the number of rows of each task and the shares that they make.
+
+        Args:
+            format: ``"trl"``, ``"axolotl"``, ``"llamafactory"``, ``"open-instruct"``,
+                ``"ms-swift"`` or ``"datasets"`` (Python code); or ``"rows"``: the rows themselves,
+                a line of JSON each, as the run wrote them to ``rows.jsonl``.
+            sources: task -> where its data are, with the keys of an entry of TRL's ``datasets:``
+                (``path``, ``name``, ``data_dir``, ``data_files``, ``split``, ``columns``). It is
+                joined to the report's own ``sources``. A task without a source gets its name as
+                the path, and a comment says so.
+
+        Raises:
+            ValueError: an unknown format; a source that is wrong, or that the tool cannot express;
+                a report without the number of rows of a task; or there is no ``rows.jsonl``.
+        """
+        if format not in exports.FORMATS:
+            raise ValueError(f"format must be one of {[*exports.FORMATS]}, got {format!r}.")
+        if format != "rows":
+            return exports.export(self, format, sources)
+        if self.rows_file is None or not self.rows_file.is_file():
+            raise ValueError(
+                f"the rows of this selection are not available ({self.rows_file or 'rows.jsonl'} "
+                "is missing). A run writes them when it switches to the mixture, which "
+                "after='observe' does not."
+            )
+        return self.rows_file.read_text(encoding="utf-8")
+
     def to_dict(self) -> JsonDict:
         """The report as JSON values."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(ReportFields)}
@@ -196,4 +232,5 @@ class SelectionReport(ReportContent):
         if (directory / WHAT_IF_NAME).is_file():
             report.what_if = read_json(directory / WHAT_IF_NAME, WhatIf)
         report.attach_gradients(directory.parent / "gradients")
+        report.rows_file = directory / ROWS_NAME
         return report

@@ -137,14 +137,33 @@ class BatchSource:
             seed: rules the order.
             since: the switch step: optimizer step after which the mixture's first row came.
         """
+        state = met(self._trainer).state
+        consumed = self._batches_between(since, state.global_step)
+        total = self._batches_between(state.global_step, state.max_steps)
+        self.mixture.start(tasks, shares, seed, consumed=consumed, total=total)
+
+    def rows_to_read(self, since: int) -> int:
+        """Number of rows, over all processes, that the steps after ``since`` read of a mixture."""
+        trainer = met(self._trainer)
+        rows_per_batch = trainer.callback_handler.train_dataloader.total_batch_size
+        return self._batches_between(since, trainer.state.max_steps) * rows_per_batch
+
+    def reads(self, tasks: TaskRows, shares: np.ndarray, seed: int, *, since: int) -> np.ndarray:
+        """How often the steps after ``since`` read each row of the training set: int64 [N].
+
+        The arguments are those of :meth:`draw_mixture`, whose order this counts.
+        """
+        return MixtureSampler(tasks, shares, seed, length=self.rows_to_read(since)).reads()
+
+    def _batches_between(self, first_step: int, last_step: int) -> int:
+        """Micro-batches per process that the training loop draws in the steps between two."""
         trainer = met(self._trainer)
         per_epoch = len(trainer.callback_handler.train_dataloader)
         accumulation = trainer.args.gradient_accumulation_steps
-        at_switch, now, at_end = (
-            consumed_batches(step, per_epoch, accumulation)
-            for step in (since, trainer.state.global_step, trainer.state.max_steps)
+        first, last = (
+            consumed_batches(step, per_epoch, accumulation) for step in (first_step, last_step)
         )
-        self.mixture.start(tasks, shares, seed, consumed=now - at_switch, total=at_end - now)
+        return last - first
 
     def remove(self) -> None:
         """Give the trainer its own method back, and stop the loader."""

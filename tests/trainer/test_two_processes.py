@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,19 @@ class TestTwoProcesses:
         one, other = (run["leaks"][name][4 * accumulation :] for run in two_processes)
         assert one != other  # each reads its own share
 
+    @pytest.mark.parametrize("accumulation", [1, 3])
+    def test_the_exported_rows_are_those_of_both(self, two_processes, accumulation):
+        name = f"SFTTrainer/0/{accumulation}"
+        first = consumed_batches(4, 11, accumulation)
+        seen = Counter(
+            task for run in two_processes for task in "".join(run["leaks"][name][first:])
+        )
+        for run in two_processes:
+            exported: Counter[str] = Counter()
+            for line in map(json.loads, run["exported"][name].splitlines()):
+                exported[line["task"]] += line["reads"]
+            assert exported == seen
+
     def test_both_decide_the_same_as_one_process(self, two_processes, run_dir):
         one, other = (run["selection"] for run in two_processes)
         assert one == other
@@ -74,7 +88,9 @@ class TestTwoProcesses:
         one, other = (run["weights"] for run in two_processes)
         assert one == other
 
-    @pytest.mark.parametrize("what", ["plan.json", "selection.json", "initial_adapter.safetensors"])
+    @pytest.mark.parametrize(
+        "what", ["plan.json", "selection.json", "initial_adapter.safetensors", "rows.jsonl"]
+    )
     def test_all_fail_where_the_main_process_cannot_write(self, two_processes, what):
         one, other = (run["errors"][what] for run in two_processes)
         assert one == other
