@@ -127,6 +127,20 @@ def memory() -> str:
 
 
 @table
+def page() -> str:
+    """Size of the report page, and time of a report."""
+    return listed(
+        "report_page",
+        {"tasks": {11: "11", 38: "38", 1729: "1,729"}},
+        {
+            "page, kB": "{page_kb:.0f}",
+            "seconds to render it": "{seconds_of_page:.2f}",
+            "seconds for its estimates": "{seconds_of_numbers:.0f}",
+        },
+    )
+
+
+@table
 def speed() -> str:
     """Time of an estimate."""
     record = read("estimates")

@@ -25,69 +25,16 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks import RESULTS
+from benchmarks.cost.synthetic_store import synthetic_store
 from benchmarks.families import FAMILIES
 from hf_auxselect import GradExLogistic, GradientStore, LinearizedTraining
 from hf_auxselect.capture.scalars import SCALARS, forward_label_logits
 from hf_auxselect.files import to_json, write_atomically
-from hf_auxselect.store.format import Arrays
 from recipes.models import smollm2
 
-NUM_TASKS, NUM_PER_TASK, NUM_TARGET, DIM = 38, 100, 256, 512
+NUM_TASKS, NUM_PER_TASK = 38, 100
 NUM_SUBSETS = 1000
 NUM_REGRESSIONS, NUM_FORWARDS = 20, 2
-SPECTRUM = np.exp(-np.arange(64) / 12)
-"""Gradients have some leading axes, and noise around them."""
-
-
-def synthetic_store(seed: int) -> GradientStore:
-    """Random gradients, of which a tenth of all rows was captured."""
-    rng = np.random.default_rng(seed)
-    axes = SPECTRUM[:, None] * rng.normal(size=(len(SPECTRUM), DIM))
-    specs = (*LinearizedTraining.scalars, *GradExLogistic.scalars)
-
-    def arrays(count: int) -> dict[str, Any]:
-        def gradients() -> np.ndarray:
-            inside = rng.normal(size=(count, len(axes))) @ axes
-            return (inside + 0.05 * rng.normal(size=(count, DIM))).astype(np.float32)
-
-        outputs = rng.normal(size=count).astype(np.float32)
-        return {
-            "losses": np.logaddexp(0, -outputs),
-            "num_label_tokens": rng.integers(1, 8, count),
-            "scalars": {spec: (outputs, gradients()) for spec in specs},
-        }
-
-    vectors: Arrays = {
-        name: rng.normal(size=DIM).astype(np.float32) for name in ("momentum", "parameters")
-    }
-    return GradientStore(
-        task_names=[f"task {k}" for k in range(NUM_TASKS)],
-        task_ids=np.repeat(np.arange(NUM_TASKS), NUM_PER_TASK),
-        example_ids=np.arange(NUM_TASKS * NUM_PER_TASK),
-        task_sizes=np.full(NUM_TASKS, 10 * NUM_PER_TASK),
-        target=GradientStore(
-            task_names=["target"],
-            task_ids=np.zeros(NUM_TARGET, int),
-            example_ids=np.arange(NUM_TARGET),
-            **arrays(NUM_TARGET),
-        ),
-        metadata={
-            "optimizer": {
-                "learning_rate_factor": 1.0,
-                "momentum_coefficient": 0.9,
-                "weight_decay": 0.0,
-                "steps_taken": 100,
-            },
-            "training": {
-                "learning_rates": [1e-3] * 400,
-                "max_grad_norm": 1.0,
-                "examples_per_step": 16,
-                "after": "continue",
-            },
-        },
-        vectors=vectors,
-        **arrays(NUM_TASKS * NUM_PER_TASK),
-    )
 
 
 def regression(store: GradientStore) -> Callable[[np.ndarray], None]:
@@ -173,8 +120,8 @@ def main() -> None:
         "command": f"python -m benchmarks.cost.estimate_time --repetitions {options.repetitions}",
         "tasks": NUM_TASKS,
         "examples": NUM_TASKS * NUM_PER_TASK,
-        "target_examples": NUM_TARGET,
-        "dim": DIM,
+        "target_examples": len(store.target),
+        "dim": store.gradients.shape[1],
         "seconds_to_fit": round(seconds(lambda: LinearizedTraining().fit(store)), 3),
         "seconds_per_estimate": medians,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

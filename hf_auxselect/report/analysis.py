@@ -30,9 +30,17 @@ from hf_auxselect.store.arrays import GradientStore
 
 
 def compare(
-    fitted: FittedEstimator, selection: Selection, store: GradientStore, *, seed: int
+    fitted: FittedEstimator,
+    selection: Selection,
+    store: GradientStore,
+    shown: Sequence[int],
+    *,
+    seed: int,
 ) -> list[Row]:
-    """Estimate the losses that a reader compares the choice with; see ``ReportFields.rows``."""
+    """Estimate the losses that a reader compares the choice with; see ``ReportFields.rows``.
+
+    Of the tasks ``shown``, those dropped are added to the chosen mixture.
+    """
     task_names = store.task_names
     num_tasks = len(task_names)
     chosen = np.array([[selection.weights[name] for name in task_names]])
@@ -66,7 +74,7 @@ def compare(
         dataclasses.replace(row, left_out=name)
         for row, name in zip(without, task_names, strict=True)
     ]
-    dropped = [name for name in task_names if selection.weights[name] == 0]
+    dropped = [task_names[k] for k in shown if selection.weights[task_names[k]] == 0]
     if dropped:
         added = rows(
             [f"chosen and {name}" for name in dropped],

@@ -112,7 +112,8 @@ class ReportFields:
         scores: task -> score, if the selector has scores.
         rows: estimates of no further training, the chosen mixture, all tasks, random subsets of the
             chosen size, the task with the target's name if there is one, all tasks without each
-            one, and the chosen mixture with each dropped one.
+            one, and the chosen mixture with each dropped one (of more than 60 tasks, with the
+            most similar ones).
         difference: the chosen mixture's loss minus that of all tasks. Its interval is narrower than
             the intervals of the two losses, whose errors are shared.
         tasks: what was captured of each task; ``target``: of the target.

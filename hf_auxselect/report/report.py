@@ -115,11 +115,11 @@ class SelectionReport(ReportContent):
             seed: determines the random subsets.
         """
         names = store.task_names
-        self.rows = analysis.compare(fitted, selection, store, seed=seed)
+        shown = analysis.most_relevant(store, selection, MAX_TASKS)
+        self.rows = analysis.compare(fitted, selection, store, shown, seed=seed)
         self.difference = analysis.compare_with_all_tasks(fitted, selection, names)
         after = fitted.task_losses(np.array([[selection.weights[name] for name in names]]))
         self.tasks = analysis.summarize_tasks(store, None if after is None else after[0])
-        shown = analysis.most_relevant(store, selection, MAX_TASKS)
         self.similarity = analysis.similarity(store, shown)
         self.what_if = approximate(fitted, names, store.task_sizes.tolist(), shown, seed=seed)
         self.target = analysis.summarize_tasks(store.target)[0]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_auxselect.estimators import FittedEstimator
+from hf_auxselect.estimators.parallel import one_blas_thread
 from hf_auxselect.seeds import random_words
 
 Array = np.ndarray
@@ -126,7 +127,8 @@ def approximate(
         axis=1,
     )
     anchors_AK, outputs_AO = units_MK[:-num_held_out], outputs_MO[:-num_held_out]
-    scale, coefficients_AO = _regression(anchors_AK / _UNITS, outputs_AO)
+    with one_blas_thread():
+        scale, coefficients_AO = _regression(anchors_AK / _UNITS, outputs_AO)
     record = WhatIf(
         tasks=[task_names[k] for k in varied],
         anchors=base64.b64encode(anchors_AK.astype(np.uint8).tobytes()).decode(),
