@@ -34,7 +34,7 @@ from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
 from hf_auxselect.plan import CostPreview, Plan, make_plan, warn_of_leaked_target
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.report.console import for_stream
-from hf_auxselect.report.tables import tables
+from hf_auxselect.report.table_rows import table_rows
 from hf_auxselect.report.text import summary
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory, decision_of
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
@@ -368,10 +368,10 @@ class TaskSelectionCallback(TrainerCallback):
         access.log(trainer, report.metrics())
         tracking.show(
             trainer,
-            tables=tables(report),
+            tables=table_rows(report),
             summary=summary(report),
             markdown=report.to_markdown(),
-            directory=run.directory.report,
+            directory=run.directory.path / "report",
         )
 
     def _verify(

@@ -42,11 +42,6 @@ class RunDirectory:
         """The file of the run's last decision."""
         return self.path / "selection.json"
 
-    @property
-    def report(self) -> Path:
-        """Where the files of the report are."""
-        return self.path / "report"
-
     def start(self, plan: Plan) -> Plan:
         """Write the plan of a new run, and delete the decision and the report of an earlier one.
 
@@ -62,7 +57,7 @@ class RunDirectory:
                     f"output_dir: cannot write to {str(self.path)!r} ({error.strerror}); "
                     "pass output_dir=... to TaskSelectionCallback, or change the trainer's."
                 ) from error
-            for path in (self.decision, self.report / "report.json"):
+            for path in (self.decision, self.path / "report" / "report.json"):
                 path.unlink(missing_ok=True)
 
         on_main_process(write)
@@ -117,7 +112,7 @@ class RunDirectory:
 
     def save_report(self, report: SelectionReport) -> None:
         """Write the files of the report."""
-        on_main_process(lambda: report.save(self.report))
+        on_main_process(lambda: report.save(self.path / "report"))
 
     def read_report(self, decision: Decision) -> SelectionReport:
         """The report on a decision; a short one if the checkpoint was moved without it."""

@@ -63,7 +63,8 @@ def show(
                     summary=summary,
                     # Its pictures are files beside it, which a tracker does not have.
                     page=re.sub(r"^!\[.*\]\(.*\)\n+", "", markdown, flags=re.MULTILINE),
-                    pictures=sorted(directory.glob("*.png")),
+                    # Without estimates, those that are there are an earlier run's.
+                    pictures=sorted(directory.glob("*.png")) if "estimates" in tables else [],
                     html=html.read_text(encoding="utf-8") if html.is_file() else None,
                 )
                 with access.preserved_rng():

@@ -10,7 +10,7 @@ from hf_auxselect import SelectionReport
 from hf_auxselect.report import Measurement
 from hf_auxselect.report.console import for_stream
 from hf_auxselect.report.content import Row
-from hf_auxselect.report.tables import tables
+from hf_auxselect.report.table_rows import table_rows
 
 HOSTILE = "[bold red]x[/] :warning: \x1b[31m\n\u202e" + "long " * 60
 
@@ -87,7 +87,7 @@ def test_without_estimates_there_are_shares_alone():
     shown = for_stream(fixed, Terminal())
     assert "Selected 1 of 2 tasks" in shown
     assert "loss" not in shown
-    assert tables(fixed) == {
+    assert table_rows(fixed) == {
         "tasks": [
             {"task": "a", "share": 1.0, "chosen": True},
             {"task": "b", "share": 0.0, "chosen": False},
@@ -96,7 +96,7 @@ def test_without_estimates_there_are_shares_alone():
 
 
 def test_tables_hold_what_the_report_shows(report):
-    found = tables(report)
+    found = table_rows(report)
     assert list(found) == ["estimates", "tasks", "ground_truth_runs"]
     assert found["estimates"][0] == {"trained on": "chosen", "loss": 1.25, "low": 1.2, "high": 1.3}
     assert found["tasks"][1]["task"] == HOSTILE

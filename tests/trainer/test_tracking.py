@@ -23,7 +23,7 @@ def integration(kind, **attributes):
     return made
 
 
-def show(directory, *callbacks, is_main=True):
+def show(directory, *callbacks, is_main=True, tables=TABLES):
     (directory / "left_out.png").write_bytes(b"not read")
     trainer = SimpleNamespace(
         is_world_process_zero=lambda: is_main,
@@ -32,7 +32,7 @@ def show(directory, *callbacks, is_main=True):
     )
     tracking.show(
         trainer,
-        tables=TABLES,
+        tables=tables,
         summary=["Selected 1 of 2 tasks: a.", "Warning: few examples."],
         markdown=MARKDOWN,
         directory=directory,
@@ -82,6 +82,11 @@ def test_wandb_shows_tables_pictures_and_the_page_where_there_is_one(tmp_path, t
     (tmp_path / "index.html").write_text("<p>é", encoding="utf-8")
     show(tmp_path, integration(WandbCallback))
     assert tracker.logged[1] == expected | {"auxselect/report": ("html", "<p>é", False)}
+
+
+def test_the_picture_of_an_earlier_run_is_not_shown(tmp_path, tracker):
+    show(tmp_path, integration(WandbCallback), tables={"tasks": [{"task": "a", "share": 1.0}]})
+    assert list(tracker.logged[0]) == ["train/global_step", "auxselect/tasks"]
 
 
 def test_no_run_is_opened(tmp_path, tracker, caplog):

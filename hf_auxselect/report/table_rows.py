@@ -10,7 +10,7 @@ TableRow = dict[str, str | float | bool]
 """Column -> value; losses are nats per label token, as exact as the report shows them."""
 
 
-def tables(content: ReportContent) -> dict[str, list[TableRow]]:
+def table_rows(content: ReportContent) -> dict[str, list[TableRow]]:
     """The tables of a report that have rows, by name.
 
     ``estimates`` compares mixtures, ``tasks`` has each task's share and the loss of all tasks
