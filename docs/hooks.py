@@ -20,5 +20,8 @@ ROLE = re.compile(r":(?:class|func|meth|data|mod|attr):<code>~?(?:hf_auxselect\.
 def on_page_content(content: str, **kwargs: Any) -> str:
     """The page with its equations and references replaced."""
     content = INLINE.sub(lambda m: convert(html.unescape(m[1])), content)
-    content = DISPLAY.sub(lambda m: convert(html.unescape(m[1]), display="block"), content)
+    content = DISPLAY.sub(
+        lambda m: f'<div class="equation">{convert(html.unescape(m[1]), display="block")}</div>',
+        content,
+    )
     return ROLE.sub(r"<code>\1</code>", content)

@@ -12,6 +12,7 @@ A decision is made once; a resumed run reads it.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import weakref
 from collections.abc import Sequence
@@ -32,10 +33,13 @@ from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, Lineariz
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
 from hf_auxselect.plan import CostPreview, Plan, make_plan, warn_of_leaked_target
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
+from hf_auxselect.report.console import for_stream
+from hf_auxselect.report.table_rows import table_rows
+from hf_auxselect.report.text import summary
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory, decision_of
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
 from hf_auxselect.store.arrays import GradientStore
-from hf_auxselect.trainer import access, checkpoints, data, support
+from hf_auxselect.trainer import access, checkpoints, data, support, tracking
 from hf_auxselect.trainer.batches import BatchSource
 from hf_auxselect.trainer.schedule import restart, schedule_restart
 from hf_auxselect.trainer.trial_runs import RestOfRun
@@ -376,8 +380,15 @@ class TaskSelectionCallback(TrainerCallback):
         if self.verify and fitted is not None:
             self._verify(trainer, run, report, fitted)
         if trainer.is_world_process_zero():
-            tqdm.write(report.to_text())
+            tqdm.write(for_stream(report, sys.stdout))
         access.log(trainer, report.metrics())
+        tracking.show(
+            trainer,
+            tables=table_rows(report),
+            summary=summary(report),
+            markdown=report.to_markdown(),
+            directory=run.directory.path / "report",
+        )
 
     def _verify(
         self,

@@ -66,10 +66,15 @@ def calibration_sentence(content: ReportContent) -> str:
     )
 
 
+def summary(content: ReportContent) -> list[str]:
+    """The report in a few sentences, without its tables."""
+    sentences = [_title(content), comparison_sentence(content), agreement_sentence(content)]
+    return [text for text in [*sentences, *_warnings(content)] if text]
+
+
 def to_text(content: ReportContent) -> str:
     """The report for the terminal."""
-    title = f"Selected {len(content.selected)} of {len(content.weights)} tasks"
-    lines = [f"{title}: {', '.join(printable(name) for name in content.selected)}"]
+    lines = [_title(content)]
     if content.rows:
         lines.append("Estimated target loss, nats per label token, with 90% intervals:")
         rows = [row for row in content.rows if row.added is None]
@@ -87,4 +92,13 @@ def to_text(content: ReportContent) -> str:
             for run in content.verification
         ]
         lines.append(f"  {agreement_sentence(content)}")
-    return "\n".join([*lines, *(f"Warning: {text}" for text in content.warnings)])
+    return "\n".join([*lines, *_warnings(content)])
+
+
+def _title(content: ReportContent) -> str:
+    number, total = len(content.selected), len(content.weights)
+    return f"Selected {number} of {total} tasks: {', '.join(map(printable, content.selected))}"
+
+
+def _warnings(content: ReportContent) -> list[str]:
+    return [f"Warning: {text}" for text in content.warnings]
