@@ -255,8 +255,12 @@ class TestRendering:
 @pytest.mark.parametrize("card", MODEL_CARDS, ids=lambda card: card.parent.name)
 def test_a_model_card_is_rendered_from_its_report(card):
     """If the page was meant to change: ``SelectionReport.load(directory).save(directory)``."""
-    assert SelectionReport.load(card.parent).to_markdown() == card.read_text()
-    assert (card.parent / "left_out.png").is_file()
+    report = SelectionReport.load(card.parent)
+    assert report.to_markdown() == card.read_text()
+    assert report.to_html() == (card.parent / "index.html").read_text()
+    for name in ("left_out", "similarity"):
+        for kind in ("png", "svg"):
+            assert (card.parent / f"{name}.{kind}").is_file()
 
 
 class TestStrategies:
