@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -96,6 +96,8 @@ class TaskSelectionCallback(TrainerCallback):
             subsets of the chosen size), whose losses the report compares with the estimates.
         calibrate: number of ground-truth runs on mixtures spread over all possible ones, before
             the choice; they correct the estimates and set their error bars.
+        sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
+            ``name``, ``split``, ...); kept in the report for exports and the model card.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
         seed: rules examples, projection and order; None: the trainer's ``data_seed`` or ``seed``.
 
@@ -123,6 +125,7 @@ class TaskSelectionCallback(TrainerCallback):
         one_by_one: bool = False,
         verify: int = 0,
         calibrate: int = 0,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
         output_dir: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
@@ -168,6 +171,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.one_by_one = one_by_one
         self.verify = verify
         self.calibrate = calibrate
+        self.sources = {name: dict(source) for name, source in (sources or {}).items()}
         self.output_dir = output_dir
         self.seed = seed
         if (verify or calibrate) and not self._needs_estimates:
@@ -282,6 +286,7 @@ class TaskSelectionCallback(TrainerCallback):
                     fitted, calibration = self._calibrate(trainer, run, fitted)
             report = self._choose(trainer, run, step, store, fitted)
         report.calibration = calibration
+        report.sources = self.sources
         seconds = on_main_process(lambda: (pass_seconds, time.perf_counter() - start))
         report.run["gradient_pass_seconds"] = round(seconds[0], 3)
         report.run["seconds"] = round(seconds[1], 3)
