@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_auxselect._version import __version__
-from hf_auxselect.cli.completion import complete, complete_with_tasks
+from hf_auxselect.cli.completion import complete, complete_with_selectors, complete_with_tasks
 from hf_auxselect.cli.options import UsageError
 
 FORMATS = ("trl", "axolotl", "llamafactory", "open-instruct", "ms-swift", "datasets", "rows")
@@ -146,9 +146,10 @@ def _add_select(commands: Any) -> None:
         "the choice to a file that a training run follows by FixedSelection.from_file(FILE). The "
         "run's own selection.json stays as it is.",
     )
-    command.add_argument(
+    selector = command.add_argument(
         "--selector", required=True, metavar="NAME", help="ForwardSelection, RandomEnsemble, ..."
     )
+    complete_with_selectors(selector)
     command.add_argument(
         "--option",
         action="append",
@@ -244,7 +245,17 @@ def _add_push(commands: Any) -> None:
         help="whether a repository that is made now is private; default: as your account has it",
     )
     command.add_argument("--revision", metavar="NAME", help="branch; default: main")
-    command.set_defaults(run=_later("push"))
+    command.add_argument("--token", help=argparse.SUPPRESS)  # else argparse would repeat it
+
+    def run(options: argparse.Namespace) -> None:
+        if options.token is not None:
+            command.error(
+                "--token is not taken, as others can see command lines: run `hf auth login`, or "
+                "set HF_TOKEN"
+            )
+        _later("push")(options)
+
+    command.set_defaults(run=run)
 
 
 def _later(name: str) -> Any:

@@ -37,6 +37,17 @@ def complete_with_tasks(action: argparse.Action, *, separated: bool = False) -> 
     action.completer = names  # type: ignore[attr-defined]  # as argcomplete looks for it
 
 
+def complete_with_selectors(action: argparse.Action) -> None:
+    """Let an option be completed with the names of selectors."""
+
+    def names(**_: Any) -> list[str]:
+        from hf_auxselect.selectors.registry import SELECTORS
+
+        return [*SELECTORS]
+
+    action.completer = names  # type: ignore[attr-defined]
+
+
 def _tasks_of(directory: Path | None) -> list[str]:
     """The tasks of a stored run; none if it cannot be read: a shell shows no errors."""
     from hf_auxselect.report import SelectionReport
