@@ -30,7 +30,7 @@ from hf_auxselect.decision import decide
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
-from hf_auxselect.plan import CostPreview, Plan, make_plan, warn_of_leaked_target
+from hf_auxselect.plan import CostPreview, Plan, checked_sources, make_plan, warn_of_leaked_target
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory, decision_of
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
@@ -97,7 +97,7 @@ class TaskSelectionCallback(TrainerCallback):
         calibrate: number of ground-truth runs on mixtures spread over all possible ones, before
             the choice; they correct the estimates and set their error bars.
         sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
-            ``name``, ``split``, ...); kept in the report for exports and the model card.
+            ``name``, ...), for exports and the model card.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
         seed: rules examples, projection and order; None: the trainer's ``data_seed`` or ``seed``.
 
@@ -171,7 +171,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.one_by_one = one_by_one
         self.verify = verify
         self.calibrate = calibrate
-        self.sources = {name: dict(source) for name, source in (sources or {}).items()}
+        self.sources = checked_sources(sources)
         self.output_dir = output_dir
         self.seed = seed
         if (verify or calibrate) and not self._needs_estimates:

@@ -37,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["sft"]:  # its options are those of TRL, whose import takes seconds
-            from hf_auxselect.cli import sft
-
-            sft.run(arguments[1:])
+            _sft(arguments[1:])
         else:
             parser = _parser()
             complete(parser)
@@ -49,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-auxselect: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def _sft(arguments: Sequence[str]) -> None:
+    try:
+        from hf_auxselect.cli import sft
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"sft needs the package {error.name!r}: pip install 'hf-auxselect[trl]'."
+        ) from error
+    sft.run(arguments)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

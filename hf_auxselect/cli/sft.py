@@ -100,16 +100,23 @@ def _load(
     script: Any, training: Any, mixture: TaskMixture, selection: SelectionArguments
 ) -> tuple[Dataset, Dataset]:
     """Training set and target."""
-    if mixture.datasets:
-        train = concatenate_tasks(mixture.load(), task_column=selection.task_column)
-    elif script.dataset_name:
-        train = load_dataset(
-            script.dataset_name, script.dataset_config, split=script.dataset_train_split
-        )
-    else:
+    if not mixture.datasets and not script.dataset_name:
         raise UsageError(
             "there is nothing to train on: give --datasets, or --dataset_name with a --task_column."
         )
+    if mixture.datasets and selection.target is None and mixture.test_split_size is None:
+        raise UsageError(
+            "there is no target: give --target path[:split], the evaluation set whose loss is to "
+            "fall; or --test_split_size, which holds out rows of all tasks."
+        )
+
+    def of_name(split: str) -> Dataset:
+        return load_dataset(script.dataset_name, script.dataset_config, split=split)
+
+    if mixture.datasets:
+        train = concatenate_tasks(mixture.load(), task_column=selection.task_column)
+    else:
+        train = of_name(script.dataset_train_split)
     if selection.target is not None:
         entry = target_entry(
             selection.target,
@@ -119,14 +126,7 @@ def _load(
         )
         return train, load(entry)
     if mixture.test_split_size is not None:
+        # With a seed: each process must hold out the same rows.
         parts = train.train_test_split(mixture.test_split_size, seed=training.seed)
         return parts["train"], parts["test"]
-    if mixture.datasets:
-        raise UsageError(
-            "there is no target: give --target path[:split], the evaluation set whose loss is to "
-            "fall; or --test_split_size, which holds out rows of all tasks."
-        )
-    target = load_dataset(
-        script.dataset_name, script.dataset_config, split=script.dataset_test_split
-    )
-    return train, target
+    return train, of_name(script.dataset_test_split)
