@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
-import transformers
 import trl
 from datasets import Dataset, load_dataset
 from packaging.version import Version
+from transformers import set_seed
+from yaml import YAMLError
 
 from hf_auxselect import TaskSelectionCallback, concatenate_tasks
 from hf_auxselect.cli.options import UsageError
@@ -44,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     try:
         script, training, model, mixture, selection = parser.parse_args_and_config(arguments)
-    except (TypeError, ValueError) as error:  # TRL's own, and those of configuration classes
+    except (TypeError, ValueError, YAMLError) as error:  # of TRL and of its configurations
         raise UsageError(str(error)) from error
     # What training prints must not stand among the JSON.
     with contextlib.redirect_stdout(sys.stderr if selection.json else sys.stdout):
@@ -54,7 +56,7 @@ def run(arguments: Sequence[str]) -> None:
         if training.push_to_hub:
             trainer.push_to_hub(dataset_name=script.dataset_name)
         is_main = trainer.is_world_process_zero()
-        if Version(transformers.__version__) >= Version("5.18"):
+        if Version(version("transformers")) >= Version("5.18"):
             trainer.end()  # trackers and process group, as in TRL's script
     if selection.json and is_main and callback.report is not None:
         show_json(callback.report.to_dict())
@@ -72,6 +74,8 @@ def make_trainer(
         mixture: the tasks.
         selection: target and options of the callback.
     """
+    if not model.model_name_or_path:
+        raise UsageError("there is no model: give --model_name_or_path.")
     callback = selection.callback(mixture.sources)
     train, target = _load(script, training, mixture, selection)
     settings = vars(model) | vars(training)  # trust_remote_code has moved between them
@@ -83,6 +87,7 @@ def make_trainer(
     }
     training.model_init_kwargs = options | (training.model_init_kwargs or {})
     quantization = trl.get_quantization_config(model)
+    set_seed(training.seed)  # not all releases of TRL do before they initialize an adapter
     trainer = trl.SFTTrainer(
         model=model.model_name_or_path,
         args=training,

@@ -169,6 +169,7 @@ class TestARun:
     [
         ({"learning_rat": 1}, "Unknown arguments from config file: ['--learning_rat', '1']"),
         ({"datasets": [{"path": "sums", "weight": 2}]}, "unexpected keyword argument 'weight'"),
+        ({"model_name_or_path": None}, "there is no model: give --model_name_or_path"),
         ({"datasets": []}, "there is nothing to train on"),
         ({"target": None}, "there is no target: give --target path[:split]"),
         ({"target": {"path": "sums", "splits": "test"}}, "target: DatasetConfig.__init__() got"),
@@ -192,6 +193,12 @@ def test_wrong_options_are_told_before_training(options, reason, tmp_path, capsy
 def test_an_unknown_flag_is_an_error(capsys):
     assert main(["sft", *flags(learning_speed=1)]) == 2
     assert "--learning_speed" in capsys.readouterr().err
+
+
+def test_what_is_no_yaml(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("datasets: [")
+    assert main(["sft", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "run.yaml" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_one_line(tmp_path, capsys):
