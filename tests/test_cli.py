@@ -198,6 +198,13 @@ def test_help_needs_not_even_numpy():
     assert "numpy" not in modules_after("what-if", "--help")
 
 
+def test_a_reader_that_has_seen_enough_gets_no_error(directory):
+    command = [sys.executable, "-m", "hf_auxselect.cli", "report", str(directory), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 class TestExport:
     """The command; what it writes is tested with the report."""
 
