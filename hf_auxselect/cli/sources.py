@@ -61,7 +61,7 @@ class TaskMixture(DatasetMixtureConfig):
         if self.streaming:
             raise UsageError("--streaming: tasks must have a length; leave it out.")
         tasks = {n: load(e) for n, e in zip(self.names, self.datasets, strict=True)}
-        given = [vars(entry).get("fraction") for entry in self.datasets]  # since TRL 1.16
+        given = [vars(entry).get("fraction") for entry in self.datasets]  # not in TRL 1.0
         if all(fraction is None for fraction in given):
             return tasks
         fractions = [fraction for fraction in given if fraction is not None and fraction > 0]

@@ -56,7 +56,7 @@ class FixedSelection(AbstractSelector):
 
         Args:
             path: JSON with ``weights``, task -> weight; what else it holds is left alone. The run
-                that follows it must have tasks of these names, and may have others.
+                that follows it must have the tasks with positive weights, and may have others.
             estimate: whether the mixture's loss is estimated.
 
         Raises:
@@ -70,9 +70,10 @@ class FixedSelection(AbstractSelector):
         wrong = [name for name, weight in weights.items() if weight < 0]
         if wrong:
             raise ValueError(f"{path}: the weight of {wrong[0]!r} is negative.")
-        if not any(weights.values()):
+        chosen = {name: weight for name, weight in weights.items() if weight > 0}
+        if not chosen:
             raise ValueError(f"{path}: no task has a positive weight.")
-        return cls(weights, estimate=estimate)
+        return cls(chosen, estimate=estimate)
 
     def select(self, problem: SelectionProblem) -> Selection:
         names = problem.task_names

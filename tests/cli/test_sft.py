@@ -153,7 +153,7 @@ class TestARun:
             capture_output=True,
             text=True,
             timeout=300,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)  # of one process
