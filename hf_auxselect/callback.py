@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -31,7 +31,7 @@ from hf_auxselect.decision import decide
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
-from hf_auxselect.plan import CostPreview, Plan, make_plan, warn_of_leaked_target
+from hf_auxselect.plan import CostPreview, Plan, checked_sources, make_plan, warn_of_leaked_target
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.report.console import for_stream
 from hf_auxselect.report.table_rows import table_rows
@@ -112,6 +112,8 @@ class TaskSelectionCallback(TrainerCallback):
             subsets of the chosen size), whose losses the report compares with the estimates.
         calibrate: number of ground-truth runs on mixtures spread over all possible ones, before
             the choice; they correct the estimates and set their error bars.
+        sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
+            ``name``, ...), for exports and the model card.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
         seed: rules examples, projection and order; None: the trainer's ``data_seed`` or ``seed``.
 
@@ -139,6 +141,7 @@ class TaskSelectionCallback(TrainerCallback):
         one_by_one: bool = False,
         verify: int = 0,
         calibrate: int = 0,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
         output_dir: str | Path | None = None,
         seed: int | None = None,
     ) -> None:
@@ -184,6 +187,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.one_by_one = one_by_one
         self.verify = verify
         self.calibrate = calibrate
+        self.sources = checked_sources(sources)
         self.output_dir = output_dir
         self.seed = seed
         if (verify or calibrate) and not self._needs_estimates:
@@ -298,6 +302,7 @@ class TaskSelectionCallback(TrainerCallback):
                     fitted, calibration = self._calibrate(trainer, run, fitted)
             report = self._choose(trainer, run, step, store, fitted)
         report.calibration = calibration
+        report.sources = self.sources
         seconds = on_main_process(lambda: (pass_seconds, time.perf_counter() - start))
         report.run["gradient_pass_seconds"] = round(seconds[0], 3)
         report.run["seconds"] = round(seconds[1], 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import logging
 import random
 import time
@@ -22,7 +23,7 @@ from hf_auxselect.capture.batching import TaskExamples
 from hf_auxselect.capture.check import examples_to_check
 from hf_auxselect.capture.scalars import CollateFn
 from hf_auxselect.estimators import Estimate
-from hf_auxselect.files import JsonDict
+from hf_auxselect.files import JsonDict, to_json
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.report.content import RunRecord
 from hf_auxselect.seeds import random_permutation
@@ -388,6 +389,24 @@ def require_same_plan(plan: Plan, on_disk: PlanRecord, path: Any) -> None:
             "position in the mixture would be lost. Restore it, or start anew in another "
             "output_dir."
         )
+
+
+def checked_sources(sources: Mapping[str, Mapping[str, Any]] | None) -> dict[str, JsonDict]:
+    """The callback's ``sources`` as JSON values, as the report keeps them.
+
+    Raises:
+        TypeError: a source is no entry of ``datasets:``, or holds what JSON cannot express.
+    """
+    for name, source in (sources or {}).items():
+        if not isinstance(source, Mapping):
+            raise TypeError(
+                f"sources[{name!r}] must be an entry of TRL's datasets:, such as "
+                f"{{'path': 'me/data'}}, got {source!r}."
+            )
+    try:
+        return {name: json.loads(to_json(source)) for name, source in (sources or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"sources must hold texts, numbers and lists only ({error}).") from error
 
 
 def select(

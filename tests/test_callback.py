@@ -706,6 +706,8 @@ class TestRefusals:
         ({"examples_per_task": 1}, ValueError, "examples_per_task must be at least 2"),
         ({"projection_dim": 1}, ValueError, "projection_dim must be at least 2"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"sources": {"a": "me/data"}}, TypeError, "sources\\['a'\\] must be an entry of TRL's"),
+        ({"sources": {"a": {"path": {1}}}}, TypeError, "sources must hold texts, numbers"),
         ({"estimator": "logistic"}, TypeError, "estimator must be an object"),
         ({"selector": ForwardSelection}, TypeError, "selector must be an object"),
     ],

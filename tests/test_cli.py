@@ -1,4 +1,5 @@
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_auxselect import GradientStore, LinearizedTraining, SelectionReport
+from hf_auxselect._version import __version__
 from hf_auxselect.cli import main
 from hf_auxselect.files import to_json
 
@@ -118,7 +120,16 @@ def test_a_failure_is_one_line_and_exit_code_1(arguments, reason, directory, cap
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["dance"], ["what-if", "x"], ["verify", "x", "--num", "0", "y.py"]]
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["what-if", "x"],
+        ["verify", "x", "--num", "0", "y.py"],
+        ["select", "x"],
+        ["export", "x", "--format", "mosaic"],
+        ["push", "x"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -126,23 +137,206 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys):
     assert exit_.value.code == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["what-if", "--help"]])
-def test_help(arguments, capsys):
+@pytest.mark.parametrize(
+    "command", ["", "report", "what-if", "select", "verify", "export", "push", "sft"]
+)
+def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as exit_:
-        main(arguments)
+        main([*command.split(), "--help"])
     assert exit_.value.code == 0
-    assert "usage: hf-auxselect" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"usage: hf-auxselect {command}".strip() in told
+    assert f"example: hf-auxselect {command}".strip() in told
+    assert not command or "--json" in told
 
 
-def test_it_needs_neither_torch_nor_transformers(directory):
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"hf-auxselect {__version__}\n"
+
+
+def modules_after(*arguments, environment=None):
+    """What a command has imported at its end."""
     code = (
-        "import sys; from hf_auxselect.cli import main; "
-        f"code = main(['what-if', {str(directory)!r}, '--tasks', 'a']); "
-        "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets'} & set(sys.modules); "
-        "sys.exit(f'imported {heavy}' if heavy else code)"
+        "import sys\n"
+        "from hf_auxselect.cli import main\n"
+        "try:\n"
+        "    code = main(sys.argv[1:])\n"
+        "except SystemExit as exit_:\n"
+        "    code = exit_.code\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+        "sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | (environment or {}),
+    )
     assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report"],
+        ["what-if", "--tasks", "a"],
+        ["select", "--selector", "ForwardSelection", "--option", "max_tasks=2"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_stored_run_needs_neither_torch_nor_transformers(arguments, directory):
+    loaded = modules_after(arguments[0], str(directory), *arguments[1:])
+    assert not loaded & {"torch", "transformers", "trl", "peft", "datasets", "huggingface_hub"}
+
+
+def test_help_needs_not_even_numpy():
+    assert "numpy" not in modules_after("what-if", "--help")
+
+
+def test_a_reader_that_has_seen_enough_gets_no_error(directory):
+    command = [sys.executable, "-m", "hf_auxselect.cli", "report", str(directory), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+class TestExport:
+    """The command; what it writes is tested with the report."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        asked = []
+
+        def export(self, format, *, sources=None):
+            asked.append((self.selected, format, sources))
+            return "datasets:\n- path: x\n"
+
+        monkeypatch.setattr(SelectionReport, "export", export, raising=False)
+        return asked
+
+    def test_it_is_printed(self, asked, directory, capsys):
+        assert main(["export", str(directory), "--format", "trl"]) == 0
+        assert capsys.readouterr().out == "datasets:\n- path: x\n"
+        assert asked == [(SelectionReport.load(directory).selected, "trl", None)]
+
+    def test_it_is_written(self, asked, directory, tmp_path, capsys):
+        sources, output = tmp_path / "sources.json", tmp_path / "mixture.yaml"
+        sources.write_text('{"a": {"path": "my/a", "split": "train"}}')
+        command = ["export", str(directory), "--format", "axolotl", "--output", str(output)]
+        assert main([*command, "--sources", str(sources), "--json"]) == 0
+        assert output.read_text() == "datasets:\n- path: x\n"
+        assert json.loads(capsys.readouterr().out) == {
+            "format": "axolotl",
+            "output": str(output),
+            "content": None,
+        }
+        assert asked[0][2] == {"a": {"path": "my/a", "split": "train"}}
+
+    @pytest.mark.parametrize("sources", ["[]", '{"a": "my/a"}', "{", '{"a": {"fraction": NaN}}'])
+    def test_damaged_sources(self, sources, asked, directory, tmp_path, capsys):
+        path = tmp_path / "sources.json"
+        path.write_text(sources)
+        command = ["export", str(directory), "--format", "trl", "--sources", str(path)]
+        assert main(command) == 1
+        assert f"{path}: damaged" in capsys.readouterr().err
+        assert not asked
+
+
+class TestPush:
+    """The command; what it uploads is tested with the report."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "options"),
+        [
+            ([], {"repo_type": "model", "private": None, "revision": None}),
+            (
+                ["--repo-type", "dataset", "--private", "--revision", "v1"],
+                {"repo_type": "dataset", "private": True, "revision": "v1"},
+            ),
+            (["--no-private"], {"repo_type": "model", "private": False, "revision": None}),
+        ],
+    )
+    def test_it_prints_where_the_report_is(
+        self, arguments, options, directory, capsys, monkeypatch
+    ):
+        def push_to_hub(self, repo_id, **given):
+            assert (repo_id, given) == ("me/model", options)  # no token: that of the environment
+            return "https://huggingface.co/me/model"
+
+        monkeypatch.setattr(SelectionReport, "push_to_hub", push_to_hub, raising=False)
+        command = ["push", str(directory), "me/model", *arguments]
+        assert main(command) == 0
+        assert capsys.readouterr().out == "https://huggingface.co/me/model\n"
+        assert main([*command, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["url"] == "https://huggingface.co/me/model"
+
+    def test_a_token_is_refused_and_not_repeated(self, directory, capsys):
+        with pytest.raises(SystemExit) as exit_:
+            main(["push", str(directory), "me/model", "--token", "hf_secret"])
+        assert exit_.value.code == 2
+        error = capsys.readouterr().err
+        assert "set HF_TOKEN" in error and "hf_secret" not in error
+
+    def test_what_the_hub_refuses_is_one_line(self, directory, capsys, monkeypatch):
+        def push_to_hub(self, repo_id, **options):
+            raise OSError("403: no right to write to 'me/model';\nlog in by hf auth login.")
+
+        monkeypatch.setattr(SelectionReport, "push_to_hub", push_to_hub, raising=False)
+        assert main(["push", str(directory), "me/model"]) == 1
+        error = capsys.readouterr().err
+        assert (
+            error
+            == "hf-auxselect: 403: no right to write to 'me/model'; log in by hf auth login.\n"
+        )
+
+
+class TestCompletion:
+    def completed(self, line, tmp_path, directory):
+        answer = tmp_path / "answer"
+        line = line.format(directory)
+        environment = {
+            "_ARGCOMPLETE": "1",
+            "_ARGCOMPLETE_IFS": "\n",
+            "_ARGCOMPLETE_SHELL": "fish",  # which quotes nothing
+            "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+            "COMP_LINE": line,
+            "COMP_POINT": str(len(line)),
+        }
+        subprocess.run(
+            [sys.executable, "-m", "hf_auxselect.cli"],
+            env=os.environ | environment,
+            timeout=60,
+            check=False,
+            stderr=subprocess.DEVNULL,
+        )
+        return [word.split("\t")[0].strip() for word in answer.read_text().splitlines()]
+
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            ("hf-auxselect wh", ["what-if"]),
+            ("hf-auxselect export {} --format ll", ["llamafactory"]),
+            ("hf-auxselect what-if {} --task ", ["a", "b", "c", "d"]),
+            ("hf-auxselect what-if {} --tasks a,c,", ["a,c,b", "a,c,d"]),
+            ("hf-auxselect select {} --selector Ran", ["RandomEnsemble"]),
+            ("hf-auxselect what-if nowhere --task ", []),
+        ],
+    )
+    def test_of_commands_options_and_tasks(self, line, words, tmp_path, directory):
+        pytest.importorskip("argcomplete", reason="an optional package, of the extra cli")
+        assert self.completed(line, tmp_path, directory) == words
+
+    def test_without_argcomplete_nothing_happens(self, monkeypatch, capsys):
+        monkeypatch.setenv("_ARGCOMPLETE", "1")
+        monkeypatch.setitem(sys.modules, "argcomplete", None)
+        with pytest.raises(SystemExit):
+            main(["--version"])
+        assert __version__ in capsys.readouterr().out
 
 
 class TestVerify:

@@ -104,6 +104,7 @@ def test_only_these_modules_know_transformers():
         "callback.py",
         "capture/memory.py",  # for GradientCheckpointingLayer alone
         "capture/module_gradients.py",  # for Conv1D alone
+        "cli/sft.py",  # as TRL's script
         "gradient_pass.py",
         "plan.py",
         "script.py",

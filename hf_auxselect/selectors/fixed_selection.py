@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
+from hf_auxselect.files import read_json
 from hf_auxselect.selectors.base import (
     AbstractSelector,
     Selection,
@@ -14,6 +17,12 @@ from hf_auxselect.selectors.base import (
     normalized_weights,
     require_known,
 )
+
+
+class _DecisionFile(TypedDict):
+    """What is read of a decision; other keys are left alone."""
+
+    weights: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,31 @@ class FixedSelection(AbstractSelector):
             raise ValueError("tasks is empty; give at least one task.")
         object.__setattr__(self, "tasks", given)
         object.__setattr__(self, "estimate", estimate)
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, estimate: bool = True) -> FixedSelection:
+        """Follow a decision: a file of ``hf-auxselect select``, or a run's ``selection.json``.
+
+        Args:
+            path: JSON with ``weights``, task -> weight; what else it holds is left alone. The run
+                that follows it must have the tasks with positive weights, and may have others.
+            estimate: whether the mixture's loss is estimated.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or no decision; names it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no decision file {str(path)!r}.")
+        weights = read_json(path, _DecisionFile)["weights"]
+        wrong = [name for name, weight in weights.items() if weight < 0]
+        if wrong:
+            raise ValueError(f"{path}: the weight of {wrong[0]!r} is negative.")
+        chosen = {name: weight for name, weight in weights.items() if weight > 0}
+        if not chosen:
+            raise ValueError(f"{path}: no task has a positive weight.")
+        return cls(chosen, estimate=estimate)
 
     def select(self, problem: SelectionProblem) -> Selection:
         names = problem.task_names

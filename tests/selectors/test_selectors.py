@@ -305,5 +305,42 @@ class TestFixedSelection:
             FixedSelection(tasks).select(problem(additive(np.ones(5)), keep=keep))
 
 
+class TestFixedSelectionFromFile:
+    def test_it_follows_the_weights(self, tmp_path):
+        path = tmp_path / "decision.json"
+        # The run that follows need not have the dropped task x.
+        path.write_text('{"weights": {"c": 1, "a": 3.0, "x": 0}, "after": "continue"}')
+        selector = FixedSelection.from_file(path, estimate=False)
+        assert selector == FixedSelection({"c": 1, "a": 3.0}, estimate=False)
+        weights = selector.select(problem(additive(np.ones(5)))).weights
+        assert weights == {"a": 0.75, "b": 0, "c": 0.25, "d": 0, "e": 0}
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            ("", "damaged"),
+            ("[]", "damaged (it is [], expected an object)"),
+            ('{"selected": ["a"]}', "has no 'weights'"),
+            ('{"weights": {"a": "1"}}', "expected float"),
+            ('{"weights": {"a": NaN}}', "expected a finite number"),
+            ('{"weights": {"a": true}}', "expected float"),
+            ('{"weights": {"a": 2, "b": -1}}', "the weight of 'b' is negative"),
+            ('{"weights": {"a": 0}}', "no task has a positive weight"),
+            ('{"weights": {}}', "no task has a positive weight"),
+            ("[" * 100_000, "damaged"),
+        ],
+    )
+    def test_what_is_no_decision(self, content, reason, tmp_path):
+        path = tmp_path / "decision.json"
+        path.write_text(content)
+        with pytest.raises(ValueError) as raised:
+            FixedSelection.from_file(path)
+        assert reason in str(raised.value) and str(path) in str(raised.value)
+
+    def test_there_is_no_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no decision file"):
+            FixedSelection.from_file(tmp_path / "decision.json")
+
+
 def test_all_selectors_are_known_by_name():
     assert set(SELECTORS) == {type(s).__name__ for s in [*ALL, FixedSelection(["a"])]}
