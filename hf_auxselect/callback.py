@@ -31,6 +31,7 @@ from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
 from hf_auxselect.plan import CostPreview, Plan, make_plan, warn_of_leaked_target
+from hf_auxselect.publication import Publication
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory, decision_of
 from hf_auxselect.selectors import AbstractSelector, FixedSelection, ForwardSelection
@@ -98,6 +99,8 @@ class TaskSelectionCallback(TrainerCallback):
             the choice; they correct the estimates and set their error bars.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
         seed: rules examples, projection and order; None: the trainer's ``data_seed`` or ``seed``.
+        report_to_hub: pushes the report after training. True: to the trainer's model repo; or a
+            repo id.
 
     Attributes:
         report: None before the selection, then a :class:`hf_auxselect.SelectionReport`.
@@ -125,6 +128,7 @@ class TaskSelectionCallback(TrainerCallback):
         calibrate: int = 0,
         output_dir: str | Path | None = None,
         seed: int | None = None,
+        report_to_hub: bool | str | None = None,
     ) -> None:
         is_share = isinstance(warmup, float) and 0 < warmup < 1
         if isinstance(warmup, bool) or not (is_share or (isinstance(warmup, int) and warmup >= 1)):
@@ -170,6 +174,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.calibrate = calibrate
         self.output_dir = output_dir
         self.seed = seed
+        self.report_to_hub = report_to_hub
         if (verify or calibrate) and not self._needs_estimates:
             option = f"{verify=}" if verify else f"{calibrate=}"
             raise ValueError(
@@ -177,6 +182,9 @@ class TaskSelectionCallback(TrainerCallback):
                 "FixedSelection(estimate=False) makes no estimates; leave one of the two out."
             )
         self.report: SelectionReport | None = None
+        self._publication: Publication | None = None
+        if report_to_hub is not None:
+            self._publication = Publication(report_to_hub, target, lambda: self.report)
         self._trainer: weakref.ref[Trainer] | None = None
         self._initial: dict[str, Tensor] = {}  # parameters that the trainer was made with
         self._run: _Run | None = None  # set during `trainer.train()`
@@ -216,6 +224,8 @@ class TaskSelectionCallback(TrainerCallback):
         trainer = self._current_trainer()
         self._end_run()  # of a `train()` that was broken off
         self.report = initial = batches = None
+        if self._publication is not None:
+            self._publication.begin(trainer)
         with access.preserved_rng():
             plan = self._make_plan(trainer, state.max_steps)
             warn_of_leaked_target(plan, self.task_column)
@@ -258,6 +268,8 @@ class TaskSelectionCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._publication is not None:
+            self._publication.end(self._current_trainer())
         self._end_run()
 
     def _end_run(self) -> None:
@@ -334,6 +346,7 @@ class TaskSelectionCallback(TrainerCallback):
                 "keep": list(self.keep),
                 "seed": run.plan.seed,
                 "model": access.model_name(trainer),
+                "adapter": access.trains_adapter(trainer),
                 "versions": run.plan.to_dict()["versions"],
             },
             rows_to_read=(max_steps - step) * trainer.get_total_train_batch_size(trainer.args),

@@ -21,6 +21,7 @@ LAYERS = [
     "script",
     "callback",
     "decision",
+    "publication",
     "run_directory",
     "gradient_pass",
     "verification",
@@ -106,6 +107,7 @@ def test_only_these_modules_know_transformers():
         "capture/module_gradients.py",  # for Conv1D alone
         "gradient_pass.py",
         "plan.py",
+        "publication.py",
         "script.py",
     }
 

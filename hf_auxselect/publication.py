@@ -1,0 +1,120 @@
+"""The report on the Hub, for a training run: its section in the model card, and a push at the end.
+
+Nothing here ends a run or makes other processes wait: the main process alone pushes, and a failure
+is a warning that says what to do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from transformers import Trainer
+
+from hf_auxselect.report import SelectionReport, card
+from hf_auxselect.trainer import hub
+
+logger = logging.getLogger(__name__)
+
+
+class Publication:
+    """Pushes the report of a run.
+
+    Args:
+        repo: ``True``: the trainer's model repo; or a repo id.
+        target: as given to the callback.
+        report: the run's report, None before the selection.
+
+    Raises:
+        ValueError: ``repo`` is something else.
+    """
+
+    def __init__(
+        self, repo: bool | str, target: str | None, report: Callable[[], SelectionReport | None]
+    ) -> None:
+        if repo is not True and not (isinstance(repo, str) and repo):
+            raise ValueError(
+                "report_to_hub must be None, True (the trainer's model repo) or a repo id such as "
+                f"'user/name', got {repo!r}."
+            )
+        self._repo = None if repo is True else repo
+        self._target = target
+        self._report = report
+
+    def begin(self, trainer: Trainer) -> None:
+        """Before the first step: have the trainer's model card edited.
+
+        Raises:
+            ValueError: the trainer has no model repo to push to.
+        """
+        self._files: list[str] = []  # of the report, in the repo
+        if self._repo is None:
+            hub.model_repo(trainer)
+        if self._is_of(trainer):
+            hub.edit_model_card(trainer, self._edited)
+
+    def end(self, trainer: Trainer) -> None:
+        """After the last step: push the report."""
+        report = self._report()
+        if report is None or not trainer.is_world_process_zero():
+            return
+        repo_id, is_of_trainer = self._repo_id(trainer), self._is_of(trainer)
+        assert report.gradients_directory is not None, "the callback has attached it"
+        directory = report.gradients_directory.parent
+        try:
+            if is_of_trainer:
+                hub.finish_uploads(trainer)
+                hub.add_model_tags(trainer, card.TAGS)
+            self._note_final_loss(trainer, report)
+            report.save(directory / "report")
+            url = report.push_to_hub(
+                repo_id,
+                private=trainer.args.hub_private_repo,
+                token=trainer.args.hub_token,
+                revision=trainer.args.hub_revision if is_of_trainer else None,
+            )
+        except Exception as error:  # the run is worth more than its report
+            logger.warning(
+                "report_to_hub: %s The report is in %s; push it with `hf-auxselect push %s %s`.",
+                error,
+                directory / "report",
+                directory,
+                repo_id,
+            )
+        else:
+            files = sorted((directory / "report").iterdir())
+            self._files = [f"{card.FOLDER}/{path.name}" for path in files]
+            logger.info("report_to_hub: the report is at %s.", url)
+
+    def _edited(self, trainer: Trainer, text: str) -> str | None:
+        """The model card with the section; None before the selection, or if it cannot be read."""
+        report = self._report()
+        if report is None:
+            return None
+        self._note_final_loss(trainer, report)
+        repo_id = self._repo_id(trainer)
+        try:
+            return card.edit_card(
+                text,
+                card.section(report, self._files),
+                card.model_metadata(report, repo_id),
+            )
+        except ValueError as error:
+            logger.warning("report_to_hub: the model card stays as it is; %s.", error)
+            return None
+
+    def _note_final_loss(self, trainer: Trainer, report: SelectionReport) -> None:
+        loss = hub.final_loss(trainer, self._target)
+        if loss is None:
+            report.run.pop("final_loss", None)
+        else:
+            report.run["final_loss"] = loss
+
+    def _repo_id(self, trainer: Trainer) -> str:
+        if self._repo is not None:
+            return self._repo
+        return trainer.hub_model_id or hub.model_repo(trainer)
+
+    def _is_of(self, trainer: Trainer) -> bool:
+        """Whether the repo is the one that the trainer pushes its model to."""
+        return self._repo in (None, trainer.hub_model_id, trainer.args.hub_model_id)
