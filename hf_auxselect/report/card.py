@@ -273,7 +273,7 @@ def _changes(values: Mapping[str, Any], texts: Mapping[str, Any], ours: Metadata
     defaults = {**ours.defaults, **ours.fixed}
     if "base_model" in values and texts["base_model"] != defaults.get("base_model"):
         defaults.pop("base_model_relation", None)  # the user names another one
-    changed |= {key: value for key, value in defaults.items() if values.get(key) is None}
+    changed |= {key: value for key, value in defaults.items() if not values.get(key)}
     for key, items in ours.lists.items():
         present = texts.get(key) or []
         present = present if isinstance(present, list) else [present]
