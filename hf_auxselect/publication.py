@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import Trainer
 
+from hf_auxselect.files import write_atomically
 from hf_auxselect.report import SelectionReport, card
 from hf_auxselect.trainer import hub
 
@@ -40,6 +42,8 @@ class Publication:
         self._repo = None if repo is True else repo
         self._target = target
         self._report = report
+        self._has_ended = False
+        self._files: list[str] = []  # of the report, once they are in the repo
 
     def begin(self, trainer: Trainer) -> None:
         """Before the first step: have the trainer's model card edited.
@@ -47,15 +51,15 @@ class Publication:
         Raises:
             ValueError: the trainer has no model repo to push to.
         """
-        self._files: list[str] = []  # of the report, in the repo
+        self._has_ended, self._files = False, []
         if self._repo is None:
             hub.model_repo(trainer)
         if self._is_of(trainer):
-            hub.edit_model_card(trainer, self._edited)
+            hub.edit_model_card(trainer, self._edit_card)
 
     def end(self, trainer: Trainer) -> None:
         """After the last step: push the report."""
-        report = self._report()
+        report, self._has_ended = self._report(), True
         if report is None or not trainer.is_world_process_zero():
             return
         repo_id, is_of_trainer = self._repo_id(trainer), self._is_of(trainer)
@@ -86,28 +90,25 @@ class Publication:
             self._files = [f"{card.FOLDER}/{path.name}" for path in files]
             logger.info("report_to_hub: the report is at %s.", url)
 
-    def _edited(self, trainer: Trainer, text: str) -> str | None:
-        """The model card with the section; None before the selection, or if it cannot be read."""
+    def _edit_card(self, trainer: Trainer, path: Path) -> None:
+        """Put the section into the model card; nothing before the selection."""
         report = self._report()
         if report is None:
-            return None
+            return
         self._note_final_loss(trainer, report)
-        repo_id = self._repo_id(trainer)
+        metadata = card.model_metadata(report, self._repo_id(trainer), trainer.args.hub_revision)
         try:
-            return card.edit_card(
-                text,
-                card.section(report, self._files),
-                card.model_metadata(report, repo_id),
-            )
-        except ValueError as error:
+            text = path.read_bytes().decode()
+            edited = card.edit_card(text, card.section(report, self._files), metadata)
+            write_atomically(path, edited)
+        except (OSError, ValueError) as error:
             logger.warning("report_to_hub: the model card stays as it is; %s.", error)
-            return None
 
     def _note_final_loss(self, trainer: Trainer, report: SelectionReport) -> None:
-        loss = hub.final_loss(trainer, self._target)
-        if loss is None:
-            report.run.pop("final_loss", None)
-        else:
+        """Let the report have the target's loss after training, and none of an earlier run's."""
+        report.run.pop("final_loss", None)
+        loss = hub.final_loss(trainer, self._target) if self._has_ended else None
+        if loss is not None:
             report.run["final_loss"] = loss
 
     def _repo_id(self, trainer: Trainer) -> str:

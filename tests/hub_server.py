@@ -15,7 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import yaml
+from huggingface_hub import constants
+
+from hf_auxselect.report import card
 
 USER = "ada"
 
@@ -271,3 +275,21 @@ def hub_server():
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+TOKEN = "hf_SECRETSECRETSECRET"
+
+
+def use(monkeypatch, server):
+    """Let the client of this process, which is offline in tests, talk to the stand-in."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(card, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    forget_connections()
+
+
+def forget_connections():
+    """Before 1.0, the client settles whether it is offline when it first connects."""
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()

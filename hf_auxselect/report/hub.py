@@ -88,7 +88,7 @@ def push(
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         raise ValueError(
             f"token: got {len(token)} characters, among them a space, a newline or one that is not "
-            "ASCII; pass the token alone, as `hf auth token` prints it."
+            "ASCII; pass the token alone."
         )
     folder = "" if repo_type == "space" else f"{card.FOLDER}/"
     files = {f"{folder}{name}": content for name, content in _files(report).items()}
@@ -261,7 +261,7 @@ def _explained(error: BaseException) -> tuple[str, bool]:
         status = response.status_code
         if isinstance(error, RevisionNotFoundError):
             return (
-                "there is no such revision (404); create the branch first, or leave it out",
+                "there is no such revision (404); make the branch first (HfApi().create_branch), or leave it out",
                 False,
             )
         told = {
@@ -269,8 +269,8 @@ def _explained(error: BaseException) -> tuple[str, bool]:
             "token=... with write permission",
             403: "the token may not write there (403); use one with write permission "
             "(https://huggingface.co/settings/tokens), or a repo of yours",
-            404: "the Hub has no such repo or owner, or the token may not see it (404); check the "
-            "name, or create the repo with `hf repo create`",
+            404: "the Hub has no such repo or owner, or hides it from the token (404); check the "
+            "name, and what the token may access",
             409: "another change of the repo is under way (409); push again when it is done",
             412: "others kept committing to the repo (412); push again later",
             429: "too many requests (429); push again later",

@@ -14,7 +14,6 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_auxselect.files import write_atomically
 from hf_auxselect.trainer.access import met
 from hf_auxselect.trainer.data import target_key
 
@@ -37,16 +36,16 @@ def model_repo(trainer: Trainer) -> str:
     )
 
 
-def edit_model_card(trainer: Trainer, edit: Callable[[Trainer, str], str | None]) -> None:
-    """Let ``edit`` change the model card each time that the trainer has written it.
+def edit_model_card(trainer: Trainer, edit: Callable[[Trainer, Path], None]) -> None:
+    """Let ``edit`` change the file of the model card each time that the trainer has written it.
 
     It stays so after the training, when users call ``trainer.push_to_hub()``. Set on the instance;
     a second call replaces ``edit``.
 
     Args:
         trainer: whose ``create_model_card`` is replaced.
-        edit: new text for the present one; None: the card stays as it is. Called with the trainer,
-            on the main process alone. It should not refer to the trainer, which refers to it.
+        edit: called with the trainer and the file, on the main process alone. It should not refer
+            to the trainer, which refers to it.
     """
     original = vars(trainer).get("create_model_card", type(trainer).create_model_card)
     if isinstance(original, _WithEdit):
@@ -58,7 +57,7 @@ class _WithEdit:
     """``create_model_card`` of one trainer, with an edit. Does not keep the trainer alive."""
 
     def __init__(
-        self, trainer: Trainer, original: Any, edit: Callable[[Trainer, str], str | None]
+        self, trainer: Trainer, original: Any, edit: Callable[[Trainer, Path], None]
     ) -> None:
         self.original, self._edit = original, edit
         self._trainer = weakref.ref(trainer)
@@ -70,9 +69,7 @@ class _WithEdit:
         result = self.original(*([trainer] if self._is_method else []), *args, **kwargs)
         path = Path(trainer.args.output_dir) / "README.md"
         if trainer.is_world_process_zero() and path.is_file():
-            edited = self._edit(trainer, path.read_bytes().decode())
-            if edited is not None:
-                write_atomically(path, edited)
+            self._edit(trainer, path)
         return result
 
 
@@ -83,13 +80,11 @@ def add_model_tags(trainer: Trainer, tags: tuple[str, ...]) -> None:
 
 
 def final_loss(trainer: Trainer, target: str | None) -> float | None:
-    """The target's loss that was logged for the model after training; None if none was.
+    """The target's loss that was logged for the model as training ended; None if none was.
 
     That of the last step, or of the step whose checkpoint was loaded at the end.
     """
     args, state = trainer.args, trainer.state
-    if state.global_step < state.max_steps:
-        return None
     step = state.global_step
     if args.load_best_model_at_end and state.best_global_step is not None:
         step = state.best_global_step

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from hub_server import hub_server
-from huggingface_hub import ModelCard, constants
+from hub_server import TOKEN, hub_server, use
+from huggingface_hub import ModelCard
 
 from hf_auxselect import FixedSelection, SelectionReport, TaskSelectionCallback
 from hf_auxselect.publication import Publication
@@ -20,7 +20,6 @@ from hf_auxselect.trainer.hub import final_loss
 
 TESTS = Path(__file__).parents[1]
 FAST = FixedSelection(["a", "c"], estimate=False)
-TOKEN = "hf_SECRETSECRETSECRET"
 PUSHING = {"push_to_hub": True, "hub_model_id": "me/model", "hub_private_repo": True}
 SAVING = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
 
@@ -35,11 +34,7 @@ def server():
 @pytest.fixture
 def hub(server, monkeypatch):
     server.forget()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(card, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    use(monkeypatch, server)
     monkeypatch.setattr("hf_auxselect.report.hub.RETRIES", Retries(sleep=lambda seconds: None))
     return server
 
@@ -79,6 +74,7 @@ def run_script(server, directory, *launcher, repo):
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HOME": str(directory / "home"),
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))),
     }
     done = subprocess.run(
@@ -152,7 +148,7 @@ def test_the_section_is_in_every_card_that_a_trainer_writes(hub, kind, run_dir):
 
 def test_the_measured_loss_is_that_of_the_pushed_model(run_dir):
     trainer = tiny.plain_trainer(run_dir, load_best_model_at_end=True, **SAVING)
-    trainer.state.global_step, trainer.state.max_steps = 10, 10
+    trainer.state.global_step = 10
     trainer.state.log_history = [
         {"step": 5, "eval_loss": 1.0},
         {"step": 10, "eval_loss": 2.0, "eval_a_loss": 3.0},
@@ -162,7 +158,7 @@ def test_the_measured_loss_is_that_of_the_pushed_model(run_dir):
     assert final_loss(trainer, "a") == 3.0
     trainer.state.best_global_step = 5
     assert final_loss(trainer, None) == 1.0
-    trainer.state.global_step = 9  # stopped early
+    trainer.state.best_global_step, trainer.state.global_step = None, 9
     assert final_loss(trainer, None) is None
 
 
@@ -182,7 +178,7 @@ def test_a_repo_of_its_own_leaves_the_trainers_card_alone(hub, run_dir):
     [
         ({"status": 401}, "log in with `hf auth login`"),
         ({"status": 403}, "use one with write permission"),
-        ({"status": 404}, "create the repo"),
+        ({"status": 404}, "check the name"),
         ({"status": 409}, "push again when it is done"),
         ({"status": 429}, "too many requests"),
         ({"status": 503}, "has failed (503)"),
