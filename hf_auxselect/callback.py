@@ -268,9 +268,9 @@ class TaskSelectionCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._end_run()
         if self._publication is not None:
             self._publication.end(self._current_trainer())
-        self._end_run()
 
     def _end_run(self) -> None:
         """Give the trainer its own batches back."""

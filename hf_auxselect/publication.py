@@ -95,13 +95,15 @@ class Publication:
         report = self._report()
         if report is None:
             return
-        self._note_final_loss(trainer, report)
-        metadata = card.model_metadata(report, self._repo_id(trainer), trainer.args.hub_revision)
         try:
+            self._note_final_loss(trainer, report)
+            metadata = card.model_metadata(
+                report, self._repo_id(trainer), trainer.args.hub_revision
+            )
             text = path.read_bytes().decode()
             edited = card.edit_card(text, card.section(report, self._files), metadata)
             write_atomically(path, edited)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as above
             logger.warning("report_to_hub: the model card stays as it is; %s.", error)
 
     def _note_final_loss(self, trainer: Trainer, report: SelectionReport) -> None:

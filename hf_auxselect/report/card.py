@@ -159,10 +159,14 @@ def section(report: ReportContent, files: Collection[str]) -> str:
     chosen = f"{len(report.selected)} of {len(report.weights)} auxiliary tasks"
     when = f" after step {run['switch_step']}" if "switch_step" in run else ""
     when += f" of {run['max_steps']}" if when and "max_steps" in run else ""
+    when += f", on {escape_markdown(run['created'][:10])}" if "created" in run else ""
     if run.get("after") == "observe":
-        told = f"`TaskSelectionCallback` would have chosen {chosen}{when}; all were trained on."
+        told = (
+            f"`TaskSelectionCallback` would have chosen {chosen}{when}; training went on with all."
+        )
     else:
-        told = f"`TaskSelectionCallback` chose {chosen}{when}, and training went on with them."
+        went_on = "started again" if run.get("after") == "restart" else "went on"
+        told = f"`TaskSelectionCallback` chose {chosen}{when}; training {went_on} with them."
     parts = ["## Task selection", told]
     loss = measured_loss(report)
     if loss is not None:
@@ -180,7 +184,7 @@ def section(report: ReportContent, files: Collection[str]) -> str:
         names = [escape_markdown(_shortened(name)) for name in dropped[:_MOST_TASKS]]
         names += [f"and {len(dropped) - _MOST_TASKS} more"] * (len(dropped) > _MOST_TASKS)
         parts.append(f"Dropped: {', '.join(names)}.")
-    if picture := next((file for file in files if file.endswith("left_out.png")), None):
+    if picture := next((file for file in files if "left_out." in file), None):
         parts.append(f"![Estimated loss when each task is left out]({picture})")
     known = {"README.md": "tables", "index.html": "page", "report.json": "data"}
     links = [
@@ -197,7 +201,7 @@ def _table(report: ReportContent) -> str:
     lines = ["| task | share of the examples | dataset |", "| --- | --- | --- |"]
     for name in report.selected[:_MOST_TASKS]:
         path = str(report.sources.get(name, {}).get("path", ""))
-        link = f"[{path}]({ENDPOINT}/datasets/{path})" if is_hub_id(path) else ""
+        link = f"[{escape_markdown(path)}]({ENDPOINT}/datasets/{path})" if is_hub_id(path) else ""
         lines.append(
             f"| {escape_markdown(_shortened(name))} | {report.weights[name]:.4f} | {link} |"
         )

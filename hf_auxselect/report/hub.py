@@ -12,7 +12,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -145,13 +145,10 @@ def push(
         return f"{repo}/tree/{revision}" if revision else str(repo)
 
     try:
-        return _retried(commit, retries)
+        return _retried(commit, retries, secrets={token, get_token()} - {None, ""})
     except _Refused as refused:
-        reason = f"{refused}."
-        for secret in {token, get_token()} - {None}:
-            reason = reason.replace(str(secret), "<token>")
         where = f"{repo_type} repo {printable(repo_id)!r}"
-        raise PushError(f"the report was not pushed to the {where}: {reason}") from None
+        raise PushError(f"the report was not pushed to the {where}: {refused}.") from None
 
 
 _SPACE = {
@@ -197,17 +194,17 @@ class _Refused(Exception):
     """What went wrong and what to do, in words; for :func:`push` alone."""
 
 
-def _retried(function: Callable[[], T], retries: Retries) -> T:
+def _retried(function: Callable[[], T], retries: Retries, secrets: Collection[str | None]) -> T:
     """The result of ``function``; tried again after what may pass.
 
     Raises:
-        _Refused: it did not work.
+        _Refused: it did not work; says why, without the secrets.
     """
     for attempt in range(1, retries.attempts + 1):
         try:
             return _within(retries.seconds, function)
         except Exception as error:
-            told, may_pass = _explained(error)
+            told, may_pass = _explained(error, secrets)
             asked = _asked_wait(error)
             if asked is not None and asked > retries.longest_wait:
                 raise _Refused(f"{told}; it asks to wait {asked:.0f} seconds") from None
@@ -247,23 +244,21 @@ def _within(seconds: float, function: Callable[[], T]) -> T:
     return results[0]
 
 
-def _explained(error: BaseException) -> tuple[str, bool]:
+def _explained(error: BaseException, secrets: Collection[str | None]) -> tuple[str, bool]:
     """What an error means and what to do, and whether it may pass by itself."""
-    words = " ".join(printable(str(error)).split())[:_LONGEST_MESSAGE].rstrip(".")
+    words = _shortened(str(error), secrets)
     if isinstance(error, HFValidationError):
         return f"repo_id must be like 'user/name' ({words})", False
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return words, False
     response = _response(error)
     if response is not None:
-        said = " ".join(printable(getattr(error, "server_message", None) or "").split())
-        said = f"{said[:_LONGEST_MESSAGE].rstrip('.')}; " if said else ""
+        said = _shortened(getattr(error, "server_message", None) or "", secrets)
+        said += "; " if said else ""
         status = response.status_code
         if isinstance(error, RevisionNotFoundError):
-            return (
-                "there is no such revision (404); make the branch first (HfApi().create_branch), or leave it out",
-                False,
-            )
+            told_of = "there is no such revision (404); make the branch first"
+            return f"{told_of} (HfApi().create_branch), or leave it out", False
         told = {
             401: "the Hub does not accept the token (401); log in with `hf auth login`, or pass "
             "token=... with write permission",
@@ -289,6 +284,12 @@ def _explained(error: BaseException) -> tuple[str, bool]:
         told_in = f"the Hub cannot be reached ({name}: {words})"
         return f"{told_in}; check the connection and HF_ENDPOINT, and push again later", True
     raise error
+
+
+def _shortened(text: str, secrets: Collection[str | None]) -> str:
+    for secret in secrets:
+        text = text.replace(str(secret), "<token>")
+    return " ".join(printable(text).split())[:_LONGEST_MESSAGE].rstrip(".")
 
 
 def _response(error: BaseException | None) -> Any:
