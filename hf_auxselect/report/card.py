@@ -81,6 +81,10 @@ def measured_loss(report: ReportContent) -> float | None:
     return next((run.measured for run in report.verification if run.name == trained_on), None)
 
 
+def _where(report: ReportContent) -> str:
+    return " after training" if "final_loss" in report.run else " in a ground-truth run"
+
+
 def model_metadata(report: ReportContent, repo_id: str, revision: str | None = None) -> Metadata:
     """The metadata of a model card.
 
@@ -106,7 +110,7 @@ def model_metadata(report: ReportContent, repo_id: str, revision: str | None = N
             dataset_type="target",
             dataset_name=_shortened(printable(target)),
             metric_type="loss",
-            metric_name="loss of the target after training, nats per label token",
+            metric_name=f"loss of the target{_where(report)}, nats per label token",
             metric_value=round(loss, 4),
             source_name=SOURCE,
             source_url=f"{ENDPOINT}/{repo_id}/blob/{revision or 'main'}/{FOLDER}/report.json",
@@ -170,7 +174,7 @@ def section(report: ReportContent, files: Collection[str]) -> str:
     parts = ["## Task selection", told]
     loss = measured_loss(report)
     if loss is not None:
-        sentence = f"Loss of the target after training, measured: {loss:.4f} nats per label token"
+        sentence = f"Measured loss of the target{_where(report)}: {loss:.4f} nats per label token"
         if report.rows:
             row = report.row("all tasks" if run.get("after") == "observe" else "chosen")
             sentence += f" (estimated before: {row.loss:.4f} [{row.low:.4f}, {row.high:.4f}])"
@@ -275,11 +279,11 @@ def _changes(values: Mapping[str, Any], texts: Mapping[str, Any], ours: Metadata
         if values.get(key) not in (None, value):
             raise ValueError(f"its {key} is {values[key]!r}, but must be {value!r}")
     defaults = {**ours.defaults, **ours.fixed}
-    if "base_model" in values and texts["base_model"] != defaults.get("base_model"):
+    if values.get("base_model") and values["base_model"] != defaults.get("base_model"):
         defaults.pop("base_model_relation", None)  # the user names another one
     changed |= {key: value for key, value in defaults.items() if not values.get(key)}
     for key, items in ours.lists.items():
-        present = texts.get(key) or []
+        present = texts.get(key) or values.get(key) or []
         present = present if isinstance(present, list) else [present]
         if new := [item for item in items if item not in present]:
             changed[key] = [*present, *new]
@@ -304,21 +308,23 @@ def _changes(values: Mapping[str, Any], texts: Mapping[str, Any], ours: Metadata
     return changed
 
 
-def _with_result(index: list[dict[str, Any]], ours: Metadata, kind: str) -> list[dict[str, Any]]:
+def _with_result(present: list[dict[str, Any]], ours: Metadata, kind: str) -> list[dict[str, Any]]:
     """A model index with our result instead of that of an earlier push."""
-    index = copy.deepcopy(index)
+    index = copy.deepcopy(present)
     for entry in index:
-        entry["results"] = [r for r in entry.get("results") or [] if not _is_ours(r)]
-    index = [entry for entry in index if entry["results"]] or index[:1]
-    if ours.result is not None:
-        (made,) = eval_results_to_model_index(ours.model_name, [ours.result])
-        if kind:
-            made["results"][0]["task"]["type"] = kind
-        if index:
-            index[0]["results"] += made["results"]
-        else:
-            index = [made]
-    return [entry for entry in index if entry["results"]]
+        others = [result for result in entry.get("results", []) if not _is_ours(result)]
+        if others != entry.get("results", []):
+            entry["results"] = others
+    if ours.result is None:  # an entry that held nothing but ours goes with it
+        before = [bool(entry.get("results")) for entry in present]
+        return [e for e, had in zip(index, before, strict=True) if e.get("results") or not had]
+    (made,) = eval_results_to_model_index(ours.model_name, [ours.result])
+    if kind:
+        made["results"][0]["task"]["type"] = kind
+    if not index:
+        return [made]
+    index[0]["results"] = [*index[0].get("results", []), *made["results"]]
+    return index
 
 
 def _is_ours(result: Any) -> bool:

@@ -197,6 +197,9 @@ class TestModelRepo:
             "# only a comment",
             "license: mit\ntags:\n- a\n# the last comment",
             "text: |\n  # no comment\n  - a\ntags:",
+            "model-index:\n- name: mine\n  results: []\n- name: odd",
+            "model-index: odd",
+            "base: &b {tags: [a]}\n<<: *b",
         ],
     )
     def test_metadata_in_any_form_are_kept(self, hub, report, block):
@@ -225,6 +228,12 @@ class TestModelRepo:
         report.push_to_hub("me/model")
         assert metadata(hub.card("me/model"))["base_model"] == "other/base"
         assert "base_model_relation" not in metadata(hub.card("me/model"))
+
+    def test_an_empty_base_model_is_filled_in(self, report):
+        """As Trainer writes it for a model that was made from a configuration."""
+        text = card.edit_card("---\nbase_model: ''\n---\n", "", card.model_metadata(report, "me/m"))
+        assert metadata(text)["base_model"] == "org/base"
+        assert metadata(text)["base_model_relation"] == "adapter"
 
     def test_only_what_is_on_the_hub_is_named(self, hub, report, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -265,6 +274,9 @@ class TestModelRepo:
             report.push_to_hub("me/model")
             ((result,),) = (m["results"] for m in metadata(hub.card("me/model"))["model-index"])
             losses.append(result["metrics"][0]["value"])
+            told = "in a ground-truth run"
+            assert (told in result["metrics"][0]["name"]) == ("final_loss" not in report.run)
+            assert (told in hub.card("me/model")) == ("final_loss" not in report.run)
             assert result["source"]["url"].endswith("me/model/blob/main/task_selection/report.json")
         assert losses == [1.25, 1.5, 1.125]
         del report.run["final_loss"]
