@@ -182,9 +182,7 @@ class TaskSelectionCallback(TrainerCallback):
                 "FixedSelection(estimate=False) makes no estimates; leave one of the two out."
             )
         self.report: SelectionReport | None = None
-        self._publication: Publication | None = None
-        if report_to_hub is not None:
-            self._publication = Publication(report_to_hub, target, lambda: self.report)
+        self._publication = Publication(report_to_hub, target, weakref.ref(self))
         self._trainer: weakref.ref[Trainer] | None = None
         self._initial: dict[str, Tensor] = {}  # parameters that the trainer was made with
         self._run: _Run | None = None  # set during `trainer.train()`
@@ -224,8 +222,7 @@ class TaskSelectionCallback(TrainerCallback):
         trainer = self._current_trainer()
         self._end_run()  # of a `train()` that was broken off
         self.report = initial = batches = None
-        if self._publication is not None:
-            self._publication.begin(trainer)
+        self._publication.begin(trainer)
         with access.preserved_rng():
             plan = self._make_plan(trainer, state.max_steps)
             warn_of_leaked_target(plan, self.task_column)
@@ -269,8 +266,7 @@ class TaskSelectionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._end_run()
-        if self._publication is not None:
-            self._publication.end(self._current_trainer())
+        self._publication.end(self._current_trainer())
 
     def _end_run(self) -> None:
         """Give the trainer its own batches back."""

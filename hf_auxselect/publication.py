@@ -7,8 +7,9 @@ is a warning that says what to do.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import weakref
 from pathlib import Path
+from typing import Protocol
 
 from transformers import Trainer
 
@@ -19,29 +20,38 @@ from hf_auxselect.trainer import hub
 logger = logging.getLogger(__name__)
 
 
+class HasReport(Protocol):
+    """What owns the report, which may be large: nothing else keeps it alive."""
+
+    report: SelectionReport | None
+
+
 class Publication:
     """Pushes the report of a run.
 
     Args:
-        repo: ``True``: the trainer's model repo; or a repo id.
+        repo: ``True``: the trainer's model repo; a repo id; or None: nothing is pushed.
         target: as given to the callback.
-        report: the run's report, None before the selection.
+        owner: has the run's report, None before the selection.
 
     Raises:
         ValueError: ``repo`` is something else.
     """
 
     def __init__(
-        self, repo: bool | str, target: str | None, report: Callable[[], SelectionReport | None]
+        self,
+        repo: bool | str | None,
+        target: str | None,
+        owner: weakref.ref[HasReport],
     ) -> None:
-        if repo is not True and not (isinstance(repo, str) and repo):
+        if not (repo is None or repo is True or (isinstance(repo, str) and repo)):
             raise ValueError(
                 "report_to_hub must be None, True (the trainer's model repo) or a repo id such as "
                 f"'user/name', got {repo!r}."
             )
-        self._repo = None if repo is True else repo
+        self._repo = repo
         self._target = target
-        self._report = report
+        self._owner = owner
         self._has_ended = False
         self._files: list[str] = []  # of the report, once they are in the repo
 
@@ -52,15 +62,15 @@ class Publication:
             ValueError: the trainer has no model repo to push to.
         """
         self._has_ended, self._files = False, []
-        if self._repo is None:
-            hub.model_repo(trainer)
         if self._is_of(trainer):
+            self._repo_id(trainer)
             hub.edit_model_card(trainer, self._edit_card)
 
     def end(self, trainer: Trainer) -> None:
         """After the last step: push the report."""
-        report, self._has_ended = self._report(), True
-        if report is None or not trainer.is_world_process_zero():
+        self._has_ended = True
+        report = self._report()
+        if self._repo is None or report is None or not trainer.is_world_process_zero():
             return
         repo_id, is_of_trainer = self._repo_id(trainer), self._is_of(trainer)
         assert report.gradients_directory is not None, "the callback has attached it"
@@ -80,7 +90,7 @@ class Publication:
         except Exception as error:  # the run is worth more than its report
             logger.warning(
                 "report_to_hub: %s The report is in %s; push it with `hf-auxselect push %s %s`.",
-                error,
+                str(error),
                 directory / "report",
                 directory,
                 repo_id,
@@ -104,7 +114,11 @@ class Publication:
             edited = card.edit_card(text, card.section(report, self._files), metadata)
             write_atomically(path, edited)
         except Exception as error:  # as above
-            logger.warning("report_to_hub: the model card stays as it is; %s.", error)
+            logger.warning("report_to_hub: the model card stays as it is; %s.", str(error))
+
+    def _report(self) -> SelectionReport | None:
+        owner = self._owner()
+        return None if owner is None else owner.report
 
     def _note_final_loss(self, trainer: Trainer, report: SelectionReport) -> None:
         """Let the report have the target's loss after training, and none of an earlier run's."""
@@ -114,10 +128,11 @@ class Publication:
             report.run["final_loss"] = loss
 
     def _repo_id(self, trainer: Trainer) -> str:
-        if self._repo is not None:
+        if isinstance(self._repo, str):
             return self._repo
         return trainer.hub_model_id or hub.model_repo(trainer)
 
     def _is_of(self, trainer: Trainer) -> bool:
         """Whether the repo is the one that the trainer pushes its model to."""
-        return self._repo in (None, trainer.hub_model_id, trainer.args.hub_model_id)
+        ids = (trainer.hub_model_id, trainer.args.hub_model_id)
+        return self._repo is True or (self._repo is not None and self._repo in ids)

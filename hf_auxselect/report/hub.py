@@ -238,7 +238,7 @@ def _within(seconds: float, function: Callable[[], T]) -> T:
     thread.start()
     thread.join(seconds)
     if errors:
-        raise errors[0]
+        raise errors.pop()  # the list would keep it, and it all frames up to here
     if not results:
         raise TimeoutError(f"no answer within {seconds:g} seconds")
     return results[0]

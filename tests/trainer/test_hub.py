@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from hub_server import TOKEN, hub_server, use
 from huggingface_hub import ModelCard
 
 from hf_auxselect import FixedSelection, SelectionReport, TaskSelectionCallback
-from hf_auxselect.publication import Publication
 from hf_auxselect.report import card
 from hf_auxselect.report.hub import Retries
 from hf_auxselect.trainer.hub import final_loss
@@ -246,12 +246,17 @@ def test_values_that_mean_nothing(value):
 
 
 def test_a_trainer_is_freed(run_dir):
+    """At once, with its callback: neither waits for the next collection of cycles."""
     callback = tiny.callback(report_to_hub=True, selector=FAST)
-    trainer = tiny.plain_trainer(run_dir, callback, hub_model_id="me/model")
     gc.collect()
     gc.disable()
     try:
-        Publication(True, None, lambda: None).begin(trainer)
-        assert sys.getrefcount(trainer) == 2
+        trainer = tiny.plain_trainer(run_dir, callback, hub_model_id="me/model", max_steps=5)
+        trainer.train()  # offline: the push fails
+        trainer.create_model_card()
+        assert sections((run_dir / "README.md").read_text()) == 1
+        freed = [weakref.ref(trainer), weakref.ref(callback)]
+        del trainer, callback
+        assert [reference() for reference in freed] == [None, None]
     finally:
         gc.enable()
