@@ -31,7 +31,9 @@ from hf_auxselect.decision import decide
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator, LinearizedTraining
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
+from hf_auxselect.options import require_options
 from hf_auxselect.plan import CostPreview, Plan, checked_sources, make_plan, warn_of_leaked_target
+from hf_auxselect.publication import Publication
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.report.console import for_stream
 from hf_auxselect.report.table_rows import table_rows
@@ -46,8 +48,6 @@ from hf_auxselect.trainer.trial_runs import RestOfRun
 from hf_auxselect.verification import measure, mixtures_to_calibrate, mixtures_to_verify
 
 logger = logging.getLogger(__name__)
-
-MODES = ("continue", "restart", "observe")
 
 
 @dataclass(kw_only=True)
@@ -116,6 +116,8 @@ class TaskSelectionCallback(TrainerCallback):
             ``name``, ...), for exports and the model card.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
         seed: rules examples, projection and order; None: the trainer's ``data_seed`` or ``seed``.
+        report_to_hub: pushes the report after training. True: to the trainer's model repo; or a
+            repo id.
 
     Attributes:
         report: None before the selection, then a :class:`hf_auxselect.SelectionReport`.
@@ -144,36 +146,20 @@ class TaskSelectionCallback(TrainerCallback):
         sources: Mapping[str, Mapping[str, Any]] | None = None,
         output_dir: str | Path | None = None,
         seed: int | None = None,
+        report_to_hub: bool | str | None = None,
     ) -> None:
-        is_share = isinstance(warmup, float) and 0 < warmup < 1
-        if isinstance(warmup, bool) or not (is_share or (isinstance(warmup, int) and warmup >= 1)):
-            raise ValueError(
-                f"warmup must be a share of the run in (0, 1) or a number of steps (an int of at "
-                f"least 1), got {warmup!r}."
-            )
-        if after not in MODES:
-            raise ValueError(f"after must be one of {list(MODES)}, got {after!r}.")
-        if isinstance(keep, str):
-            raise TypeError(f"keep must be a sequence of task names, got the string {keep!r}.")
-        if examples_per_task is not None and examples_per_task < 2:
-            raise ValueError(
-                f"examples_per_task must be at least 2, or None; got {examples_per_task}."
-            )
-        if projection_dim < 2:
-            raise ValueError(f"projection_dim must be at least 2, got {projection_dim}.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, or None; got {batch_size}.")
-        for name, number in (("verify", verify), ("calibrate", calibrate)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-                raise ValueError(f"{name} must be a number of mixtures, 0 or more; got {number!r}.")
-        if not isinstance(estimator, AbstractEstimator | None):
-            raise TypeError(
-                f"estimator must be an object such as LinearizedTraining(), got {estimator!r}."
-            )
-        if not isinstance(selector, AbstractSelector | None):
-            raise TypeError(
-                f"selector must be an object such as ForwardSelection(), got {selector!r}."
-            )
+        require_options(
+            warmup=warmup,
+            after=after,
+            keep=keep,
+            examples_per_task=examples_per_task,
+            projection_dim=projection_dim,
+            batch_size=batch_size,
+            verify=verify,
+            calibrate=calibrate,
+            estimator=estimator,
+            selector=selector,
+        )
         self.target = target
         self.task_column = task_column
         self.warmup = warmup
@@ -190,6 +176,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.sources = checked_sources(sources)
         self.output_dir = output_dir
         self.seed = seed
+        self.report_to_hub = report_to_hub
         if (verify or calibrate) and not self._needs_estimates:
             option = f"{verify=}" if verify else f"{calibrate=}"
             raise ValueError(
@@ -197,6 +184,7 @@ class TaskSelectionCallback(TrainerCallback):
                 "FixedSelection(estimate=False) makes no estimates; leave one of the two out."
             )
         self.report: SelectionReport | None = None
+        self._publication = Publication(report_to_hub, target, weakref.ref(self))
         self._trainer: weakref.ref[Trainer] | None = None
         self._initial: dict[str, Tensor] = {}  # parameters that the trainer was made with
         self._run: _Run | None = None  # set during `trainer.train()`
@@ -236,6 +224,7 @@ class TaskSelectionCallback(TrainerCallback):
         trainer = self._current_trainer()
         self._end_run()  # of a `train()` that was broken off
         self.report = initial = batches = None
+        self._publication.begin(trainer)
         with access.preserved_rng():
             plan = self._make_plan(trainer, state.max_steps)
             warn_of_leaked_target(plan, self.task_column)
@@ -279,6 +268,7 @@ class TaskSelectionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._end_run()
+        self._publication.end(self._current_trainer())
 
     def _end_run(self) -> None:
         """Give the trainer its own batches back."""
@@ -354,6 +344,7 @@ class TaskSelectionCallback(TrainerCallback):
                 "keep": list(self.keep),
                 "seed": run.plan.seed,
                 "model": access.model_name(trainer),
+                "adapter": access.trains_adapter(trainer),
                 "versions": run.plan.to_dict()["versions"],
             },
             rows_to_read=run.rows_to_read(trainer, step),

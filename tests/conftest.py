@@ -26,6 +26,7 @@ SLOW_MODULES = (
     "test_recipes.py",
     "test_resume.py",
     "trainer/test_batches.py",
+    "trainer/test_hub.py",
     "trainer/test_options.py",
     "trainer/test_trial_runs.py",
     "trainer/test_two_processes.py",

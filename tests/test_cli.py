@@ -186,6 +186,7 @@ def modules_after(*arguments, environment=None):
         ["report"],
         ["what-if", "--tasks", "a"],
         ["select", "--selector", "ForwardSelection", "--option", "max_tasks=2"],
+        ["export", "--format", "trl"],
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -21,11 +21,13 @@ LAYERS = [
     "script",
     "callback",
     "decision",
+    "publication",
     "run_directory",
     "gradient_pass",
     "verification",
     "plan",
     "report",
+    "options",
     "selectors",
     "estimators",
     "trainer",
@@ -107,6 +109,7 @@ def test_only_these_modules_know_transformers():
         "cli/sft.py",  # as TRL's script
         "gradient_pass.py",
         "plan.py",
+        "publication.py",
         "script.py",
     }
 

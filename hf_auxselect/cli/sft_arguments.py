@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_auxselect.callback import MODES, TaskSelectionCallback
+from hf_auxselect.callback import TaskSelectionCallback
 from hf_auxselect.cli.options import T, UsageError, make_strategy, split_options
 from hf_auxselect.estimators import ESTIMATORS
 from hf_auxselect.files import JsonDict
+from hf_auxselect.options import MODES
 from hf_auxselect.selectors import AbstractSelector, FixedSelection
 from hf_auxselect.selectors.registry import SELECTORS
 
@@ -91,6 +92,13 @@ class SelectionArguments:
     calibrate: int = field(
         default=0, metadata={"help": "Number of ground-truth runs before the choice."}
     )
+    report_to_hub: str | None = field(
+        default=None,
+        metadata={
+            "help": "Push the report after training: true (to the trainer's model repo), or a "
+            "repo id."
+        },
+    )
     json: bool = field(
         default=False, metadata={"help": "Print the report as JSON, and all else on stderr."}
     )
@@ -118,6 +126,7 @@ class SelectionArguments:
                 estimator=estimator,
                 selector=selector,
                 sources=sources,
+                report_to_hub=True if self.report_to_hub == "true" else self.report_to_hub,
                 **options,
             )
         except (TypeError, ValueError) as error:

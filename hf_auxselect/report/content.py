@@ -90,6 +90,10 @@ class RunRecord(TypedDict, total=False):
     keep: list[str]
     seed: int
     model: str
+    adapter: bool
+    """Whether an adapter was trained, not the model itself."""
+    final_loss: float
+    """The target's loss that the trainer logged after its last step, nats per label token."""
     versions: dict[str, str]
     reads_per_row: dict[str, float]
     """How often the steps after the switch read each row of a task."""

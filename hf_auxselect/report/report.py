@@ -211,6 +211,48 @@ class SelectionReport(ReportContent):
         write_atomically(directory / "index.html", self.to_html())
         write_atomically(directory / "README.md", self.to_markdown())
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        repo_type: str = "model",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Push the report to the Hub, in one commit.
+
+        A model repo gets a section in its card, metadata (base model, data sets, tags, the measured
+        loss), and the files of the report under ``task_selection/``. The rest of the card stays. A
+        dataset repo gets the tables as parquet files, too, which its viewer shows. A Space is
+        static and shows the report's page. Pushing again replaces what was pushed before.
+
+        Args:
+            repo_id: ``user/name``, or ``name`` of the user who is logged in. Made if missing.
+            repo_type: ``"model"``, ``"dataset"`` or ``"space"``.
+            private: whether a repo that is made is private; None: as its owner has set.
+            token: with write permission; None: that of ``hf auth login`` or ``HF_TOKEN``.
+            revision: an existing branch; None: ``main``.
+
+        Returns:
+            The URL of the repo.
+
+        Raises:
+            ValueError: an argument is wrong.
+            OSError: the Hub has not taken the report; the message says what to do.
+        """
+        from hf_auxselect.report import hub  # the client is slow to import
+
+        return hub.push(
+            self,
+            repo_id,
+            repo_type=repo_type,
+            private=private,
+            token=token,
+            revision=revision,
+            retries=hub.RETRIES,
+        )
+
     @classmethod
     def load(cls, directory: str | Path) -> SelectionReport:
         """Read a report from its directory, or from the ``_task_selection`` directory above it.

@@ -181,6 +181,11 @@ def model_name(trainer: Trainer) -> str:
     return Path(name).name if Path(name).is_dir() else name
 
 
+def trains_adapter(trainer: Trainer) -> bool:
+    """Whether an adapter is trained rather than the model itself."""
+    return bool(getattr(trainer.model, "peft_config", None))
+
+
 def log(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Log through the trainer without closing a subclass's own logging window.
 

@@ -37,6 +37,7 @@ PRIVATES = {
     "_clip_grad_norm": Private(Trainer, "transformers", ">=5.3"),
     "_created_lr_scheduler": Private(Trainer, "transformers"),
     "_eval_dataloaders": Private(Trainer, "transformers"),
+    "_finish_current_push": Private(Trainer, "transformers"),
     "_get_collator_with_removed_columns": Private(Trainer, "transformers"),
     "_get_output_dir": Private(Trainer, "transformers"),
     "_get_train_sampler": Private(Trainer, "transformers"),
