@@ -27,6 +27,9 @@ MAX_ROWS = 60
 _NAMED = 6
 """Tasks that the decision names; the table has the others."""
 
+_LONGEST_NAME = 60
+"""Characters of a name within a sentence."""
+
 _LEVELS = 10
 """Shades of a cosine."""
 
@@ -77,8 +80,8 @@ def decision_title(content: ReportContent) -> str:
     if len(selected) == count:
         return f"Keep all {count} tasks." if count > 1 else "Keep the only task."
     if len(selected) == 1:
-        return f"Train on {text.printable(selected[0])} alone, 1 of {count} tasks."
-    names = [text.printable(name) for name in selected[:_NAMED]]
+        return f"Train on {_shortened(selected[0])} alone, 1 of {count} tasks."
+    names = [_shortened(name) for name in selected[:_NAMED]]
     more = len(selected) - len(names)
     last = f"{more} more" if more else names.pop()
     return f"Train on {len(selected)} of {count} tasks: {', '.join(names)} and {last}."
@@ -110,10 +113,16 @@ def leave_one_out_sentences(content: ReportContent) -> list[str]:
         return []
     reference = content.row("all tasks").loss
     return [
-        f"Without {text.printable(row.left_out or '')} the loss "
+        f"Without {_shortened(row.left_out or '')} the loss "
         f"{'falls' if row.loss < reference else 'rises'} by {abs(row.loss - reference):.4f}."
         for row in (rows[0], rows[-1])
     ]
+
+
+def _shortened(name: str) -> str:
+    """A name within a sentence; tables have it whole."""
+    name = text.printable(name)
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def _both_ends(rows: Sequence[Row]) -> list[Row]:
