@@ -11,6 +11,7 @@ from typing import Any
 from hf_auxselect.cli.options import parse_tasks
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
 from hf_auxselect.report import SelectionReport
+from hf_auxselect.report.console import for_stream
 from hf_auxselect.report.text import printable
 
 
@@ -107,4 +108,7 @@ def show_json(content: JsonDict) -> None:
 
 
 def _show_report(shown: SelectionReport, options: argparse.Namespace) -> None:
-    show(to_json(shown.to_dict()).rstrip() if options.json else shown.to_text())
+    if options.json:
+        show(to_json(shown.to_dict()).rstrip())
+    else:
+        show(for_stream(shown, sys.stdout))
