@@ -7,6 +7,7 @@ the methods that write.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from hf_auxselect.distributed import on_main_process
 from hf_auxselect.files import read_json, to_json, write_atomically
 from hf_auxselect.plan import Plan, PlanRecord, require_same_plan
 from hf_auxselect.report.exports.rows import ROWS_NAME, row_lines
-from hf_auxselect.report.report import REPORT_NAME, SelectionReport
+from hf_auxselect.report.report import SelectionReport
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer.checkpoints import Decision
 
@@ -61,8 +62,8 @@ class RunDirectory:
                     f"output_dir: cannot write to {str(self.path)!r} ({error.strerror}); "
                     "pass output_dir=... to TaskSelectionCallback, or change the trainer's."
                 ) from error
-            for path in (self.decision, self._report / REPORT_NAME, self._report / ROWS_NAME):
-                path.unlink(missing_ok=True)
+            self.decision.unlink(missing_ok=True)
+            shutil.rmtree(self._report, ignore_errors=True)  # its pictures would be of that run
 
         on_main_process(write)
         return plan

@@ -351,6 +351,15 @@ class TestMeetingTheTrainer:
         assert cb.report is not first
         assert cb.report.row("chosen").loss != first.row("chosen").loss
 
+    def test_nothing_of_an_earlier_report_stays(self, run_dir):
+        tiny.sft_trainer(run_dir, callback()).train()
+        page = run_dir / "_task_selection" / "report" / "index.html"
+        assert page.with_name("left_out.png").is_file()
+        fixed = callback(selector=FixedSelection(["d"], estimate=False))
+        tiny.sft_trainer(run_dir, fixed).train()
+        assert page.is_file()
+        assert not page.with_name("left_out.png").exists()
+
     def test_two_trainers_in_one_process(self, run_dir):
         one, other = callback(), callback(selector=FixedSelection(["d"]))
         first = tiny.sft_trainer(run_dir / "1", one)

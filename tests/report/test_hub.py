@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, constants
 from reference import random_store
 
 from hf_auxselect import ForwardSelection, GradExLogistic, SelectionReport
+from hf_auxselect.cli import main
 from hf_auxselect.report import card, strategy_record
 from hf_auxselect.report.content import Measurement
 from hf_auxselect.report.hub import RETRIES, PushError, Retries, push
@@ -105,6 +106,15 @@ def metadata(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
+def test_the_command_pushes(hub, report, tmp_path, capsys):
+    report.save(tmp_path / "report")
+    assert main(["push", str(tmp_path), "me/model"]) == 0
+    assert f"{hub.url}/me/model" in capsys.readouterr().out
+    assert hub.card("me/model").count(card.BEGIN) == 1
+    assert main(["push", str(tmp_path), "me/page", "--repo-type", "space"]) == 0
+    assert hub.repos["space", "me/page"].files["index.html"].decode() == report.to_html()
+
+
 class TestModelRepo:
     def test_one_commit_brings_card_data_and_figures(self, hub, report):
         url = report.push_to_hub("me/model", private=True)
@@ -117,6 +127,8 @@ class TestModelRepo:
         assert files | {"README.md"} <= set(repo.files)
         saved = json.loads(repo.files["task_selection/report.json"])
         assert saved == json.loads(json.dumps(report.to_dict()))
+        for name in ("index.html", "what_if.json", "left_out.svg", "similarity.png"):
+            assert f"task_selection/{name}" in repo.files
         decision = json.loads(repo.files["task_selection/selection.json"])
         assert (decision["selected"], decision["weights"]) == (report.selected, report.weights)
         assert decision["estimated_loss"] == report.row("chosen").loss
