@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
@@ -45,6 +46,7 @@ def _in_colour(content: ReportContent, *, width: int) -> str:
         file=buffer,
         force_terminal=True,
         width=width,
+        no_color=bool(os.environ.get("NO_COLOR")),
         highlight=False,
         markup=False,  # names of tasks are not markup
         emoji=False,

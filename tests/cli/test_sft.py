@@ -148,8 +148,12 @@ class TestARun:
             **SELECTION,
         )
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import sys, tiny\nfrom hf_auxselect.cli import main\ntiny.leave(main(sys.argv[1:]))\n"
+        )
         done = subprocess.run(
-            [sys.executable, "-m", *launcher, "-m", "hf_auxselect.cli", *command, "--json"],
+            [sys.executable, "-m", *launcher, str(script), *command, "--json"],
             capture_output=True,
             text=True,
             timeout=300,

@@ -61,6 +61,7 @@ trainer = tiny.sft_trainer(
 )
 trainer.train()
 trainer.push_to_hub()
+tiny.leave()
 """
 
 
