@@ -88,7 +88,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     trainer = tiny.sft_trainer("outputs/demo/selected", callback, train_dataset=train)
     trainer.train()
     lines = [line for line in commands(README) if line.startswith("hf-auxselect ")]
-    assert len(lines) == 2
+    assert lines
     for line in lines:
         assert cli.main(shlex.split(line)[1:]) == 0
         assert "letters" in capsys.readouterr().out
