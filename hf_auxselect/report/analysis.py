@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,16 +136,23 @@ def summarize_tasks(
     ]
 
 
-def similarity(store: GradientStore, shown: Sequence[int]) -> Similarity:
-    """Cosines between the mean gradients of some tasks, and of each with the target."""
+def gradient_directions(store: GradientStore) -> tuple[np.ndarray, np.ndarray]:
+    """Mean gradients of the tasks [K, D] and of the target [D], divided by their lengths."""
     scalar = next((n for n in ("loss@optimizer", "loss") if n in store.scalars), store.scalars[0])
-    means_KD = _unit_means(store, scalar)[list(shown)]
+    return _unit_means(store, scalar), _unit_means(store.target, scalar)[0]
+
+
+def similarity(
+    task_names: Sequence[str], directions_KD: np.ndarray, target_D: np.ndarray, shown: Sequence[int]
+) -> Similarity:
+    """Cosines between the mean gradients of some tasks, and of each with the target."""
+    means_KD = directions_KD[list(shown)]
     order = clustered(means_KD @ means_KD.T)
     means_KD = means_KD[order]
     return Similarity(
-        tasks=[store.task_names[shown[k]] for k in order],
+        tasks=[task_names[shown[k]] for k in order],
         cosines=np.round(means_KD @ means_KD.T, 4).tolist(),
-        target=np.round(means_KD @ _unit_means(store.target, scalar)[0], 4).tolist(),
+        target=np.round(means_KD @ target_D, 4).tolist(),
     )
 
 
@@ -175,17 +182,17 @@ def clustered(cosines_KK: np.ndarray) -> list[int]:
     return clusters[0]
 
 
-def most_relevant(store: GradientStore, selection: Selection, at_most: int) -> list[int]:
+def most_relevant(
+    weights: Mapping[str, float], directions_KD: np.ndarray, target_D: np.ndarray, at_most: int
+) -> list[int]:
     """The tasks that a page shows in detail: all, or the chosen ones and those nearest the target.
 
     Nearest by the cosine of mean gradients, of either sign.
     """
-    names = store.task_names
-    if len(names) <= at_most:
-        return list(range(len(names)))
-    scalar = next((n for n in ("loss@optimizer", "loss") if n in store.scalars), store.scalars[0])
-    cosines_K = np.abs(_unit_means(store, scalar) @ _unit_means(store.target, scalar)[0])
-    is_chosen_K = np.array([selection.weights[name] > 0 for name in names])
+    if len(weights) <= at_most:
+        return list(range(len(weights)))
+    cosines_K = np.abs(directions_KD @ target_D)
+    is_chosen_K = np.array([*weights.values()]) > 0
     order = np.lexsort((-cosines_K, ~is_chosen_K))[:at_most]
     return sorted(order.tolist())
 

@@ -22,7 +22,7 @@ from huggingface_hub.utils import yaml_dump
 
 from hf_auxselect.report.content import ReportContent
 from hf_auxselect.report.markdown import escape_markdown
-from hf_auxselect.report.text import agreement_sentence, comparison_sentence, printable
+from hf_auxselect.report.text import agreement_sentence, comparison_sentence, printable, shortened
 
 BEGIN = "<!-- hf-auxselect: begin (each push writes this section anew) -->"
 END = "<!-- hf-auxselect: end -->"
@@ -215,7 +215,7 @@ def _table(report: ReportContent) -> str:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    return shortened(name, _LONGEST_NAME)
 
 
 def _merged(block: str, metadata: Metadata, newline: str = "\n") -> str:

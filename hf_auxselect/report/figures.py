@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_auxselect.report.content import ReportContent
-from hf_auxselect.report.text import printable
+from hf_auxselect.report.text import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,5 +124,4 @@ def _similarity(content: ReportContent) -> Figure:
 
 
 def _label(name: str) -> str:
-    name = printable(name)
-    return name if len(name) <= _MAX_LABEL_LENGTH else name[: _MAX_LABEL_LENGTH - 1] + "…"
+    return shortened(printable(name), _MAX_LABEL_LENGTH)

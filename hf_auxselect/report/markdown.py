@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -14,6 +12,7 @@ from hf_auxselect.report.text import (
     calibration_sentence,
     comparison_sentence,
     printable,
+    shown,
 )
 
 
@@ -49,11 +48,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"nats": "{:.4f}".format, "shown": _shown}
+    environment.filters |= {"nats": "{:.4f}".format, "shown": shown}
     return environment
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

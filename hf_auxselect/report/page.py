@@ -121,8 +121,7 @@ def leave_one_out_sentences(content: ReportContent) -> list[str]:
 
 def _shortened(name: str) -> str:
     """A name within a sentence; tables have it whole."""
-    name = text.printable(name)
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    return text.shortened(text.printable(name), _LONGEST_NAME)
 
 
 def _both_ends(rows: Sequence[Row]) -> list[Row]:
@@ -227,7 +226,4 @@ def _name(value: str) -> Markup:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.printable(shown)
+    return text.printable(text.shown(value))

@@ -115,12 +115,14 @@ class SelectionReport(ReportContent):
             seed: determines the random subsets.
         """
         names = store.task_names
-        shown = analysis.most_relevant(store, selection, MAX_TASKS)
+        weights = {name: selection.weights[name] for name in names}
+        directions = analysis.gradient_directions(store)
+        shown = analysis.most_relevant(weights, *directions, MAX_TASKS)
         self.rows = analysis.compare(fitted, selection, store, shown, seed=seed)
         self.difference = analysis.compare_with_all_tasks(fitted, selection, names)
-        after = fitted.task_losses(np.array([[selection.weights[name] for name in names]]))
+        after = fitted.task_losses(np.array([[*weights.values()]]))
         self.tasks = analysis.summarize_tasks(store, None if after is None else after[0])
-        self.similarity = analysis.similarity(store, shown)
+        self.similarity = analysis.similarity(names, *directions, shown)
         self.what_if = approximate(fitted, names, store.task_sizes.tolist(), shown, seed=seed)
         self.target = analysis.summarize_tasks(store.target)[0]
         self.diagnostics = fitted.diagnostics()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 
 from hf_auxselect.report.content import ReportContent
@@ -13,6 +16,18 @@ _SAME = 1e-12
 def printable(text: str) -> str:
     """A name for the terminal: colours, newlines, right-to-left marks and the like escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters; an ellipsis stands for what is left out."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def shown(value: Any) -> str:
+    """A value of a setting or diagnostic, for readers."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def comparison_sentence(content: ReportContent) -> str:
