@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator
-from hf_auxselect.plan import Plan, select
+from hf_auxselect.plan import Plan
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.report.content import RunRecord
-from hf_auxselect.selectors import AbstractSelector
+from hf_auxselect.selectors import AbstractSelector, SelectionProblem, selection_problem
 from hf_auxselect.store.arrays import GradientStore
 
 
@@ -39,9 +39,13 @@ def decide(
         rows_to_read: number of training rows that the remaining steps read.
         notes: sentences on what the estimates do not model.
     """
-    estimate = _no_estimate if fitted is None else fitted.estimate
-    difference = None if fitted is None else fitted.difference
-    selection = select(selector, estimate, plan.tasks, keep, difference)
+    if fitted is None or store is None:
+        problem = SelectionProblem(
+            _no_estimate, plan.tasks.names, plan.tasks.counts.tolist(), keep=keep
+        )
+    else:
+        problem = selection_problem(fitted, store, keep=keep)
+    selection = selector.select(problem)
     report = SelectionReport(
         weights=selection.weights,
         scores=selection.scores,

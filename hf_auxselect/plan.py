@@ -27,13 +27,7 @@ from hf_auxselect.files import JsonDict, to_json
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.report.content import RunRecord
 from hf_auxselect.seeds import random_permutation
-from hf_auxselect.selectors import (
-    AbstractSelector,
-    DifferenceFn,
-    EstimateFn,
-    Selection,
-    SelectionProblem,
-)
+from hf_auxselect.selectors import AbstractSelector, SelectionProblem
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer import access, data, support
 from hf_auxselect.trainer.evaluation import evaluation_weights, has_label_tokens
@@ -409,21 +403,6 @@ def checked_sources(sources: Mapping[str, Mapping[str, Any]] | None) -> dict[str
         raise TypeError(f"sources must hold texts, numbers and lists only ({error}).") from error
 
 
-def select(
-    selector: AbstractSelector,
-    estimate: EstimateFn,
-    tasks: TaskRows,
-    keep: Sequence[str],
-    difference: DifferenceFn | None = None,
-) -> Selection:
-    """Ask a selector for a mixture of the tasks."""
-    return selector.select(
-        SelectionProblem(
-            estimate, tasks.names, tasks.counts.tolist(), difference=difference, keep=keep
-        )
-    )
-
-
 def _dry_run(selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str]) -> None:
     """Let the selector meet its tasks, so that options that do not fit raise now."""
 
@@ -431,7 +410,7 @@ def _dry_run(selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str]) -
         zeros = np.zeros(len(np.asarray(weights)))
         return Estimate(loss=zeros, low=zeros, high=zeros)
 
-    select(selector, nothing, tasks, keep)
+    selector.select(SelectionProblem(nothing, tasks.names, tasks.counts.tolist(), keep=keep))
 
 
 def _hashes(rows: data.ModelRows, ids: range, columns: Sequence[str]) -> Iterator[bytes]:

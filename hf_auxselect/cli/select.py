@@ -14,7 +14,7 @@ from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.report.content import Row
 from hf_auxselect.report.text import comparison_sentence, printable
-from hf_auxselect.selectors import AbstractSelector, SelectionProblem
+from hf_auxselect.selectors import AbstractSelector, selection_problem
 from hf_auxselect.selectors.registry import SELECTORS
 
 MADE_BY = "hf-auxselect select"
@@ -68,14 +68,7 @@ def choose_again(report: SelectionReport, selector: AbstractSelector, keep: list
     """
     fitted = report.fitted()
     names = [*report.weights]
-    rows = {task.name: task.rows for task in report.tasks}
-    problem = SelectionProblem(
-        fitted.estimate,
-        names,
-        [rows.get(name, 1) for name in names],
-        difference=fitted.difference,
-        keep=keep,
-    )
+    problem = selection_problem(fitted, report.gradients(), keep=keep)
     selection = selector.select(problem)
     chosen = np.array([[selection.weights[name] for name in names]])
     everything = np.ones(len(names), bool)

@@ -183,6 +183,37 @@ class FittedEstimator(ABC):
             group_losses=group_differences(ours, other),
         )
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether :meth:`gradient` and :meth:`group_gradients` can be called."""
+        return False
+
+    def gradient(self, weights: ArrayLike) -> Array:
+        """Differentiate the estimated loss with respect to the weights of each of M mixtures.
+
+        Use it to search for mixture weights, and to rank tasks by what a little more of each does.
+
+        Args:
+            weights: [M, K], as in :meth:`estimate`; taken as the mixtures whose shares sum to 1.
+
+        Returns:
+            float64 [M, K], nats per label token of the target and unit of weight. Only derivatives
+            along the simplex mean something: of any change v of the weights that sums to 0 the
+            derivative is ``gradient @ v``. The K numbers of a mixture sum to 0.
+
+        Raises:
+            NotImplementedError: the estimator has no gradient (``has_gradient`` is False).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no gradient; see has_gradient.")
+
+    def group_gradients(self, weights: ArrayLike) -> Array:
+        """Like :meth:`gradient`, of the losses of the store's groups: float64 [M, G, K].
+
+        Raises:
+            NotImplementedError: the estimator has no gradient (``has_gradient`` is False).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no gradient; see has_gradient.")
+
     def task_losses(self, weights: ArrayLike) -> Array | None:
         """Estimate the tasks' own losses after fine-tuning on each of M mixtures, for a report.
 

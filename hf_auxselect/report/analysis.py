@@ -138,8 +138,7 @@ def summarize_tasks(
 
 def gradient_directions(store: GradientStore) -> tuple[np.ndarray, np.ndarray]:
     """Mean gradients of the tasks [K, D] and of the target [D], divided by their lengths."""
-    scalar = next((n for n in ("loss@optimizer", "loss") if n in store.scalars), store.scalars[0])
-    return _unit_means(store, scalar), _unit_means(store.target, scalar)[0]
+    return _unit(store.mean_gradients()), _unit(store.target.mean_gradients())[0]
 
 
 def similarity(
@@ -156,15 +155,10 @@ def similarity(
     )
 
 
-def _unit_means(store: GradientStore, scalar: str) -> np.ndarray:
-    """Mean gradient of each task, divided by its length; zeros stay: [K, D]."""
-    _, gradients_ND = store.scalar(scalar)
-    means_KD = np.zeros((len(store.task_names), gradients_ND.shape[1]))
-    for k in range(len(means_KD)):
-        examples = store.task_ids == k
-        means_KD[k] = store.example_weights[examples] @ gradients_ND[examples]
-    lengths_K1 = np.linalg.norm(means_KD, axis=1, keepdims=True)
-    return np.divide(means_KD, lengths_K1, out=np.zeros_like(means_KD), where=lengths_K1 > 0)
+def _unit(vectors_KD: np.ndarray) -> np.ndarray:
+    """Vectors divided by their lengths; zeros stay."""
+    lengths_K1 = np.linalg.norm(vectors_KD, axis=1, keepdims=True)
+    return np.divide(vectors_KD, lengths_K1, out=np.zeros_like(vectors_KD), where=lengths_K1 > 0)
 
 
 def clustered(cosines_KK: np.ndarray) -> list[int]:

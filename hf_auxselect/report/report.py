@@ -86,6 +86,19 @@ class SelectionReport(ReportContent):
         weights = np.array([[given.get(name, 0) for name in names]])
         return self.fitted().estimate(weights if isinstance(tasks, Mapping) else weights == 1)
 
+    def gradients(self) -> GradientStore:
+        """The stored gradients of the run.
+
+        Raises:
+            ValueError: they are not available.
+        """
+        if self.gradients_directory is None or not self.gradients_directory.is_dir():
+            raise ValueError(
+                "the report's gradient store is not available, so nothing can be estimated "
+                f"(looked for {self.gradients_directory})."
+            )
+        return GradientStore.load(self.gradients_directory)
+
     def fitted(self) -> FittedEstimator:
         """The estimator, fitted to the stored gradients and calibrated.
 
@@ -93,13 +106,7 @@ class SelectionReport(ReportContent):
             ValueError: the report's gradients or estimator are not available.
         """
         if self._fitted is None:
-            if self.gradients_directory is None or not self.gradients_directory.is_dir():
-                raise ValueError(
-                    "the report's gradient store is not available, so nothing can be estimated "
-                    f"(looked for {self.gradients_directory})."
-                )
-            store = GradientStore.load(self.gradients_directory)
-            fitted = analysis.estimator_from(self.estimator).fit(store)
+            fitted = analysis.estimator_from(self.estimator).fit(self.gradients())
             self._fitted = analysis.calibrated(fitted, self.calibration)
         return self._fitted
 

@@ -27,6 +27,8 @@ class LossEstimate(Protocol):
     def high(self) -> Array: ...
     @property
     def weights(self) -> Array | None: ...
+    @property
+    def group_losses(self) -> Array | None: ...
 
 
 EstimateFn = Callable[[Array], LossEstimate]
@@ -34,7 +36,8 @@ EstimateFn = Callable[[Array], LossEstimate]
 DifferenceFn = Callable[[Array, Array], LossEstimate]
 """Weights [M, K] and one reference [K] -> estimates of M differences of losses to it."""
 GradientFn = Callable[[Array], Array]
-"""Weights [M, K] -> d loss / d weights [M, K], nats per label token."""
+"""Weights [M, K] -> derivatives along the simplex of the target's loss, [M, K], or of the groups'
+losses, [M, G, K]; nats per label token."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class SelectionProblem:
         task_sizes: number of training rows of each task [K].
         difference: estimates the loss of mixtures minus that of a reference mixture. Its intervals
             are narrower than those of two estimates, whose errors are shared. None: not available.
-        gradient: derivative of the estimated loss with respect to the weights, along the simplex.
-            None: the estimator has none.
+        gradient: derivative of the estimated loss with respect to the weights, along the simplex
+            (``FittedEstimator.gradient``). None: the estimator has none.
+        group_gradients: the same for the losses of the groups.
         keep: names of tasks that must be selected.
         groups: names of further targets, in the order of an estimate's group losses.
-        gram: inner products of the tasks' mean gradients [K, K]. None: there are no gradients.
+        gram: inner products of the tasks' mean gradients [K, K], in the optimizer's coordinates
+            where they were captured. None: there are no gradients.
 
     Raises:
         ValueError: there are no tasks, a name occurs twice, ``task_sizes`` has another length, or
@@ -64,6 +69,7 @@ class SelectionProblem:
     _: KW_ONLY
     difference: DifferenceFn | None = None
     gradient: GradientFn | None = None
+    group_gradients: GradientFn | None = None
     keep: Sequence[str] = ()
     groups: Sequence[str] = ()
     gram: Array | None = None

@@ -222,6 +222,19 @@ class GradientStore:
         """float64 [K]: loss of each task, nats per label token."""
         return self._sum_by_task(self.example_weights * self.losses)
 
+    def mean_gradients(self) -> np.ndarray:
+        """float64 [K, D]: gradient of each task's mean loss at the linearization point.
+
+        In the optimizer's coordinates if it was captured in them, else in the model's parameters.
+        """
+        wanted = (name for name in ("loss@optimizer", "loss") if name in self.scalars)
+        gradients_ND = self.scalar(next(wanted, self.scalars[0]))[1]
+        means_KD = np.zeros((len(self.task_names), gradients_ND.shape[1]))
+        for k in range(len(means_KD)):
+            examples = self.task_ids == k
+            means_KD[k] = self.example_weights[examples] @ gradients_ND[examples]
+        return means_KD
+
     def _sum_by_task(self, values: np.ndarray) -> np.ndarray:
         return np.bincount(self.task_ids, weights=values, minlength=len(self.task_names))
 
