@@ -39,6 +39,12 @@ MIN_SLOPE = -0.5
 A convention: an estimator that needs less would not be worth calibrating.
 """
 
+MIN_SHARE_OF_SLOPE = 1e-3
+"""At smaller shares of a task the correction's slope is that at this share; at 0 it is infinite.
+
+A convention. It shapes derivatives alone.
+"""
+
 _MIN_WIDTH = 1e-12
 """Width of an interval, nats, below which a run does not tell whether it is too narrow."""
 
@@ -151,6 +157,22 @@ class FittedCalibrated(FittedEstimator):
         apart_MK = self._features(plain) - self._features(other)
         moved_M = plain.loss * (1 + fit.slope) + apart_MK @ fit.tasks_K
         return self._with_interval(plain, moved_M, lowest=-np.inf)
+
+    @property
+    def has_gradient(self) -> bool:
+        return self._fitted.has_gradient
+
+    def gradient(self, weights: ArrayLike) -> Array:
+        plain_MK = self._fitted.gradient(weights)
+        estimate = self._fitted.estimate(weights)
+        fit, is_trained_M1 = self._correction, (estimate.high > estimate.low)[:, None]
+        roots_MK = np.sqrt(np.maximum(_shares(estimate), MIN_SHARE_OF_SLOPE))
+        of_tasks_MK = fit.tasks_K / (2 * self._root_scale * roots_MK)
+        of_tasks_MK -= of_tasks_MK.mean(1, keepdims=True)
+        return plain_MK + is_trained_M1 * (fit.slope * plain_MK + of_tasks_MK)
+
+    def group_gradients(self, weights: ArrayLike) -> Array:
+        return self._fitted.group_gradients(weights)
 
     def _with_interval(self, plain: Estimate, loss: Array, *, lowest: float) -> Estimate:
         loss = np.maximum(loss, lowest)

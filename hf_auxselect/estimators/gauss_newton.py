@@ -1,7 +1,6 @@
 """One damped Gauss-Newton step: where training on a mixture tends to, without its optimizer.
 
-Shapes: N examples of the auxiliary tasks, T examples of the target, K tasks, M mixtures,
-D projection_dim, R vectors of the basis, S sources of a displacement.
+Shapes: N examples, K tasks, M mixtures, D projection_dim, R vectors of the basis.
 """
 
 from __future__ import annotations
@@ -12,13 +11,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from hf_auxselect.estimators.base import TINY, AbstractEstimator, Array, all_tasks_pooled
-from hf_auxselect.estimators.predicted_update import (
-    FittedQuadratic,
-    PredictedUpdate,
-    check_options,
-)
+from hf_auxselect.estimators.predicted_update import FittedQuadratic, check_options
 from hf_auxselect.estimators.quadratic_model import QuadraticModel
-from hf_auxselect.estimators.target_quadratic import TargetQuadratic
 from hf_auxselect.store.arrays import GradientStore
 
 Curvature = Literal["sampled", "empirical"]
@@ -131,34 +125,11 @@ class FittedGaussNewton(FittedQuadratic):
             "effective_dimension": float((spectrum / (spectrum + self.damping)).sum()),
         }
 
-    def _predict(self, shares_MK: Array) -> PredictedUpdate:
-        tasks = self._model.tasks
-        w_MK = self._model.counts.token_weights(shares_MK)
-        values_MR, vectors_MRR, complement_M = tasks.eigendecomposition(w_MK)
-        inverse_MR = 1 / (np.maximum(values_MR, 0.0) + self.damping)
-        complement_inverse_M = 1 / (np.maximum(complement_M, 0.0) + self.damping)
+    def _response(self, values: Array) -> Array:
+        return -1 / (np.maximum(values, 0.0) + self.damping)[None]
 
-        def solve(x_MR: Array) -> Array:  # (H_w + lambda I)^-1 x, in the basis
-            own_MR = inverse_MR * np.einsum("mrs,mr->ms", vectors_MRR, x_MR)
-            return np.einsum("mrs,ms->mr", vectors_MRR, own_MR)
-
-        delta_MR = -solve(w_MK @ tasks.b_KR)
-        sources_MS = -complement_inverse_M[:, None] * w_MK
-
-        def change(target: TargetQuadratic) -> tuple[Array, Array, Array]:
-            linear_MT, quadratic_M, gradient_MR = target.change(delta_MR, sources_MS)
-            return linear_MT, np.maximum(quadratic_M, target.lower_bound), gradient_MR
-
-        linear_MT, quadratic_M, gradient_MR = change(self._model.target)
-        return PredictedUpdate(
-            w_MK=w_MK,
-            delta_MR=delta_MR,
-            sensitivity_MR=solve(gradient_MR),
-            complement_sensitivity_M=complement_inverse_M,
-            linear_MT=linear_MT,
-            quadratic_M=quadratic_M,
-            group_change_MG=self._mean_changes(self._model.groups, change, len(shares_MK)),
-        )
+    def _response_slope(self, values: Array) -> Array:
+        return np.where(values > 0, self._response(values) ** 2, 0.0)
 
 
 def _read_sampled(store: GradientStore, examples: slice) -> tuple[Array, Array]:

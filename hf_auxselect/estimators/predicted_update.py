@@ -1,7 +1,8 @@
 """The predicted update of the parameters by training, and what it makes of the target's loss.
 
-Shapes: N examples of the auxiliary tasks, T examples of the target, K tasks, M mixtures, R vectors
-of the basis.
+Shapes: N examples of the auxiliary tasks, T examples of the target, K tasks, M mixtures, G groups,
+R vectors of the basis, C components of an update: the mean gradient and further vectors; S sources
+of a displacement: the tasks' mean gradients and the further vectors.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from hf_auxselect.estimators.base import (
     FittedEstimator,
     normalize_mixtures,
     random_subsets,
+    used_columns,
 )
-from hf_auxselect.estimators.captured_gradients import chunks_of_tasks
 from hf_auxselect.estimators.diagnostics import outlier_share, rank_correlation
+from hf_auxselect.estimators.matrix_functions import back, derivative, turned
 from hf_auxselect.estimators.parallel import in_chunks, one_blas_thread
 from hf_auxselect.estimators.quadratic_model import QuadraticModel
-from hf_auxselect.estimators.target_quadratic import TargetQuadratic
+from hf_auxselect.estimators.target_quadratic import TargetChange, TargetQuadratic
 from hf_auxselect.store.arrays import GradientStore
 
 # Bounds memory; shapes no estimate but for rounding.
@@ -37,29 +39,64 @@ _MIXTURES_AT_ONCE = 32
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PredictedUpdate:
-    """By how much training on M mixtures moves the parameters, and the target's loss with them.
+    """By how much training on M mixtures moves the parameters.
 
-    The loss changes with the tasks' b and H by
-    ``-sum_k w_k (s . (db_k + curvature_share * dH_k delta) + s_complement * b_T . db_k)``, where s
-    is the sensitivity, and the last term is that in the orthogonal complement of the basis.
+    With b = sum_k u_k b_k and H = sum_k u_k H_k for the weights u of the tasks in the gradient, and
+    x_c for b and the further vectors, the displacement is
+
+        delta = sum_c f_c(H) x_c,
+
+    where f(H) has the eigenvectors of H, and f(h) for its eigenvalues h. In the orthogonal
+    complement of the basis, H is a number.
 
     Attributes:
-        w_MK: weight of each task in the gradient, by label tokens; 0 without training.
-        delta_MR: displacement in the basis.
-        sensitivity_MR: s, in the basis.
-        complement_sensitivity_M: s_complement.
-        linear_MT: linear term of the loss of each example of the target.
-        quadratic_M: quadratic term of their weighted mean.
-        group_change_MG: change of the loss of each of the store's groups.
+        u_MK: weight of each task in the gradient; 0 without training.
+        factor_M, of_factor_MK: by which u is less than the shares of label tokens, as where
+            gradients are clipped; its derivatives with respect to the shares of rows.
+        values_MR, vectors_MRR: eigenvalues of H in the basis, and their vectors in columns.
+        complement_M: H in the complement.
+        x_CMR: the vectors x_c, in the eigenvectors.
+        f_CMR, complement_f_CM: f_c(h) in the basis and in the complement.
+        delta_MR: the displacement in the basis.
+        sources_MS: in the complement, coefficients of the tasks' mean gradients and of the further
+            vectors.
     """
 
-    w_MK: Array
+    u_MK: Array
+    factor_M: Array
+    of_factor_MK: Array
+    values_MR: Array
+    vectors_MRR: Array
+    complement_M: Array
+    x_CMR: Array
+    f_CMR: Array
+    complement_f_CM: Array
     delta_MR: Array
-    sensitivity_MR: Array
-    complement_sensitivity_M: Array
-    linear_MT: Array
-    quadratic_M: Array
-    group_change_MG: Array
+    sources_MS: Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Side:
+    """An update, what it makes of the target's loss, and how that answers to the tasks' b and H.
+
+    The loss changes with them by
+    ``-sum_k u_k (s . (db_k + curvature_share * dH_k delta) + s_complement * b_T . db_k)``.
+    """
+
+    update: PredictedUpdate
+    change: TargetChange
+
+    @property
+    def sensitivity_MR(self) -> Array:
+        """s, in the basis."""
+        update = self.update
+        own_MR = update.f_CMR[0] * turned(update.vectors_MRR, self.change.of_delta_MR)
+        return -back(update.vectors_MRR, own_MR)
+
+    @property
+    def complement_sensitivity_M(self) -> Array:
+        """s_complement, in the orthogonal complement of the basis."""
+        return -self.update.complement_f_CM[0]
 
 
 def check_options(rank: int | None, model_error: float) -> None:
@@ -74,15 +111,55 @@ class FittedQuadratic(FittedEstimator):
     """An estimator that predicts an update and evaluates the target's quadratic there."""
 
     curvature_share: ClassVar[float]
-    """See :class:`PredictedUpdate`."""
+    """See :class:`_Side`."""
     _store: GradientStore
     _model: QuadraticModel
     _model_error: float
     """Standard error of each term of the predicted change, as a share of the term."""
 
     @abstractmethod
+    def _response(self, values: Array) -> Array:
+        """The functions f_c of eigenvalues of any shape [...]: [C, ...]."""
+
+    @abstractmethod
+    def _response_slope(self, values: Array) -> Array:
+        """The derivatives of the functions f_c [C, ...]."""
+
+    def _clip(self, shares_MK: Array) -> tuple[Array, Array]:
+        """The factor by which clipping shortens gradients [M], and its derivatives [M, K]."""
+        return np.ones(len(shares_MK)), np.zeros(shares_MK.shape)
+
     def _predict(self, shares_MK: Array) -> PredictedUpdate:
         """The update by training on mixtures, given the share of each task in their rows."""
+        model, is_idle_M = self._model, ~shares_MK.any(1)
+        factor_M, of_factor_MK = self._clip(shares_MK)
+        u_MK = factor_M[:, None] * model.counts.token_weights(shares_MK)
+        values_MR, vectors_MRR, complement_M = model.tasks.eigendecomposition(u_MK)
+        used = used_columns(u_MK)
+        b_MR = u_MK[:, used] @ model.tasks.b_KR[used]
+        x_CMR = np.stack(
+            [
+                turned(vectors_MRR, b_MR),
+                *(np.einsum("mrs,r->ms", vectors_MRR, x_R) for x_R in model.vectors_VR),
+            ]
+        )
+        f_CMR, complement_f_CM = self._response(values_MR), self._response(complement_M)
+        delta_MR = back(vectors_MRR, (f_CMR * x_CMR).sum(0))
+        sources_MS = np.hstack([complement_f_CM[0][:, None] * u_MK, complement_f_CM[1:].T])
+        delta_MR[is_idle_M] = sources_MS[is_idle_M] = 0.0
+        return PredictedUpdate(
+            u_MK=u_MK,
+            factor_M=factor_M,
+            of_factor_MK=of_factor_MK,
+            values_MR=values_MR,
+            vectors_MRR=vectors_MRR,
+            complement_M=complement_M,
+            x_CMR=x_CMR,
+            f_CMR=f_CMR,
+            complement_f_CM=complement_f_CM,
+            delta_MR=delta_MR,
+            sources_MS=sources_MS,
+        )
 
     def estimate(self, weights: ArrayLike) -> Estimate:
         return self._estimate(weights)
@@ -100,28 +177,29 @@ class FittedQuadratic(FittedEstimator):
         """
         target, groups = self._model.target, self._model.groups
         shares_MK = normalize_mixtures(weights, self._store.task_sizes)
-        reference = None if reference_K is None else self._predict(reference_K[None])
+        reference = None if reference_K is None else self._side(reference_K[None])
 
-        def terms(update: PredictedUpdate) -> Array:  # linear, quadratic, warm-up gain: [3, M]
-            gain_M = update.w_MK.any(1) * self._model.warm_up_gain
-            return np.stack([update.linear_MT @ target.weights_T, update.quadratic_M, gain_M])
+        def terms(side: _Side) -> Array:  # linear, quadratic, warm-up gain: [3, M]
+            gain_M = side.update.u_MK.any(1) * self._model.warm_up_gain
+            change = side.change
+            return np.stack([change.linear_MT @ target.weights_T, change.quadratic_M, gain_M])
 
         def work(shares: Array) -> tuple[Array, Array, Array]:
-            update = self._predict(shares)
-            terms_3M, group_change_MG = terms(update), update.group_change_MG
+            side = self._side(shares)
+            terms_3M, group_change_MG = terms(side), self._group_changes(side.update)
             unlike_M: Array | float = 0.0
             if reference is not None:
                 others_31 = terms(reference)
                 # Errors of two mixtures are correlated by the cosine of their displacements, if it
                 # is positive. This is one less their cosine, and exactly 0 where they are the same.
-                apart_MR = _unit(update.delta_MR) - _unit(reference.delta_MR)
+                apart_MR = _unit(side.update.delta_MR) - _unit(reference.update.delta_MR)
                 unlike_M = np.minimum((apart_MR**2).sum(1) / 2, 1.0)
                 unlike_M *= 2 * (terms_3M * others_31).sum(0)
                 terms_3M = terms_3M - others_31
-                group_change_MG = group_change_MG - reference.group_change_MG
+                group_change_MG = group_change_MG - self._group_changes(reference.update)
             variance_M = self._model_error**2 * ((terms_3M**2).sum(0) + unlike_M)
-            variance_M += self._target_variance(update, reference)
-            variance_M += self._task_variance(update, reference)
+            variance_M += self._target_variance(side, reference)
+            variance_M += self._task_variance(side, reference)
             if reference is None:
                 variance_M[~shares.any(1)] = 0.0  # the loss without training is known
             return terms_3M[:2].sum(0), np.sqrt(np.maximum(variance_M, 0.0)), group_change_MG
@@ -141,6 +219,80 @@ class FittedQuadratic(FittedEstimator):
             group_losses=group_MG if groups else None,
         )
 
+    def _side(self, shares_MK: Array) -> _Side:
+        update = self._predict(shares_MK)
+        change = self._model.target.change(update.delta_MR, update.sources_MS)
+        return _Side(update=update, change=change)
+
+    def _group_changes(self, update: PredictedUpdate) -> Array:
+        """Change of the mean loss of each of the store's groups [M, G]."""
+        result_MG = np.empty((len(update.delta_MR), len(self._model.groups)))
+        for g, group in enumerate(self._model.groups):
+            change = group.change(update.delta_MR, update.sources_MS)
+            result_MG[:, g] = change.linear_MT @ group.weights_T + change.quadratic_M
+        return result_MG
+
+    @property
+    def has_gradient(self) -> bool:
+        return True
+
+    def gradient(self, weights: ArrayLike) -> Array:
+        return self._gradients(weights, [self._model.target])[:, 0]
+
+    def group_gradients(self, weights: ArrayLike) -> Array:
+        return self._gradients(weights, self._model.groups)
+
+    def _gradients(self, weights: ArrayLike, targets: Sequence[TargetQuadratic]) -> Array:
+        """Derivatives of the losses of some targets with respect to the tasks' shares of the rows.
+
+        By the adjoint: backwards from the loss through the displacement, its functions of H, and
+        the weights u. It costs about as much as the estimate, for all K tasks together.
+        """
+        shares_MK = normalize_mixtures(weights, self._store.task_sizes)
+
+        def work(shares: Array) -> tuple[Array]:
+            update = self._predict(shares)
+            of_MGK = np.empty((len(shares), len(targets), shares.shape[1]))
+            for g, target in enumerate(targets):
+                change = target.change(update.delta_MR, update.sources_MS)
+                of_MGK[:, g] = self._pull_back(update, change, shares)
+                # An estimate of less than 0 is one of 0.
+                loss_M = target.loss + change.linear_MT @ target.weights_T + change.quadratic_M
+                of_MGK[loss_M <= 0, g] = 0.0
+            return (of_MGK,)
+
+        (result_MGK,) = in_chunks(shares_MK, work, size=_MIXTURES_AT_ONCE)
+        return result_MGK
+
+    def _pull_back(self, update: PredictedUpdate, change: TargetChange, shares_MK: Array) -> Array:
+        """Derivatives of a target's loss along the simplex [M, K]."""
+        tasks, num_tasks = self._model.tasks, shares_MK.shape[1]
+        of_delta_MR = turned(update.vectors_MRR, change.of_delta_MR)
+        of_b_MR = back(update.vectors_MRR, update.f_CMR[0] * of_delta_MR)
+        of_H_MRR = derivative(
+            update.values_MR,
+            update.vectors_MRR,
+            update.f_CMR,
+            self._response_slope(update.values_MR),
+            of_delta_MR,
+            update.x_CMR,
+        )
+        of_task_sources_MK = change.of_sources_MS[:, :num_tasks]
+        slope_CM = self._response_slope(update.complement_M)
+        of_complement_M = slope_CM[0] * (of_task_sources_MK * update.u_MK).sum(1)
+        of_complement_M += (slope_CM[1:].T * change.of_sources_MS[:, num_tasks:]).sum(1)
+        of_u_MK = of_b_MR @ tasks.b_KR.T + update.complement_f_CM[0][:, None] * of_task_sources_MK
+        of_u_MK += tasks.pull_back(of_H_MRR, of_complement_M)
+        # u = factor * w, and w_k is in proportion to the shares of the rows times t_k tokens.
+        counts, factor_M1 = self._model.counts, update.factor_M[:, None]
+        w_MK = counts.token_weights(shares_MK)
+        mean_M1 = (of_u_MK * w_MK).sum(1, keepdims=True)
+        total_M1 = (shares_MK @ counts.tokens_per_row_K)[:, None]
+        of_tokens_MK = factor_M1 * (of_u_MK - mean_M1) / np.maximum(total_M1, TINY)
+        of_shares_MK = of_tokens_MK * counts.tokens_per_row_K + mean_M1 * update.of_factor_MK
+        of_shares_MK[~shares_MK.any(1)] = 0.0
+        return of_shares_MK - of_shares_MK.mean(1, keepdims=True)
+
     def task_losses(self, weights: ArrayLike) -> Array | None:
         training = self._store.remaining_training
         if training is not None and training.restarts:
@@ -149,19 +301,6 @@ class FittedQuadratic(FittedEstimator):
         with one_blas_thread():
             change_MK = self._model.tasks.loss_changes(self._predict(shares_MK).delta_MR)
         return np.maximum(self._store.task_losses + change_MK, 0.0)
-
-    @staticmethod
-    def _mean_changes(
-        targets: Sequence[TargetQuadratic],
-        change: Callable[[TargetQuadratic], tuple[Array, Array, Array]],
-        num_mixtures: int,
-    ) -> Array:
-        """Change of the mean loss of several targets, from their terms [M, targets]."""
-        result = np.empty((num_mixtures, len(targets)))
-        for g, target in enumerate(targets):
-            linear_MT, quadratic_M, _ = change(target)
-            result[:, g] = linear_MT @ target.weights_T + quadratic_M
-        return result
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers that say how far to trust the estimates; most are over random subsets of tasks.
@@ -182,11 +321,11 @@ class FittedQuadratic(FittedEstimator):
         tasks, target = self._model.tasks, self._model.target
         masks_MK = random_subsets(len(tasks.b_KD))
         with one_blas_thread():
-            update = self._predict(normalize_mixtures(masks_MK, self._store.task_sizes))
-            sampling = np.sqrt(self._task_variance(update, None).mean())
-        linear_M = update.linear_MT @ target.weights_T
-        loss_M = linear_M + update.quadratic_M
-        square = float(np.mean(linear_M**2 + update.quadratic_M**2))
+            side = self._side(normalize_mixtures(masks_MK, self._store.task_sizes))
+            sampling = np.sqrt(self._task_variance(side, None).mean())
+        linear_M, quadratic_M = side.change.linear_MT @ target.weights_T, side.change.quadratic_M
+        loss_M = linear_M + quadratic_M
+        square = float(np.mean(linear_M**2 + quadratic_M**2))
         spread = loss_M.std() if len(masks_MK[0]) > 1 else np.inf  # one task: nothing to rank
         lengths_T = target.weights_T * np.linalg.norm(target.g_TR, axis=1)
         return {
@@ -194,7 +333,7 @@ class FittedQuadratic(FittedEstimator):
             "terms_over_loss": float(np.sqrt(square)) / max(target.loss, TINY),
             "sampling_error_over_spread": float(sampling / max(spread, TINY)),
             "rank_correlation_with_step_norm": rank_correlation(
-                loss_M, np.linalg.norm(update.delta_MR, axis=1)
+                loss_M, np.linalg.norm(side.update.delta_MR, axis=1)
             ),
             "rank_correlation_with_number_of_tasks": rank_correlation(loss_M, masks_MK.sum(1)),
             "outlier_gradient_share": outlier_share(
@@ -205,61 +344,62 @@ class FittedQuadratic(FittedEstimator):
             **self._model.probe_diagnostics(),
         }
 
-    def _target_variance(self, update: PredictedUpdate, reference: PredictedUpdate | None) -> Array:
+    def _target_variance(self, side: _Side, reference: _Side | None) -> Array:
         """Variance of the loss over which examples of the target were captured [M]."""
         target = self._model.target
         count = len(target.weights_T)
         missing = 1 - count / max(int(self._store.target.task_sizes[0]), count)
         if missing == 0 or count < 2:
-            return np.zeros(len(update.delta_MR))
+            return np.zeros(len(side.update.delta_MR))
 
-        def change(of: PredictedUpdate) -> Array:
-            return of.linear_MT + (of.delta_MR @ target.phi_TR.T) ** 2 / 2
+        def change(of: _Side) -> Array:
+            return of.change.linear_MT + (of.update.delta_MR @ target.phi_TR.T) ** 2 / 2
 
-        losses_MT = change(update) + (target.losses_T if reference is None else -change(reference))
+        losses_MT = change(side) + (target.losses_T if reference is None else -change(reference))
         mean_M = losses_MT @ target.weights_T
         spread_M = ((losses_MT - mean_M[:, None]) ** 2) @ target.weights_T**2
         return missing * spread_M * count / (count - 1)
 
-    def _task_variance(self, update: PredictedUpdate, reference: PredictedUpdate | None) -> Array:
+    def _task_variance(self, side: _Side, reference: _Side | None) -> Array:
         """Variance of the loss over which examples of the tasks were captured [M]."""
         tasks, counts = self._model.tasks, self._model.counts
-        curvature_share = self.curvature_share
         factor_K = counts.missing_K * counts.counts_K / np.maximum(counts.counts_K - 1, 1)
-
-        def mean(of: PredictedUpdate) -> Array:
-            mean_MK = of.sensitivity_MR @ tasks.b_KR.T
-            mean_MK = mean_MK + of.complement_sensitivity_M[:, None] * tasks.complement_response_K
-            mean_MK += curvature_share * np.einsum(
-                "mr,krs,ms->mk",
-                of.sensitivity_MR,
-                tasks.uncorrected_H_KRR,
-                of.delta_MR,
-                optimize=True,
-            )
-            return mean_MK
-
-        def influence(of: PredictedUpdate, mean_MK: Array, k: int, examples: slice) -> Array:
-            phi_NR = tasks.phi_NR[examples].astype(np.float64)
-            influence_MN = (
-                curvature_share * (of.sensitivity_MR @ phi_NR.T) * (of.delta_MR @ phi_NR.T)
-            )
-            influence_MN += of.sensitivity_MR @ tasks.g_NR[examples].T
-            influence_MN += (
-                of.complement_sensitivity_M[:, None] * tasks.complement_response_N[examples]
-            )
-            return of.w_MK[:, [k]] * (influence_MN - mean_MK[:, [k]])
-
-        sides = [(of, mean(of)) for of in (update, reference) if of is not None]
-        variance_M = np.zeros(len(update.delta_MR))
-        for k, examples in chunks_of_tasks(self._store):
+        sides = [of for of in (side, reference) if of is not None]
+        factor_K = factor_K * np.any([of.update.u_MK.any(0) for of in sides], axis=0)
+        influences = [self._influence(of, factor_K > 0) for of in sides]
+        variance_M = np.zeros(len(side.update.delta_MR))
+        for k, examples in tasks.chunks:
             if factor_K[k]:
-                influence_MN = influence(*sides[0], k, examples)
+                influence_MN = influences[0](k, examples)
                 if reference is not None:
-                    influence_MN -= influence(*sides[1], k, examples)
+                    influence_MN = influence_MN - influences[1](k, examples)
                 weights_N = counts.example_weights_N[examples]
                 variance_M += factor_K[k] * (influence_MN**2 @ weights_N**2)
         return variance_M
+
+    def _influence(self, of: _Side, of_K: Array) -> Callable[[int, slice], Array]:
+        """What some examples of a task change of the loss [M, N]; for the tasks of a mask [K]."""
+        tasks, share = self._model.tasks, self.curvature_share
+        s_MR, delta_MR, u_MK = of.sensitivity_MR, of.update.delta_MR, of.update.u_MK
+        complement_M1 = of.complement_sensitivity_M[:, None]
+        mean_MK = np.zeros(u_MK.shape)
+        mean_MK[:, of_K] = (
+            s_MR @ tasks.b_KR[of_K].T
+            + complement_M1 * tasks.complement_response_K[of_K]
+            + share
+            * np.einsum(
+                "mr,krs,ms->mk", s_MR, tasks.uncorrected_H_KRR[of_K], delta_MR, optimize=True
+            )
+        )
+
+        def influence(k: int, examples: slice) -> Array:
+            phi_NR = tasks.phi_NR[examples].astype(np.float64)
+            influence_MN = share * (s_MR @ phi_NR.T) * (delta_MR @ phi_NR.T)
+            influence_MN += s_MR @ tasks.g_NR[examples].T
+            influence_MN += complement_M1 * tasks.complement_response_N[examples]
+            return u_MK[:, [k]] * (influence_MN - mean_MK[:, [k]])
+
+        return influence
 
 
 def _unit(vectors: Array) -> Array:

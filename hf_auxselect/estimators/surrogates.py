@@ -8,8 +8,9 @@ Shapes: K tasks, M mixtures that the loss is known of, Q mixtures that it is ask
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -55,8 +56,41 @@ GAMMAS = (0.0625, 0.25, 1.0, 4.0)
 _ELEMENTS_AT_ONCE = 1_000_000
 """Mixtures are processed in chunks of about this many Q x M numbers (8 MB in float64)."""
 
-Kernel = Callable[[Array, Array], Array]
-"""Similarity of shares [., K] and [M, K]: [., M]."""
+
+class Kernel(Protocol):
+    """Similarity of mixtures by their shares."""
+
+    def __call__(self, one_QK: Array, other_MK: Array) -> Array:
+        """The similarity of each pair [Q, M]."""
+
+    def gradient(self, one_QK: Array, other_MK: Array, factors_M: Array) -> Array:
+        """Derivatives of ``kernel(one, other) @ factors`` with respect to ``one`` [Q, K]."""
+
+
+@dataclass(frozen=True, eq=False)
+class _LinearKernel:
+    center_K: Array
+
+    def __call__(self, one_QK: Array, other_MK: Array) -> Array:
+        return (one_QK - self.center_K) @ (other_MK - self.center_K).T
+
+    def gradient(self, one_QK: Array, other_MK: Array, factors_M: Array) -> Array:
+        return np.tile(factors_M @ (other_MK - self.center_K), (len(one_QK), 1))
+
+
+@dataclass(frozen=True, eq=False)
+class _RadialKernel:
+    center_K: Array
+    scale: float
+
+    def __call__(self, one_QK: Array, other_MK: Array) -> Array:
+        one, other = (self.scale * (x - self.center_K) for x in (one_QK, other_MK))
+        squares = (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
+        return np.exp(-np.maximum(squares, 0.0))
+
+    def gradient(self, one_QK: Array, other_MK: Array, factors_M: Array) -> Array:
+        kernel_QM = self(one_QK, other_MK) * factors_M
+        return 2 * self.scale**2 * (kernel_QM @ other_MK - kernel_QM.sum(1)[:, None] * one_QK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +243,7 @@ class RidgeSurrogate(AbstractSurrogate):
     """
 
     def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:
-        center_K = shares_MK.mean(0)
-        return [({}, lambda one, other: (one - center_K) @ (other - center_K).T)]
+        return [({}, _LinearKernel(shares_MK.mean(0)))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,18 +275,8 @@ class KernelSurrogate(AbstractSurrogate):
     def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:
         center_K = shares_MK.mean(0)
         variance = float(((shares_MK - center_K) ** 2).sum(1).mean())
-
-        def radial(gamma: float) -> Kernel:
-            scale = np.sqrt(gamma / (4 * variance))
-
-            def kernel(one: Array, other: Array) -> Array:
-                one, other = scale * (one - center_K), scale * (other - center_K)
-                squares = (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
-                return np.exp(-np.maximum(squares, 0.0))
-
-            return kernel
-
-        return [({"gamma": gamma}, radial(gamma)) for gamma in self.gammas]
+        scales = {gamma: float(np.sqrt(gamma / (4 * variance))) for gamma in self.gammas}
+        return [({"gamma": g}, _RadialKernel(center_K, scale)) for g, scale in scales.items()]
 
 
 class FittedSurrogate(FittedEstimator):
@@ -317,6 +340,24 @@ class FittedSurrogate(FittedEstimator):
             weights=shares_QK,
             group_losses=None if self._groups is None else group_QG,
         )
+
+    @property
+    def has_gradient(self) -> bool:
+        return True
+
+    def gradient(self, weights: ArrayLike) -> Array:
+        return self._gradients(weights, [self._regression])[:, 0]
+
+    def group_gradients(self, weights: ArrayLike) -> Array:
+        return self._gradients(weights, self._groups or [])
+
+    def _gradients(self, weights: ArrayLike, regressions: Sequence[_Regression]) -> Array:
+        shares_QK = normalize_mixtures(weights, self._task_sizes)
+        result_QGK = np.empty((len(shares_QK), len(regressions), shares_QK.shape[1]))
+        for g, regression in enumerate(regressions):
+            result_QGK[:, g] = regression.gradient(shares_QK)
+        result_QGK[~shares_QK.any(1)] = 0.0
+        return result_QGK - result_QGK.mean(2, keepdims=True)
 
     def _estimate_chunk(self, shares_QK: Array) -> tuple[Array, Array, Array, Array]:
         """Loss and the ends of its interval, float64 [Q] each; losses of groups [Q, G]."""
@@ -390,6 +431,13 @@ class _Regression:
         kernel_QM = self._kernel(shares_QK, self._shares_MK)
         return self._gram.centered(kernel_QM) @ self._inverse_MM + 1 / len(self.losses_M)
 
+    def gradient(self, shares_QK: Array) -> Array:
+        """Derivatives of the prediction with respect to the shares [Q, K]; 0 where it is cut."""
+        factors_M = self._inverse_MM @ self.losses_M / self._gram.scale
+        result_QK = self._kernel.gradient(shares_QK, self._shares_MK, factors_M)
+        result_QK[self.parts(shares_QK) @ self.losses_M <= self.lowest] = 0.0
+        return result_QK
+
     def jackknife(self, parts_QM: Array) -> tuple[Array, Array, Array]:
         """Predictions and the ends of their jackknife+ intervals [Q]."""
         loss_Q = parts_QM @ self.losses_M
@@ -403,16 +451,20 @@ class _Regression:
 
 
 class _Gram:
-    """The kernel matrix of the known mixtures, centred for the intercept, with trace M."""
+    """The kernel matrix of the known mixtures, centred for the intercept, with trace M.
+
+    Attributes:
+        scale: what it was divided by.
+    """
 
     def __init__(self, kernel_MM: Array) -> None:
         count = len(kernel_MM)
         self._mean_M = kernel_MM.mean(0)
         centered_MM = kernel_MM - self._mean_M - self._mean_M[:, None] + self._mean_M.mean()
-        self._scale = max(float(np.trace(centered_MM)) / count, TINY)
+        self.scale = max(float(np.trace(centered_MM)) / count, TINY)
         # The intercept has no penalty. Its axis, the constant vector, is told from others with the
         # eigenvalue 0 by making its eigenvalue the largest, and dropped.
-        values, vectors = np.linalg.eigh(centered_MM / self._scale + (count + 1) / count)
+        values, vectors = np.linalg.eigh(centered_MM / self.scale + (count + 1) / count)
         self._values, self._vectors = np.maximum(values[:-1], 0.0), vectors[:, :-1]
 
     def centered(self, kernel_QM: Array) -> Array:
@@ -420,7 +472,7 @@ class _Gram:
 
         Up to a constant per row, which :meth:`inverse` maps to 0.
         """
-        return (kernel_QM - self._mean_M) / self._scale
+        return (kernel_QM - self._mean_M) / self.scale
 
     def inverse(self, penalty: float) -> Array:
         """(centred kernel + penalty)^-1, and 0 for a constant [M, M]."""

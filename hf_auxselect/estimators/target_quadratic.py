@@ -1,21 +1,33 @@
 """The target's loss as a quadratic function of the displacement.
 
 Shapes: T examples of the target, M mixtures, E endpoints, D projection_dim, R vectors of the basis,
-S sources of a displacement, Q random displacements.
+S sources of a displacement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-from hf_auxselect.estimators.base import TINY, Array
+from hf_auxselect.estimators.base import TINY, Array, used_columns
 from hf_auxselect.estimators.captured_gradients import WeightedGradients
 from hf_auxselect.estimators.curvature_corrections import fit_to_endpoint_losses
 from hf_auxselect.estimators.krylov_basis import KrylovBasis
-from hf_auxselect.estimators.task_curvature import Covariance
 from hf_auxselect.store.records import Probes
+
+
+class TargetChange(NamedTuple):
+    """How the loss answers to displacements, in nats per label token, and its derivatives."""
+
+    linear_MT: Array
+    """Linear term of each example's loss."""
+    quadratic_M: Array
+    """Quadratic term of their weighted mean."""
+    of_delta_MR: Array
+    """Gradient with respect to the displacement in the basis."""
+    of_sources_MS: Array
+    """Derivatives with respect to the coefficients of the sources."""
 
 
 class TargetQuadratic:
@@ -94,45 +106,26 @@ class TargetQuadratic:
         rows = self._gradients.store.rows_of(example_ids)
         return rows, self.weights_T[rows] / max(self.weights_T[rows].sum(), TINY)
 
-    def change(self, delta_MR: Array, sources_MS: Array) -> tuple[Array, Array, Array]:
+    def change(self, delta_MR: Array, sources_MS: Array) -> TargetChange:
         """How the loss answers to displacements.
 
         Args:
             delta_MR: their coordinates in the basis.
             sources_MS: coefficients of their sources.
-
-        Returns:
-            Linear term of each example [M, T]; quadratic term of their mean [M]; both in nats per
-            label token. Gradient of the loss at the displacement, in the basis [M, R].
         """
         linear_MT = delta_MR @ self.g_TR.T + sources_MS @ self._source_gradients_TS.T
         H_delta_MR = delta_MR @ self._H_RR
-        square_M = np.einsum("ms,st,mt->m", sources_MS, self._source_gram_SS, sources_MS)
-        quadratic_M = (delta_MR * H_delta_MR).sum(1) + self._complement_curvature * square_M
-        return linear_MT, quadratic_M / 2, self._b_R + H_delta_MR
-
-    def mean_quadratic_changes(
-        self, vectors_MRR: Array, randoms: Iterable[tuple[Covariance, Array]]
-    ) -> list[Array]:
-        """Mean quadratic terms E[epsilon^T H_T epsilon] / 2 of random displacements, [M, Q] each.
-
-        Args:
-            vectors_MRR: eigenvectors of the mixtures' curvature, in columns.
-            randoms: covariance of a random gradient, and Q displacements per unit of it along each
-                of these vectors and last in the orthogonal complement, [M, R + 1, Q].
-        """
-        turned_MRR = vectors_MRR.transpose(0, 2, 1)
-        H_MRR = turned_MRR @ self._H_RR @ vectors_MRR
-        changes = []
-        for covariance, displacement_MRQ in randoms:
-            both_MRR = H_MRR * (turned_MRR @ covariance.basis_MRR @ vectors_MRR)
-            basis_MRQ, complement_MQ = displacement_MRQ[:, :-1], displacement_MRQ[:, -1]
-            complement_M = self._complement_curvature * covariance.complement_M
-            changes.append(
-                (
-                    (basis_MRQ * (both_MRR @ basis_MRQ)).sum(1)
-                    + complement_M[:, None] * complement_MQ**2
-                )
-                / 2
-            )
-        return changes
+        used = used_columns(sources_MS)
+        gram_MS = sources_MS[:, used] @ self._source_gram_SS[used]
+        complement_M = (gram_MS[:, used] * sources_MS[:, used]).sum(1)
+        quadratic_M = (delta_MR * H_delta_MR).sum(1) + self._complement_curvature * complement_M
+        quadratic_M /= 2
+        is_free_M1 = quadratic_M[:, None] > self.lower_bound
+        of_sources_S = self.weights_T @ self._source_gradients_TS
+        return TargetChange(
+            linear_MT=linear_MT,
+            quadratic_M=np.maximum(quadratic_M, self.lower_bound),
+            of_delta_MR=self._b_R + np.where(is_free_M1, H_delta_MR, 0.0),
+            of_sources_MS=of_sources_S
+            + np.where(is_free_M1, self._complement_curvature * gram_MS, 0.0),
+        )

@@ -1,4 +1,4 @@
-"""Each task's gradient and curvature at the linearization point, and how its examples vary.
+"""Each task's gradient and curvature at the linearization point, and those of mixtures.
 
 Shapes: N examples of the auxiliary tasks, K tasks, M mixtures, D projection_dim, R vectors of the
 basis.
@@ -6,24 +6,13 @@ basis.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from hf_auxselect.estimators.base import TINY, Array
+from hf_auxselect.estimators.base import TINY, Array, used_columns
 from hf_auxselect.estimators.captured_gradients import CaptureCounts, WeightedGradients
 from hf_auxselect.estimators.curvature_corrections import psb_update
 from hf_auxselect.estimators.krylov_basis import KrylovBasis
 from hf_auxselect.store.records import Probes
-
-
-class Covariance(NamedTuple):
-    """Covariance of random gradients of M mixtures."""
-
-    basis_MRR: Array
-    """In the basis."""
-    complement_M: Array
-    """The trace of what is in the orthogonal complement."""
 
 
 class TaskCurvature:
@@ -43,6 +32,7 @@ class TaskCurvature:
     Attributes:
         b_KD, b_KR: the tasks' mean gradients; their coordinates in the basis.
         uncorrected_H_KRR: the tasks' curvature before probes have corrected it.
+        chunks: a task, and some of its examples, in turn.
         g_NR, phi_NR: gradients of the examples in the basis (float32: no less precise than they
             were captured, and for the interval alone); norm_N: norms of g.
         complement_response_K, complement_response_N: inner products, in the orthogonal complement,
@@ -58,34 +48,24 @@ class TaskCurvature:
         trace_K: Array,
         target_b_D: Array,
     ) -> None:
-        self._basis, self._counts, self._trace_K = basis, counts, trace_K
+        self._basis, self._trace_K = basis, trace_K
         num_tasks, num_examples = len(b_KD), len(gradients.store)
         complement_b_D = basis.complement(target_b_D)
         self.b_KD = b_KD
         self.b_KR = basis.coordinates(b_KD)
-        # H, and the second moment of a row's contribution to b.
-        self._H_KRR, self._moment_KRR = np.zeros((2, num_tasks, basis.rank, basis.rank))
-        self._complement_moment_K = np.zeros(num_tasks)
-        tokens_N = gradients.store.num_label_tokens.astype(np.float64)
+        self._H_KRR = np.zeros((num_tasks, basis.rank, basis.rank))
         self.phi_NR = np.empty((num_examples, basis.rank), np.float32)
         self.g_NR = np.empty((num_examples, basis.rank), np.float32)
         self.complement_response_N = np.empty(num_examples)
         self.norm_N = np.empty(num_examples)
+        self.chunks: list[tuple[int, slice]] = []
         for k, examples, g_ND, phi_ND in gradients.chunks():
+            self.chunks.append((k, examples))
             g, phi = basis.coordinates(g_ND), basis.coordinates(phi_ND)
             self._H_KRR[k] += (phi * counts.example_weights_N[examples, None]).T @ phi
             self.g_NR[examples], self.phi_NR[examples] = g, phi
             self.norm_N[examples] = np.linalg.norm(g, axis=1)
             self.complement_response_N[examples] = g_ND @ complement_b_D
-            contribution_N = tokens_N[examples] / counts.tokens_per_row_K[k]
-            weights_N = contribution_N**2 / counts.counts_K[k] * counts.examples_per_row_K[k]
-            self._moment_KRR[k] += (g * weights_N[:, None]).T @ g
-            self._complement_moment_K[k] += weights_N @ ((g_ND**2).sum(1) - (g**2).sum(1))
-        # A row is a sum of m examples. They are taken as independent, each with the mean b / m: so
-        # the products of two different ones are (m - 1) / m of b b^T in expectation.
-        pairs_K = 1 - 1 / counts.examples_per_row_K
-        self._moment_KRR += pairs_K[:, None, None] * self.b_KR[:, :, None] * self.b_KR[:, None, :]
-        self._complement_moment_K += pairs_K * ((b_KD**2).sum(1) - (self.b_KR**2).sum(1))
         self.complement_response_K = b_KD @ complement_b_D
         self._complement_curvature_K = basis.complement_curvature(self._H_KRR, trace_K)
         self.uncorrected_H_KRR = self._H_KRR
@@ -132,36 +112,26 @@ class TaskCurvature:
             Eigenvalues in the basis, in ascending order [M, R]; their vectors, in columns
             [M, R, R]; the curvature in the orthogonal complement [M].
         """
-        values_MR, vectors_MRR = np.linalg.eigh(np.tensordot(w_MK, self._H_KRR, 1))
+        used = used_columns(w_MK)
+        H_MRR = np.tensordot(w_MK[:, used], self._H_KRR[used], 1)
+        values_MR, vectors_MRR = np.linalg.eigh(H_MRR)
         added_M = self.projection_curvature(w_MK)
         return values_MR - added_M[:, None], vectors_MRR, w_MK @ self._complement_curvature_K
+
+    def pull_back(self, of_H_MRR: Array, of_complement_M: Array) -> Array:
+        """Derivatives with respect to w [M, K], of what :meth:`eigendecomposition` decomposes.
+
+        Args:
+            of_H_MRR: derivatives with respect to H_w in the basis, less what the projection adds;
+                symmetric.
+            of_complement_M: with respect to the curvature in the orthogonal complement.
+        """
+        num_tasks, size = len(self._H_KRR), self._basis.rank**2
+        of_w_MK = of_H_MRR.reshape(-1, size) @ self._H_KRR.reshape(num_tasks, size).T
+        trace_M1 = np.trace(of_H_MRR, axis1=1, axis2=2)[:, None]
+        of_w_MK -= trace_M1 * self._trace_K / self._basis.dim
+        return of_w_MK + of_complement_M[:, None] * self._complement_curvature_K
 
     def projection_curvature(self, w_MK: Array) -> Array:
         """What a random projection adds to every eigenvalue in expectation: trace(H_w) / D [M]."""
         return w_MK @ self._trace_K / self._basis.dim
-
-    def row_covariance(self, shares_MK: Array, w_MK: Array) -> Covariance:
-        """Covariance of the gradient of one row of a mixture, in the loss of a batch."""
-        tokens_per_row_K = self._counts.tokens_per_row_K
-        w_per_row_MK = w_MK * tokens_per_row_K
-        w_per_row_MK /= np.where(shares_MK.any(1), shares_MK @ tokens_per_row_K, 1.0)[:, None]
-        b_MR, b_MD = w_MK @ self.b_KR, w_MK @ self.b_KD
-        return Covariance(
-            np.tensordot(w_per_row_MK, self._moment_KRR, 1) - b_MR[:, :, None] * b_MR[:, None, :],
-            w_per_row_MK @ self._complement_moment_K - (b_MD**2).sum(1) + (b_MR**2).sum(1),
-        )
-
-    def capture_covariance(self, w_MK: Array) -> Covariance | None:
-        """Covariance of b_w over which examples were captured; None if all of them were."""
-        counts = self._counts
-        if not counts.missing_K.any():
-            return None
-        # A row of m independent examples has an m-th of the variance of one.
-        per_example_K = counts.examples_per_row_K / np.maximum(counts.counts_K - 1, 1)
-        w_MK = w_MK**2 * counts.missing_K * per_example_K
-        complement_K = self._complement_moment_K - (self.b_KD**2).sum(1) + (self.b_KR**2).sum(1)
-        moment_MRR = np.tensordot(w_MK, self._moment_KRR, 1)
-        return Covariance(
-            moment_MRR - np.einsum("mk,kr,ks->mrs", w_MK, self.b_KR, self.b_KR, optimize=True),
-            w_MK @ complement_K,
-        )

@@ -1,0 +1,99 @@
+"""Derivatives of estimates with respect to the weights of a mixture."""
+
+import numpy as np
+import pytest
+from reference import random_store, rebuilt
+
+from hf_auxselect import (
+    GaussNewton,
+    GradExLogistic,
+    KernelSurrogate,
+    LinearizedTraining,
+    RidgeSurrogate,
+)
+from hf_auxselect.estimators import FittedCalibrated
+
+
+def along_the_simplex(fitted, mixture, change, loss, step=1e-5):
+    """The derivative of a loss along a change of the weights, by central differences."""
+    ends = np.array([mixture + step * change, mixture - step * change])
+    up, down = loss(fitted.estimate(ends))
+    return (up - down) / (2 * step)
+
+
+@pytest.fixture
+def store():
+    return rebuilt(random_store(3), groups={"one": random_store(11).target})
+
+
+ESTIMATORS = [
+    LinearizedTraining(),
+    LinearizedTraining(rank=2),
+    GaussNewton(),
+    GaussNewton(rank=2),
+    RidgeSurrogate(),
+    KernelSurrogate(),
+]
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=repr)
+class TestGradient:
+    def test_it_is_that_of_finite_differences(self, options, store):
+        fitted = options.fit(store)
+        rng = np.random.default_rng(0)
+        mixtures = rng.dirichlet(np.ones(3), 5)
+        gradients, of_groups = fitted.gradient(mixtures), fitted.group_gradients(mixtures)
+        assert gradients.shape == (5, 3) and of_groups.shape == (5, 1, 3)
+        assert gradients.sum(1) == pytest.approx(0, abs=1e-12)
+        for mixture, gradient, of_group in zip(mixtures, gradients, of_groups, strict=True):
+            change = rng.standard_normal(3)
+            change -= change.mean()
+            expected = along_the_simplex(fitted, mixture, change, lambda e: e.loss)
+            assert gradient @ change == pytest.approx(expected, rel=1e-5, abs=1e-9)
+            expected = along_the_simplex(fitted, mixture, change, lambda e: e.group_losses[:, 0])
+            assert of_group[0] @ change == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+    def test_no_training_has_no_derivative(self, options, store):
+        assert not options.fit(store).gradient(np.zeros((1, 3))).any()
+
+    def test_no_mixtures(self, options, store):
+        fitted = options.fit(store)
+        assert fitted.gradient(np.zeros((0, 3))).shape == (0, 3)
+        assert fitted.group_gradients(np.zeros((0, 3))).shape == (0, 1, 3)
+
+
+def test_a_subset_has_the_derivatives_of_its_shares(store):
+    store = rebuilt(store, task_sizes=[10, 20, 30])
+    fitted = LinearizedTraining().fit(store)
+    of_mask, of_shares = fitted.gradient([[True, False, True]]), fitted.gradient([[1, 0, 3]])
+    assert of_mask == pytest.approx(of_shares, rel=1e-12)
+
+
+def test_clipping_and_packing_are_differentiated(store):
+    training = store.metadata["training"] | {
+        "max_grad_norm": 0.5,
+        "examples_per_row": {"task0": 2.0, "task1": 3.0},
+    }
+    store = rebuilt(store, metadata=store.metadata | {"training": training})
+    fitted = LinearizedTraining().fit(store)
+    mixture, change = np.array([0.2, 0.5, 0.3]), np.array([0.7, -0.9, 0.2])
+    assert fitted._clipping.factor(mixture[None])[0][0] < 1
+    expected = along_the_simplex(fitted, mixture, change, lambda e: e.loss)
+    assert fitted.gradient(mixture[None])[0] @ change == pytest.approx(expected, rel=1e-5)
+
+
+def test_calibrated_estimates_are_differentiated(store):
+    masks = np.array([[1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1]], bool)
+    base = LinearizedTraining().fit(store)
+    losses = base.estimate(masks).loss * 1.2 + [0.1, -0.2, 0.3, 0.1]
+    fitted = FittedCalibrated(base, masks, losses)
+    mixture, change = np.array([0.2, 0.5, 0.3]), np.array([0.7, -0.9, 0.2])
+    expected = along_the_simplex(fitted, mixture, change, lambda e: e.loss)
+    assert fitted.gradient(mixture[None])[0] @ change == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_estimator_without_a_gradient_says_so(store):
+    fitted = GradExLogistic().fit(store)
+    assert not fitted.has_gradient
+    with pytest.raises(NotImplementedError, match="FittedGradExLogistic has no gradient"):
+        fitted.gradient([[1, 1, 1]])
