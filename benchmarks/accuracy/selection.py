@@ -1,0 +1,258 @@
+"""What choices are worth: every strategy's mixture is trained on, at equal steps.
+
+From a family's warm-up checkpoint each strategy chooses a mixture, and every different mixture is
+trained to the end of the run with several seeds, as in ``ground_truth.py``. A run of
+``ground_truth.py`` on the same mixture from the same checkpoint counts, too. The gain of a strategy
+is the target's loss after training on all tasks less that after its own mixture. It takes hours on
+a CPU; it can be stopped at any time and goes on where it stopped.
+
+    python -m benchmarks.accuracy.selection [--families small,demo] [--seeds 1,2,3] [--only-choose]
+
+Shapes: K tasks, D projection_dim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging as transformers_logging
+
+from benchmarks import RESULTS
+from benchmarks.accuracy.baselines import (
+    MeanCosine,
+    NgramOverlap,
+    RepresentationSimilarity,
+    task_rows,
+    trainer_at_switch,
+)
+from benchmarks.accuracy.captured import gradients
+from benchmarks.accuracy.ground_truth import TRUTH, digest, train_on, warm_up
+from benchmarks.families import FAMILIES, VARIANTS, with_fixed_hashes
+from hf_auxselect import (
+    AbstractEstimator,
+    AbstractSelector,
+    ForwardSelection,
+    GradExLogistic,
+    GradientStore,
+    LinearizedTraining,
+    MixtureOptimization,
+)
+from hf_auxselect.files import to_json, write_atomically
+from hf_auxselect.selectors import selection_problem
+
+SELECTION = RESULTS / "selection"
+ROUNDED = 6
+"""Digits of a weight; mixtures that agree in them are the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A family's gradients, with what its strategies share."""
+
+    family: str
+    store: GradientStore
+    size: int
+    """Number of tasks that ``ForwardSelection`` chooses: strategies that rank tasks take as many of
+    them, and random subsets have as many."""
+
+    def ours(self, estimator: AbstractEstimator, selector: AbstractSelector) -> np.ndarray:
+        """Weights [K] that a selector of the package chooses."""
+        selection = selector.select(selection_problem(estimator.fit(self.store), self.store))
+        return np.array([selection.weights[name] for name in self.store.task_names])
+
+    def best(self, estimator: AbstractEstimator) -> np.ndarray:
+        """The tasks of the lowest estimates alone, pooled."""
+        scores_K = estimator.fit(self.store).estimate(np.eye(len(self.store.task_names))).loss
+        return self.pooled(np.argsort(scores_K, kind="stable")[: self.size])
+
+    def pooled(self, tasks: np.ndarray) -> np.ndarray:
+        """Weights [K] of some tasks in proportion to their rows."""
+        weights_K = np.zeros(len(self.store.task_names))
+        weights_K[tasks] = self.store.task_sizes[tasks]
+        return weights_K / weights_K.sum()
+
+
+def _random(case: Case, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return case.pooled(rng.permutation(len(case.store.task_names))[: case.size])
+
+
+def _nearest_length(case: Case) -> np.ndarray:
+    """The tasks whose rows are about as long as the target's."""
+    with trainer_at_switch(case.family) as trainer:
+        lengths = [np.mean([*map(len, rows)]) for rows in task_rows(case.family, trainer).values()]
+        target = np.mean([len(ids) for ids in trainer.eval_dataset["input_ids"]])
+    distances = np.abs(np.log(np.array(lengths) / target))
+    return case.pooled(np.argsort(distances, kind="stable")[: case.size])
+
+
+def _kernel_mean_matching(case: Case, penalty: float = 0.1) -> np.ndarray:
+    """The weights whose mean gradient is nearest to the target's, with an L1 penalty.
+
+    Solves min over x >= 0 of ``|sum_k x_k g_k - g_T|^2 / 2 + penalty * max_k(g_k . g_T) |x|_1`` by
+    coordinate descent over unit gradients, and scales x to sum to 1.
+
+    Source: "Convex Dataset Valuation" (arXiv 2605.16704), its objective over mean gradients.
+    """
+
+    def unit(means: np.ndarray) -> np.ndarray:
+        return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-300)
+
+    g_KD, target_D = unit(case.store.mean_gradients()), unit(case.store.target.mean_gradients())[0]
+    gram_KK, product_K = g_KD @ g_KD.T, g_KD @ target_D
+    x_K, threshold = np.zeros(len(g_KD)), penalty * max(float(product_K.max()), 0.0)
+    for _ in range(1000):
+        for k in range(len(x_K)):
+            rest = product_K[k] - gram_KK[k] @ x_K + gram_KK[k, k] * x_K[k]
+            x_K[k] = max(rest - threshold, 0.0) / gram_KK[k, k]
+    return x_K / x_K.sum() if x_K.any() else case.pooled(np.arange(len(x_K)))
+
+
+STRATEGIES: dict[str, Callable[[Case], np.ndarray]] = {
+    "all tasks": lambda case: case.pooled(np.arange(len(case.store.task_names))),
+    "all tasks, equal shares": lambda case: np.full(
+        len(case.store.task_names), 1 / len(case.store.task_names)
+    ),
+    **{f"random {n}": lambda case, n=n: _random(case, n) for n in (1, 2, 3)},
+    "nearest length": _nearest_length,
+    "cosine of mean gradients": lambda case: case.best(MeanCosine()),
+    "LESS": lambda case: case.best(MeanCosine(preconditioned=True)),
+    "representations (RDS+)": lambda case: case.best(RepresentationSimilarity(family=case.family)),
+    "n-grams, importance (DSIR)": lambda case: case.best(
+        NgramOverlap(family=case.family, importance=True)
+    ),
+    "kernel mean matching (KMM-L1)": _kernel_mean_matching,
+    "GradEx, corrected": lambda case: case.ours(GradExLogistic(), ForwardSelection()),
+    "ForwardSelection()": lambda case: case.ours(LinearizedTraining(), ForwardSelection()),
+    "MixtureOptimization()": lambda case: case.ours(LinearizedTraining(), MixtureOptimization()),
+    "MixtureOptimization(shrinkage=0)": lambda case: case.ours(
+        LinearizedTraining(), MixtureOptimization(shrinkage=0.0)
+    ),
+    "MixtureOptimization(round_to_subset=True)": lambda case: case.ours(
+        LinearizedTraining(), MixtureOptimization(round_to_subset=True)
+    ),
+}
+"""Strategy -> the weights [K] that it chooses."""
+
+
+def read(family: str) -> dict[str, Any]:
+    """The record of a family; a new one if there is none from this checkpoint."""
+    path, own = SELECTION / f"{family}.json", digest(warm_up(family))
+    if path.is_file() and (record := json.loads(path.read_text()))["warm_up"] == own:
+        return record
+    truth = json.loads((TRUTH / f"{family}-continue.json").read_text())
+    return {
+        "family": family,
+        "unit": "nats per label token, the trainer's eval_loss",
+        "command": "python -m benchmarks.accuracy.selection",
+        "warm_up": own,
+        "tasks": [*FAMILIES[family].tasks],
+        "versions": {p: version(p) for p in ("torch", "transformers", "trl", "peft", "accelerate")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "choices": {},
+        "runs": truth["runs"] if truth["warm_up"] == own else [],
+    }
+
+
+def choose(family: str) -> dict[str, list[float]]:
+    """What each strategy chooses: weights [K]."""
+    store = gradients(family, "continue")
+    case = Case(family=family, store=store, size=0)
+    chosen = case.ours(LinearizedTraining(), ForwardSelection())
+    case = Case(family=family, store=store, size=int((chosen > 0).sum()))
+    return {name: of(case).round(ROUNDED).tolist() for name, of in STRATEGIES.items()}
+
+
+def losses(record: dict[str, Any], strategy: str) -> dict[int, float]:
+    """Seed -> loss of a strategy's mixture."""
+    weights = np.array(record["choices"][strategy])
+    return {
+        run["seed"]: run["loss"]
+        for run in record["runs"]
+        if np.abs(np.array(run["weights"]) - weights).max() < 10.0**-ROUNDED * 2
+    }
+
+
+def summarize(record: dict[str, Any], seeds: list[int]) -> dict[str, dict[str, float]]:
+    """Per strategy: mean gain over all tasks, its standard error, and the share of seeds worse.
+
+    The regret is the mean loss above that of the best mixture known, as a share of the range of all
+    mixtures.
+    """
+    means: dict[tuple[float, ...], list[float]] = {}
+    for run in record["runs"]:
+        means.setdefault(tuple(run["weights"]), []).append(run["loss"])
+    known = np.array([np.mean(of) for of in means.values()])
+    everything = losses(record, "all tasks")
+    result = {}
+    for name in record["choices"]:
+        own = losses(record, name)
+        shared = [seed for seed in seeds if seed in own and seed in everything]
+        if not shared:
+            continue
+        gains = np.array([everything[seed] - own[seed] for seed in shared])
+        result[name] = {
+            "loss": float(np.mean([own[seed] for seed in shared])),
+            "gain": float(gains.mean()),
+            "gain_se": float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else 0.0,
+            "worse_than_all_tasks": float(np.mean(gains < 0)),
+            "regret": float(
+                (np.mean([own[seed] for seed in shared]) - known.min()) / np.ptp(known)
+            ),
+            "seeds": len(shared),
+        }
+    return result
+
+
+def run_family(family: str, seeds: list[int], *, only_choose: bool) -> None:
+    """Choose, train on what is missing, and write each run as it ends."""
+    path, record = SELECTION / f"{family}.json", read(family)
+    record["choices"] = choose(family)
+    names = record["tasks"]
+    for seed in [] if only_choose else seeds:
+        for strategy, weights in record["choices"].items():
+            if seed not in losses(record, strategy):
+                of_tasks = dict(zip(names, weights, strict=True))
+                record["runs"].append(train_on(family, of_tasks, "continue", seed))
+                run = record["runs"][-1]
+                print(f"{family} seed {seed} {strategy}: {run['loss']:.4f} ({run['seconds']:.0f} s)")
+                write_atomically(path, to_json(record))
+    record["summary"] = summarize(record, seeds)
+    write_atomically(path, to_json(record))
+    for name, line in record["summary"].items():
+        print(
+            f"{family:10} {name:42} loss {line['loss']:.4f}, gain {line['gain']:+.4f} ± "
+            f"{line['gain_se']:.4f}, worse in {line['worse_than_all_tasks']:.0%} of "
+            f"{line['seeds']}, regret {line['regret']:.0%}"
+        )
+
+
+def main() -> None:
+    """Run what is missing, family by family."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--families", default=",".join(f for f in FAMILIES if f not in VARIANTS), metavar="a,b"
+    )
+    parser.add_argument("--seeds", default="1,2,3", metavar="1,2")
+    parser.add_argument("--only-choose", action="store_true", help="train on nothing")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    seeds = [*map(int, options.seeds.split(","))]
+    for family in options.families.split(","):
+        run_family(family, seeds, only_choose=options.only_choose)
+
+
+if __name__ == "__main__":
+    with_fixed_hashes()
+    main()
