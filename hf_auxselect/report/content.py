@@ -122,7 +122,8 @@ class ReportFields:
             the intervals of the two losses, whose errors are shared.
         tasks: what was captured of each task; ``target``: of the target.
         similarity: of the tasks' gradients; None without gradients.
-        history: every mixture the selector tried.
+        history: the mixtures that the selector tried; of searches over more than 64 tasks, the best
+            of each step.
         verification: ground-truth runs after the choice (``verify=n``), the chosen mixture first.
         calibration: ground-truth runs before the choice (``calibrate=n``), next to the estimates
             before calibration.

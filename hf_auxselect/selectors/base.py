@@ -112,7 +112,7 @@ class Selection:
     Attributes:
         weights: task -> weight in the training mixture; sums to 1, 0 for dropped tasks.
         estimate: the estimate of the chosen mixture (M = 1); None if none was made.
-        history: every mixture tried, in order.
+        history: the mixtures tried, in order; searches over more than 64 tasks leave some out.
         scores: task -> score, where the method has scores (their meaning is the selector's).
         shadow_prices: group -> decrease of the target's loss, in nats per label token, for each nat
             by which the group's ceiling rises; only for methods with ceilings.

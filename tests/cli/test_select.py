@@ -169,7 +169,7 @@ class TestARunThatFollows:
     ("arguments", "code", "reason"),
     [
         (["Forward"], 2, "--selector 'Forward' is unknown; known are ForwardSelection, "),
-        (["ForwardSelection", "--option", "max=1"], 2, "--option max: unknown option. ForwardSelection has the options max_tasks: integer or none; min_improvement: number."),
+        (["ForwardSelection", "--option", "max=1"], 2, "--option max: unknown option. ForwardSelection has the options max_tasks: integer or none; min_improvement: number; lazy: true or false."),
         (["ForwardSelection", "--option", "max_tasks=1.5"], 2, "--option max_tasks=1.5: expected integer or none."),
         (["ForwardSelection", "--option", "max_tasks"], 2, "--option 'max_tasks': give an option as name=value."),
         (["ForwardSelection", "--option", "max_tasks=0"], 2, "--option: max_tasks must be at least 1, got 0."),
