@@ -62,8 +62,13 @@ class SubsetSearch:
         self._least_curvature = 0.0
         self.kept = problem.kept
 
-    def try_masks(self, masks: Array, *, record: bool = True) -> Array:
+    def try_masks(self, masks: Array, *, record: int | None = None) -> Array:
         """Estimated losses [M] of subset masks [M, K].
+
+        Args:
+            masks: the subsets.
+            record: how many of them the history gets, those with the lowest losses; None: see
+                above.
 
         Raises:
             ValueError: an estimate is NaN.
@@ -72,19 +77,17 @@ class SubsetSearch:
         if np.isnan(result.loss).any():
             tasks = self._tasks_of(masks[int(np.argmax(np.isnan(result.loss)))])
             raise ValueError(f"the estimate for the tasks {list(tasks)} is NaN.")
-        if record:
-            recorded = np.arange(len(masks))
-            if masks.shape[1] > _ALL_RECORDED:
-                recorded = np.sort(np.argsort(result.loss, kind="stable")[:_BEST_RECORDED])
-            self._tries += [
-                _Try(
-                    mask=masks[i].copy(),
-                    loss=float(result.loss[i]),
-                    low=float(result.low[i]),
-                    high=float(result.high[i]),
-                )
-                for i in recorded
-            ]
+        if record is None:
+            record = len(masks) if masks.shape[1] <= _ALL_RECORDED else _BEST_RECORDED
+        self._tries += [
+            _Try(
+                mask=masks[i].copy(),
+                loss=float(result.loss[i]),
+                low=float(result.low[i]),
+                high=float(result.high[i]),
+            )
+            for i in np.sort(np.argsort(result.loss, kind="stable")[:record])
+        ]
         return result.loss
 
     def best_change(

@@ -39,7 +39,7 @@ class TestGreedySearches:
         assert found.selected == SLOW[search](problem, **limits)
         assert found.estimate.loss[0] == loss_of(problem, found.selected)
 
-    @pytest.mark.parametrize("seed", range(5))
+    @pytest.mark.parametrize("seed", range(1, 6))
     def test_a_lazy_search_of_a_convex_loss_asks_less_and_finds_the_same(self, search, seed):
         (loss, gradient), sizes = convex(seed, 80), sizes_of(seed, 80)
         asked, asked_lazily = [], []
