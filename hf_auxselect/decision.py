@@ -49,6 +49,7 @@ def decide(
     report = SelectionReport(
         weights=selection.weights,
         scores=selection.scores,
+        score_intervals={name: [*ends] for name, ends in selection.score_intervals.items()},
         history=list(selection.history),
         estimator=strategy_record(estimator),
         selector=strategy_record(selector),

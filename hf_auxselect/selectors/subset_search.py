@@ -164,14 +164,13 @@ class SubsetSearch:
                 one.accepted = True
                 return
 
-    def selection(self, mask: Array, scores: dict[str, float] | None = None) -> Selection:
+    def selection(self, mask: Array) -> Selection:
         """The selection of the tasks of one mask [K]."""
         result = self._problem.estimate(mask[None])
         return Selection(
             weights=normalized_weights(mask[None], result, self._problem),
             estimate=result,
             history=self._history(),
-            scores=scores or {},
         )
 
     def _history(self) -> tuple[Step, ...]:
