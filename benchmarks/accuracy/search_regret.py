@@ -9,6 +9,10 @@ they agree with ground truth.
 - ``demo``: the gradients of ``make demo``, all tasks and random collections of 8 of them.
 - ``recorded``: the tiny runs of ``tests/recorded``, with their own estimators.
 
+Lazy searches are compared with full ones over more tasks, of random quadratic models. They rely on
+tangents as lower bounds, which a loss has that is convex in the shares; it is counted how often a
+subset's estimate is below the tangent at a subset that differs in one task.
+
     make demo
     python -m benchmarks.accuracy.search_regret [--demo DIR] [--problems 50]
 
@@ -53,6 +57,10 @@ SELECTORS: list[AbstractSelector] = [
     RandomEnsemble(num_subsets=100, threshold="cross-validation"),
 ]
 COLLECTION = 8
+MANY_TASKS = (38, 150)
+NUM_LAZY = 20
+NUM_TANGENTS = 60
+"""Random subsets at which tangents are taken."""
 
 Array = np.ndarray
 LossFn = Callable[[Array], Array]
@@ -160,24 +168,23 @@ def problems(demo: Path, count: int) -> Iterator[tuple[str, SelectionProblem]]:
         yield "recorded, 4 tasks", stored_problem(directory.parent)
 
 
-class Table:
-    """Estimates of all subsets of a problem, and how many a search has asked for."""
+class Counted:
+    """A problem, and how many estimates and gradients a search has asked for."""
 
     def __init__(self, problem: SelectionProblem) -> None:
-        num_tasks = len(problem.task_names)
-        self._powers = 1 << np.arange(num_tasks)
-        masks = (np.arange(1, 2**num_tasks)[:, None] & self._powers) > 0
-        self._losses = np.append(np.nan, problem.estimate(masks).loss)
-        self.lowest, self.highest = np.nanmin(self._losses), np.nanmax(self._losses)
         self.asked = self.gradients = 0
         self._problem = problem
 
+    def losses(self, masks: Array) -> Array:
+        """Estimated losses of subsets [M]."""
+        return self._problem.estimate(masks).loss
+
     def problem(self) -> SelectionProblem:
-        """What a search sees: estimates from the table, gradients from the estimator."""
+        """What a search sees."""
 
         def estimate(masks: Array) -> Estimate:
             self.asked += len(masks)
-            losses = self._losses[masks @ self._powers]
+            losses = self.losses(masks)
             return Estimate(loss=losses, low=losses, high=losses)
 
         def gradient(weights: Array) -> Array:
@@ -191,6 +198,20 @@ class Table:
             self._problem.task_sizes,
             gradient=None if self._problem.gradient is None else gradient,
         )
+
+
+class Table(Counted):
+    """A problem of few tasks with the estimates of all its subsets, which are made once."""
+
+    def __init__(self, problem: SelectionProblem) -> None:
+        super().__init__(problem)
+        self._powers = 1 << np.arange(len(problem.task_names))
+        masks = (np.arange(1, 2 ** len(self._powers))[:, None] & self._powers) > 0
+        self._losses = np.append(np.nan, problem.estimate(masks).loss)
+        self.lowest, self.highest = np.nanmin(self._losses), np.nanmax(self._losses)
+
+    def losses(self, masks: Array) -> Array:
+        return self._losses[masks @ self._powers]
 
 
 def measure(demo: Path, count: int) -> list[dict[str, Any]]:
@@ -207,13 +228,13 @@ def measure(demo: Path, count: int) -> list[dict[str, Any]]:
                 (regret, table.asked, table.gradients, problem.gradient is not None)
             )
     lines = []
-    for (name, selector), found in results.items():
+    for (name, search), found in results.items():
         regrets = [regret for regret, *_ in found]
         lines.append(
             {
                 "problems": name,
                 "number": len(found),
-                "selector": selector,
+                "selector": search,
                 "best_found_share": float(np.mean([regret < 1e-9 for regret in regrets])),
                 "mean_regret": float(np.mean(regrets)),
                 "largest_regret": float(max(regrets)),
@@ -223,6 +244,58 @@ def measure(demo: Path, count: int) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def compare_lazy(num_tasks: int) -> list[dict[str, Any]]:
+    """How often lazy searches find what full ones find, and how many estimates they ask for."""
+    lines = []
+    for kind in (ForwardSelection, BackwardElimination):
+        same, asked = 0, np.zeros(3)
+        for seed in range(NUM_LAZY):
+            problem = random_problem(seed, num_tasks)
+            full, lazy = Counted(problem), Counted(problem)
+            one = kind().select(full.problem())
+            other = kind(lazy=True).select(lazy.problem())
+            same += one.weights == other.weights
+            asked += [full.asked, lazy.asked, lazy.gradients]
+        full_asked, lazy_asked, gradients = (asked / NUM_LAZY).tolist()
+        lines.append(
+            {
+                "search": kind.__name__,
+                "tasks": num_tasks,
+                "number": NUM_LAZY,
+                "same_share": same / NUM_LAZY,
+                "mean_estimates_full": full_asked,
+                "mean_estimates_lazy": lazy_asked,
+                "mean_gradients": gradients,
+            }
+        )
+    return lines
+
+
+def below_tangents(problem: SelectionProblem) -> dict[str, float]:
+    """How often and how far adding or dropping a task ends below the tangent, in nats."""
+    assert problem.gradient is not None
+    rng = np.random.default_rng(0)
+    sizes, num_tasks = np.asarray(problem.task_sizes), len(problem.task_names)
+    below, changes = [], []
+    for _ in range(NUM_TANGENTS):
+        mask = rng.random(num_tasks) < rng.uniform(0.15, 0.9)
+        if not mask.any():
+            continue
+        changed = mask ^ np.eye(num_tasks, dtype=bool)
+        changed = changed[changed.any(1)]
+        here, there = (normalize_mixtures(masks, sizes) for masks in (mask[None], changed))
+        loss = problem.estimate(mask[None]).loss
+        tangents = loss + (there - here) @ problem.gradient(here)[0]
+        losses = problem.estimate(changed).loss
+        below += (tangents - losses).tolist()
+        changes += (losses - loss).tolist()
+    return {
+        "below_share": float(np.mean(np.array(below) > 1e-9)),
+        "largest": float(max(below)),
+        "root_mean_square_change": float(np.sqrt(np.mean(np.square(changes)))),
+    }
 
 
 def shown(selector: AbstractSelector) -> str:
@@ -251,9 +324,26 @@ def main() -> None:
             f"{line['mean_regret']:11.2%}  {line['largest_regret']:7.1%}  "
             f"{line['mean_estimates']:9.0f}  {line['mean_gradients']:9.1f}"
         )
+    lazy = [line for num_tasks in MANY_TASKS for line in compare_lazy(num_tasks)]
+    for line in lazy:
+        print(
+            f"{line['tasks']:4} tasks, {line['search']:20} lazy finds the same in "
+            f"{line['same_share']:.0%}, of {line['mean_estimates_full']:.0f} estimates asks for "
+            f"{line['mean_estimates_lazy']:.0f}, and {line['mean_gradients']:.1f} gradients"
+        )
+    tangents = {}
+    for name, problem in (
+        ("random", random_problem(0, 12)),
+        ("demo", stored_problem(options.demo)),
+    ):
+        if problem.gradient is not None:
+            tangents[name] = below_tangents(problem)
+            print(f"below tangents, {name}: {tangents[name]}")
     record = {
         "command": f"python -m benchmarks.accuracy.search_regret --problems {options.problems}",
         "lines": lines,
+        "lazy": lazy,
+        "tangents": tangents,
     }
     write_atomically(RESULTS / "search_regret.json", to_json(record))
 
