@@ -22,8 +22,8 @@ class BackwardElimination(AbstractSelector):
     ``ForwardSelection`` describes. Of a loss that is convex in the weights the result is the same;
     of other losses it need not be.
 
-    The history has every try, or with more than 64 tasks the ten best of each step, unless their
-    tasks are more than 100,000 names; then accepted ones at even distances.
+    The history has every try, or with more than 64 tasks the ten best of each step; if these are
+    more than 100,000 names of tasks, accepted ones at even distances.
 
     Args:
         min_tasks: smallest number of selected tasks.

@@ -24,7 +24,7 @@ _ALL_RECORDED = 64
 _BEST_RECORDED = 10
 """With more tasks, a history has the best of those that are tried at once, this many of them."""
 _NAMES_RECORDED = 100_000
-"""With more tasks, names of tasks in a history, at most."""
+"""Names of tasks in a history, at most."""
 
 # What lazy scoring tries. Conventions: they trade tries for rounds, and change no bound.
 _FIRST_BATCH = 4
@@ -47,9 +47,9 @@ class _Try:
 class SubsetSearch:
     """One search over subsets of the tasks of a problem.
 
-    Its history has every try if there are at most 64 tasks. With more, it has the ten best of those
-    that are tried at once, and no more than 100,000 names of tasks: if need be, the tries that were
-    not accepted are left out, and then accepted ones at even distances.
+    Its history has every try if there are at most 64 tasks; with more, the ten best of those that
+    are tried at once. It has no more than 100,000 names of tasks: if need be, the tries that were
+    not accepted are left out, and then tries at even distances.
 
     Args:
         problem: what is searched.
@@ -175,12 +175,11 @@ class SubsetSearch:
 
     def _history(self) -> tuple[Step, ...]:
         tries = self._tries
-        if len(self.kept) > _ALL_RECORDED:
-            if _names_in(tries) > _NAMES_RECORDED:
-                tries = [one for one in tries if one.accepted] or tries
-            every = -(-_names_in(tries) // _NAMES_RECORDED)
-            if every > 1:
-                tries = tries[::-1][::every][::-1]  # the last one is among them
+        if _names_in(tries) > _NAMES_RECORDED:
+            tries = [one for one in tries if one.accepted] or tries
+        every = -(-_names_in(tries) // _NAMES_RECORDED)
+        if every > 1:
+            tries = tries[::-1][::every][::-1]  # the last one is among them
         return tuple(
             Step(
                 tasks=self._tasks_of(one.mask),

@@ -8,7 +8,8 @@ from analytic import backward, convex, forward, loss_of, problem_of, rugged, siz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_auxselect import BackwardElimination, ForwardSelection
+from benchmarks.accuracy.search_regret import quadratic_training
+from hf_auxselect import BackwardElimination, ForwardSelection, RandomEnsemble
 
 SEARCHES: list[Any] = [ForwardSelection, BackwardElimination]
 SLOW = {ForwardSelection: forward, BackwardElimination: backward}
@@ -18,7 +19,7 @@ SLOW = {ForwardSelection: forward, BackwardElimination: backward}
 class TestGreedySearches:
     @given(
         seed=st.integers(0, 200),
-        kind=st.sampled_from([convex, rugged]),
+        kind=st.sampled_from([convex, quadratic_training, rugged]),
         num_kept=st.integers(0, 3),
         limit=st.integers(1, 7),
         min_improvement=st.sampled_from([0.0, 0.01, 0.3]),
@@ -102,6 +103,12 @@ class TestHistory:
             ("t0", "t1", "t2"),
         ]
         assert {step.tasks for step in history[:10]} == {(f"t{k}",) for k in range(10)}
+
+    def test_it_stays_short_where_tries_are_many(self):
+        search = RandomEnsemble(num_subsets=6400, subset_size=19, top_k=1)
+        history = history_of(38, search)
+        assert sum(len(step.tasks) for step in history) <= 100_000
+        assert len(history) == 3200
 
     def test_it_stays_short_where_subsets_are_large(self):
         num_tasks = 500
