@@ -111,8 +111,10 @@ class RandomEnsemble(AbstractSelector):
         named = zip(problem.task_names, scores, _half_widths(subsets, losses), strict=True)
         found = [(name, float(score), float(half)) for name, score, half in named]
         return replace(
-            search.selection(prefixes[size - 1]),
-            scores={name: score for name, score, _ in found if np.isfinite(score)},
+            search.selection(
+                prefixes[size - 1],
+                {name: score for name, score, _ in found if np.isfinite(score)},
+            ),
             score_intervals={
                 name: (score - half, score + half)
                 for name, score, half in found

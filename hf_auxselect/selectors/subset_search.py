@@ -164,13 +164,14 @@ class SubsetSearch:
                 one.accepted = True
                 return
 
-    def selection(self, mask: Array) -> Selection:
+    def selection(self, mask: Array, scores: dict[str, float] | None = None) -> Selection:
         """The selection of the tasks of one mask [K]."""
         result = self._problem.estimate(mask[None])
         return Selection(
             weights=normalized_weights(mask[None], result, self._problem),
             estimate=result,
             history=self._history(),
+            scores=scores or {},
         )
 
     def _history(self) -> tuple[Step, ...]:
@@ -196,4 +197,4 @@ class SubsetSearch:
 
 
 def _names_in(tries: list[_Try]) -> int:
-    return sum(int(one.mask.sum()) for one in tries)
+    return sum(int(np.count_nonzero(one.mask)) for one in tries)

@@ -202,14 +202,17 @@ class TestEverySelector:
 
     @pytest.mark.parametrize("level", [0.0, 1 / 3])
     def test_where_all_estimates_are_the_same_it_ends(self, case, level):
-        """As in the dry run before training, which has no gradient either."""
+        """As in the dry run before training, which has no gradient of the loss either."""
 
         def estimate(weights: Any) -> Estimate:
             losses = np.full(len(np.asarray(weights)), level)
-            return Estimate(loss=losses, low=losses, high=losses)
+            return Estimate(loss=losses, low=losses, high=losses, group_losses=losses[:, None])
 
         names = [f"t{k}" for k in range(NUM_TASKS)]
-        selection = case.selector.select(SelectionProblem(estimate, names, [1] * NUM_TASKS))
+        problem = SelectionProblem(
+            estimate, names, [1] * NUM_TASKS, groups=["other"], gram=np.eye(NUM_TASKS)
+        )
+        selection = case.selector.select(problem)
         assert selection.selected
         assert sum(selection.weights.values()) == pytest.approx(1)
 
