@@ -8,7 +8,7 @@ from analytic import backward, convex, forward, loss_of, problem_of, rugged, siz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.accuracy.search_regret import quadratic_training
+from benchmarks.accuracy.search_regret import RECORDED, quadratic_training, stored_problem
 from hf_auxselect import BackwardElimination, ForwardSelection, RandomEnsemble
 
 SEARCHES: list[Any] = [ForwardSelection, BackwardElimination]
@@ -62,6 +62,11 @@ class TestGreedySearches:
             changed = chosen ^ {name}
             if changed and (name in chosen) == (search is BackwardElimination):
                 assert loss_of(problem, changed) >= loss
+
+    @pytest.mark.parametrize("run", ["continue", "restart", "gauss_newton", "logistic"])
+    def test_a_lazy_search_of_a_recorded_run_finds_the_same(self, search, run):
+        problem = stored_problem(RECORDED / run)
+        assert search(lazy=True).select(problem).weights == search().select(problem).weights
 
     @given(st.integers(0, 50), st.booleans())
     def test_among_equal_tasks_the_first_is_added_or_dropped(self, search, seed, lazy):
