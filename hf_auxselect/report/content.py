@@ -32,6 +32,14 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A 90% interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskSummary:
     """What the gradient pass read of one task."""
 
@@ -113,8 +121,8 @@ class ReportFields:
 
     Attributes:
         weights: task -> fraction of the training examples; 0 for dropped tasks.
-        scores: task -> score, if the selector has scores; ``score_intervals``: low and high of
-            their 90% intervals, about which subsets were drawn.
+        scores: task -> score, if the selector has scores; ``score_intervals``: their 90%
+            intervals, about which subsets were drawn.
         rows: estimates of no further training, the chosen mixture, all tasks, random subsets of the
             chosen size, the task with the target's name if there is one, all tasks without each
             one, and the chosen mixture with each dropped one (of more than 60 tasks, with the
@@ -138,7 +146,7 @@ class ReportFields:
 
     weights: dict[str, float]
     scores: dict[str, float] = field(default_factory=dict)
-    score_intervals: dict[str, list[float]] = field(default_factory=dict)
+    score_intervals: dict[str, Interval] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     difference: Row | None = None
     tasks: list[TaskSummary] = field(default_factory=list)

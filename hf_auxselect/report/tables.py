@@ -65,14 +65,14 @@ def _rows(report: ReportContent) -> dict[str, list[dict[str, Any]]]:
     tasks: list[dict[str, Any]] = []
     for name, share in report.weights.items():
         task, source = captured.get(name), report.sources.get(name)
-        low, high = report.score_intervals.get(name, (None, None))
+        interval = report.score_intervals.get(name)
         tasks.append(
             {
                 "task": name,
                 "share": share,
                 "score": report.scores.get(name),
-                "score_low": low,
-                "score_high": high,
+                "score_low": interval and interval.low,
+                "score_high": interval and interval.high,
                 "rows": task and task.rows,
                 "captured": task and task.captured,
                 "label_tokens": task and task.label_tokens,
