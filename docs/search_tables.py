@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from results import markdown, percent, read, table
+from results import bullets, markdown, percent, read, table
 
 _SETS = ("random, 12 tasks", "demo, 8 of its tasks")
 
@@ -50,3 +50,40 @@ def lazy_searches() -> str:
             for line in read("search_regret")["lazy"]
         ],
     )
+
+
+@table
+def tangents() -> str:
+    """How often the demo's estimates fall below their tangents."""
+    found = read("search_regret")["tangents"]["demo"]
+    return bullets(
+        "The loss of `LinearizedTraining` is **not convex**: of the subsets of `make demo` that "
+        f"differ in one task, {percent(found['below_share'])} are below the tangent of the other. "
+        "The bounds are then lowered, by twice the largest curvature of this kind that the search "
+        "has seen. So its result may differ from that of the full search."
+    )
+
+
+@table
+def search_times() -> str:
+    """Seconds and estimates of searches with the default estimator."""
+    shown = {"ForwardSelection": "adds", "BackwardElimination": "drops"}
+    rows = []
+    for line in read("search_time")["lines"]:
+        name = line["search"].partition("(")[0]
+        is_lazy, tasks = "lazy=True" in line["search"], line["tasks"]
+        what = f"`{name}({'lazy=True' if is_lazy else ''})`"
+        if "num_subsets=None" in line["search"]:
+            what = f"`{name}(num_subsets=None)`"
+        if tasks > 1000:
+            what += f", {shown[name]} 20 tasks"
+        rows.append(
+            [
+                f"{tasks:,}",
+                what,
+                f"{line['estimates']:,}",
+                f"{line['gradients']:,}",
+                f"{line['seconds']:.1f}",
+            ]
+        )
+    return markdown(["tasks", "", "estimates", "gradients", "seconds"], rows)
