@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hf_auxselect.report import SelectionReport as SelectionReport
     from hf_auxselect.selectors import AbstractSelector as AbstractSelector
     from hf_auxselect.selectors import BackwardElimination as BackwardElimination
+    from hf_auxselect.selectors import BeamSearch as BeamSearch
     from hf_auxselect.selectors import ExhaustiveSearch as ExhaustiveSearch
     from hf_auxselect.selectors import FixedSelection as FixedSelection
     from hf_auxselect.selectors import ForwardSelection as ForwardSelection
@@ -67,6 +68,7 @@ _MODULES = {
     "selectors": (
         "AbstractSelector",
         "BackwardElimination",
+        "BeamSearch",
         "ExhaustiveSearch",
         "FixedSelection",
         "ForwardSelection",

@@ -8,7 +8,7 @@ from typing import Any
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator
 from hf_auxselect.plan import Plan
 from hf_auxselect.report import SelectionReport, strategy_record
-from hf_auxselect.report.content import RunRecord
+from hf_auxselect.report.content import Interval, RunRecord
 from hf_auxselect.selectors import AbstractSelector, SelectionProblem, selection_problem
 from hf_auxselect.store.arrays import GradientStore
 
@@ -49,6 +49,10 @@ def decide(
     report = SelectionReport(
         weights=selection.weights,
         scores=selection.scores,
+        score_intervals={
+            name: Interval(low=low, high=high)
+            for name, (low, high) in selection.score_intervals.items()
+        },
         history=list(selection.history),
         estimator=strategy_record(estimator),
         selector=strategy_record(selector),

@@ -32,6 +32,14 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A 90% interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskSummary:
     """What the gradient pass read of one task."""
 
@@ -113,7 +121,8 @@ class ReportFields:
 
     Attributes:
         weights: task -> fraction of the training examples; 0 for dropped tasks.
-        scores: task -> score, if the selector has scores.
+        scores: task -> score, if the selector has scores; ``score_intervals``: their 90%
+            intervals, about which subsets were drawn.
         rows: estimates of no further training, the chosen mixture, all tasks, random subsets of the
             chosen size, the task with the target's name if there is one, all tasks without each
             one, and the chosen mixture with each dropped one (of more than 60 tasks, with the
@@ -122,7 +131,8 @@ class ReportFields:
             the intervals of the two losses, whose errors are shared.
         tasks: what was captured of each task; ``target``: of the target.
         similarity: of the tasks' gradients; None without gradients.
-        history: every mixture the selector tried.
+        history: the mixtures that the selector tried; of searches over more than 64 tasks, the best
+            of each step.
         verification: ground-truth runs after the choice (``verify=n``), the chosen mixture first.
         calibration: ground-truth runs before the choice (``calibrate=n``), next to the estimates
             before calibration.
@@ -136,6 +146,7 @@ class ReportFields:
 
     weights: dict[str, float]
     scores: dict[str, float] = field(default_factory=dict)
+    score_intervals: dict[str, Interval] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     difference: Row | None = None
     tasks: list[TaskSummary] = field(default_factory=list)

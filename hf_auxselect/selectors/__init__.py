@@ -11,6 +11,7 @@ from hf_auxselect.selectors.base import EstimateFn as EstimateFn
 from hf_auxselect.selectors.base import Selection as Selection
 from hf_auxselect.selectors.base import SelectionProblem as SelectionProblem
 from hf_auxselect.selectors.base import Step as Step
+from hf_auxselect.selectors.beam_search import BeamSearch as BeamSearch
 from hf_auxselect.selectors.exhaustive_search import ExhaustiveSearch as ExhaustiveSearch
 from hf_auxselect.selectors.fixed_selection import FixedSelection as FixedSelection
 from hf_auxselect.selectors.forward_selection import ForwardSelection as ForwardSelection

@@ -112,8 +112,9 @@ class Selection:
     Attributes:
         weights: task -> weight in the training mixture; sums to 1, 0 for dropped tasks.
         estimate: the estimate of the chosen mixture (M = 1); None if none was made.
-        history: every mixture tried, in order.
+        history: the mixtures tried, in order; searches over more than 64 tasks leave some out.
         scores: task -> score, where the method has scores (their meaning is the selector's).
+        score_intervals: task -> low and high of the score's 90% interval, where the method has one.
         shadow_prices: group -> decrease of the target's loss, in nats per label token, for each nat
             by which the group's ceiling rises; only for methods with ceilings.
     """
@@ -122,6 +123,7 @@ class Selection:
     estimate: LossEstimate | None = None
     history: tuple[Step, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
+    score_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     shadow_prices: dict[str, float] = field(default_factory=dict)
 
     @property

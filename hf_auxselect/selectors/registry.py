@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_auxselect.selectors.backward_elimination import BackwardElimination
 from hf_auxselect.selectors.base import AbstractSelector
+from hf_auxselect.selectors.beam_search import BeamSearch
 from hf_auxselect.selectors.exhaustive_search import ExhaustiveSearch
 from hf_auxselect.selectors.fixed_selection import FixedSelection
 from hf_auxselect.selectors.forward_selection import ForwardSelection
@@ -14,6 +15,7 @@ SELECTORS: dict[str, type[AbstractSelector]] = {
     for kind in (
         ForwardSelection,
         BackwardElimination,
+        BeamSearch,
         RandomEnsemble,
         ExhaustiveSearch,
         FixedSelection,

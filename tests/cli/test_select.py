@@ -10,6 +10,7 @@ import tiny
 
 from hf_auxselect import (
     BackwardElimination,
+    BeamSearch,
     FixedSelection,
     ForwardSelection,
     RandomEnsemble,
@@ -53,6 +54,16 @@ def chosen_by(selector, directory, keep=()):
             ["RandomEnsemble", "--option", "num_subsets=20", "--option", "top_k=2"],
             RandomEnsemble(num_subsets=20, top_k=2),
         ),
+        (
+            ["RandomEnsemble", "--option", "num_subsets=none", "--option", "threshold=2"],
+            RandomEnsemble(num_subsets=None, threshold=2.0),
+        ),
+        (
+            ["RandomEnsemble", "--option", "threshold=cross-validation"],
+            RandomEnsemble(threshold="cross-validation"),
+        ),
+        (["BeamSearch", "--option", "width=2"], BeamSearch(width=2)),
+        (["BackwardElimination", "--option", "lazy=true"], BackwardElimination(lazy=True)),
         (["FixedSelection", "--option", "tasks=a,c"], FixedSelection(["a", "c"])),
         (["FixedSelection", "--option", "tasks=a=1,c=3"], FixedSelection({"a": 1, "c": 3})),
         (
@@ -169,7 +180,7 @@ class TestARunThatFollows:
     ("arguments", "code", "reason"),
     [
         (["Forward"], 2, "--selector 'Forward' is unknown; known are ForwardSelection, "),
-        (["ForwardSelection", "--option", "max=1"], 2, "--option max: unknown option. ForwardSelection has the options max_tasks: integer or none; min_improvement: number."),
+        (["ForwardSelection", "--option", "max=1"], 2, "--option max: unknown option. ForwardSelection has the options max_tasks: integer or none; min_improvement: number; lazy: true or false."),
         (["ForwardSelection", "--option", "max_tasks=1.5"], 2, "--option max_tasks=1.5: expected integer or none."),
         (["ForwardSelection", "--option", "max_tasks"], 2, "--option 'max_tasks': give an option as name=value."),
         (["ForwardSelection", "--option", "max_tasks=0"], 2, "--option: max_tasks must be at least 1, got 0."),

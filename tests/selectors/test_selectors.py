@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hf_auxselect import (
     BackwardElimination,
+    BeamSearch,
     ExhaustiveSearch,
     FixedSelection,
     ForwardSelection,
@@ -53,6 +54,7 @@ def table(seed, num_tasks=5):
 ALL = [
     ForwardSelection(),
     BackwardElimination(),
+    BeamSearch(),
     RandomEnsemble(num_subsets=40, subset_size=2),
     ExhaustiveSearch(),
 ]
