@@ -41,10 +41,14 @@ def decide(
     """
     if fitted is None or store is None:
         problem = SelectionProblem(
-            _no_estimate, plan.tasks.names, plan.tasks.counts.tolist(), keep=keep
+            _no_estimate,
+            plan.tasks.names,
+            plan.tasks.counts.tolist(),
+            keep=keep,
+            rows_to_read=rows_to_read,
         )
     else:
-        problem = selection_problem(fitted, store, keep=keep)
+        problem = selection_problem(fitted, store, keep=keep, rows_to_read=rows_to_read)
     selection = selector.select(problem)
     report = SelectionReport(
         weights=selection.weights,
@@ -56,7 +60,7 @@ def decide(
     )
     if fitted is not None and store is not None:
         report.add_estimates(fitted, selection, store, seed=plan.seed)
-        report.warnings += [*notes, *plan.target_sample_note()]
+        report.warnings += [*selection.notes, *notes, *plan.target_sample_note()]
     return report
 
 

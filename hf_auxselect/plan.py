@@ -410,7 +410,11 @@ def _dry_run(selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str]) -
         zeros = np.zeros(len(np.asarray(weights)))
         return Estimate(loss=zeros, low=zeros, high=zeros)
 
-    selector.select(SelectionProblem(nothing, tasks.names, tasks.counts.tolist(), keep=keep))
+    selector.select(
+        SelectionProblem(
+            nothing, tasks.names, tasks.counts.tolist(), keep=keep, rows_to_read=len(tasks.ids)
+        )
+    )
 
 
 def _hashes(rows: data.ModelRows, ids: range, columns: Sequence[str]) -> Iterator[bytes]:

@@ -68,7 +68,9 @@ def choose_again(report: SelectionReport, selector: AbstractSelector, keep: list
     """
     fitted = report.fitted()
     names = [*report.weights]
-    problem = selection_problem(fitted, report.gradients(), keep=keep)
+    problem = selection_problem(
+        fitted, report.gradients(), keep=keep, rows_to_read=report.run.get("rows_to_read")
+    )
     selection = selector.select(problem)
     chosen = np.array([[selection.weights[name] for name in names]])
     everything = np.ones(len(names), bool)
@@ -87,6 +89,7 @@ def choose_again(report: SelectionReport, selector: AbstractSelector, keep: list
             "low": float(difference.low[0]),
             "high": float(difference.high[0]),
         },
+        "notes": list(selection.notes),
         "keep": list(keep),
         "estimator": report.estimator,
         "selector": strategy_record(selector),
@@ -105,6 +108,7 @@ def _in_words(choice: JsonDict, selector: AbstractSelector) -> str:
     )
     difference = Row(name="chosen minus all tasks", **choice["difference"])
     lines.append(comparison_sentence(SelectionReport(weights=weights, difference=difference)))
+    lines += choice["notes"]
     return "\n".join(lines)
 
 
