@@ -54,6 +54,7 @@ def decide(
         weights=selection.weights,
         scores=selection.scores,
         history=list(selection.history),
+        shadow_prices=selection.shadow_prices,
         estimator=strategy_record(estimator),
         selector=strategy_record(selector),
         run={**run, **plan.amounts(selection.weights, rows_to_read)},

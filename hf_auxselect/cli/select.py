@@ -89,6 +89,7 @@ def choose_again(report: SelectionReport, selector: AbstractSelector, keep: list
             "low": float(difference.low[0]),
             "high": float(difference.high[0]),
         },
+        "shadow_prices": selection.shadow_prices,
         "notes": list(selection.notes),
         "keep": list(keep),
         "estimator": report.estimator,
@@ -108,7 +109,11 @@ def _in_words(choice: JsonDict, selector: AbstractSelector) -> str:
     )
     difference = Row(name="chosen minus all tasks", **choice["difference"])
     lines.append(comparison_sentence(SelectionReport(weights=weights, difference=difference)))
-    lines += choice["notes"]
+    lines += [
+        f"Shadow price of {printable(name)}: {price:.4g}"
+        for name, price in choice["shadow_prices"].items()
+    ]
+    lines += [printable(note) for note in choice["notes"]]
     return "\n".join(lines)
 
 
