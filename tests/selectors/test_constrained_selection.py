@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixtures import Quadratic, grid, weights_of
 
+from benchmarks.quadratics import Quadratic, grid, weights_of
 from hf_auxselect import ConstrainedSelection, SelectionProblem, WorstGroupSelection
 from hf_auxselect.selectors.saddle_point import (
     Losses,

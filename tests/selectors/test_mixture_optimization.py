@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixtures import Quadratic, grid, weights_of
 
+from benchmarks.quadratics import Quadratic, grid, weights_of
 from hf_auxselect import Estimate, MixtureOptimization, SelectionProblem
 from hf_auxselect.selectors.shrinkage import FRACTIONS, LEAST_SHRINKAGE, GainBounds
 from hf_auxselect.selectors.simplex import KEPT_SHARE, Box
