@@ -69,7 +69,7 @@ def choose_again(report: SelectionReport, selector: AbstractSelector, keep: list
     fitted = report.fitted()
     names = [*report.weights]
     problem = selection_problem(
-        fitted, report.gradients(), keep=keep, rows_to_read=report.run.get("rows_to_read")
+        fitted, report.gradients(), keep=keep, rows_to_read=_rows_to_read(report)
     )
     selection = selector.select(problem)
     chosen = np.array([[selection.weights[name] for name in names]])
@@ -95,6 +95,17 @@ def choose_again(report: SelectionReport, selector: AbstractSelector, keep: list
         "estimator": report.estimator,
         "selector": strategy_record(selector),
     }
+
+
+def _rows_to_read(report: SelectionReport) -> int | None:
+    """Rows that the steps after the switch read; None if the report does not tell.
+
+    Earlier releases wrote only how often each row is read.
+    """
+    if "rows_to_read" in report.run or not report.tasks:
+        return report.run.get("rows_to_read")
+    reads = report.run.get("reads_per_row", {})
+    return round(sum(reads.get(task.name, 0.0) * task.rows for task in report.tasks)) or None
 
 
 def _in_words(choice: JsonDict, selector: AbstractSelector) -> str:
