@@ -14,6 +14,7 @@ import re
 import sys
 
 import accuracy_tables  # noqa: F401, registers its tables
+import choosing_tables  # noqa: F401
 import cost_tables  # noqa: F401
 import search_tables  # noqa: F401
 from results import ROOT, TABLES

@@ -36,12 +36,15 @@ if TYPE_CHECKING:
     from hf_auxselect.selectors import AbstractSelector as AbstractSelector
     from hf_auxselect.selectors import BackwardElimination as BackwardElimination
     from hf_auxselect.selectors import BeamSearch as BeamSearch
+    from hf_auxselect.selectors import ConstrainedSelection as ConstrainedSelection
     from hf_auxselect.selectors import ExhaustiveSearch as ExhaustiveSearch
     from hf_auxselect.selectors import FixedSelection as FixedSelection
     from hf_auxselect.selectors import ForwardSelection as ForwardSelection
+    from hf_auxselect.selectors import MixtureOptimization as MixtureOptimization
     from hf_auxselect.selectors import RandomEnsemble as RandomEnsemble
     from hf_auxselect.selectors import Selection as Selection
     from hf_auxselect.selectors import SelectionProblem as SelectionProblem
+    from hf_auxselect.selectors import WorstGroupSelection as WorstGroupSelection
     from hf_auxselect.store.arrays import GradientStore as GradientStore
     from hf_auxselect.store.format import StoreError as StoreError
     from hf_auxselect.tasks import concatenate_tasks as concatenate_tasks
@@ -69,12 +72,15 @@ _MODULES = {
         "AbstractSelector",
         "BackwardElimination",
         "BeamSearch",
+        "ConstrainedSelection",
         "ExhaustiveSearch",
         "FixedSelection",
         "ForwardSelection",
+        "MixtureOptimization",
         "RandomEnsemble",
         "Selection",
         "SelectionProblem",
+        "WorstGroupSelection",
     ),
     "store.arrays": ("GradientStore",),
     "store.format": ("StoreError",),

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import AbstractEstimator, LinearizedTraining
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
-from hf_auxselect.options import Options, kept_tasks
+from hf_auxselect.options import Options, kept_tasks, named_groups
 from hf_auxselect.plan import CostPreview, Plan, checked_sources, make_plan, warn_of_leaked_target
 from hf_auxselect.publication import Publication
 from hf_auxselect.report import SelectionReport, strategy_record
@@ -57,6 +57,8 @@ class TaskSelectionCallback(TrainerCallback):
             parameters, optimizer and schedule for the remaining steps. ``"observe"`` selects and
             reports, and leaves the run as it is.
         keep: tasks that always stay.
+        groups: further keys of the ``eval_dataset`` dict, whose losses are estimated and reported,
+            and which selectors such as ``ConstrainedSelection`` take into account.
         examples_per_task: examples of each task, and of the target, that the gradient pass reads
             at most, drawn by ``seed``; None: all.
         projection_dim: length of a projected gradient.
@@ -92,6 +94,7 @@ class TaskSelectionCallback(TrainerCallback):
         selector: AbstractSelector | None = None,
         after: str = "continue",
         keep: Sequence[str] = (),
+        groups: Sequence[str] = (),
         examples_per_task: int | None = 256,
         projection_dim: int = 4096,
         batch_size: int | None = None,
@@ -110,6 +113,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.selector = ForwardSelection() if selector is None else selector
         self.after = after
         self.keep = kept_tasks(keep)
+        self.groups = named_groups(groups)
         self.examples_per_task = examples_per_task
         self.projection_dim = projection_dim
         self.batch_size = batch_size

@@ -41,10 +41,14 @@ def decide(
     """
     if fitted is None or store is None:
         problem = SelectionProblem(
-            _no_estimate, plan.tasks.names, plan.tasks.counts.tolist(), keep=keep
+            _no_estimate,
+            plan.tasks.names,
+            plan.tasks.counts.tolist(),
+            keep=keep,
+            rows_to_read=rows_to_read,
         )
     else:
-        problem = selection_problem(fitted, store, keep=keep)
+        problem = selection_problem(fitted, store, keep=keep, rows_to_read=rows_to_read)
     selection = selector.select(problem)
     report = SelectionReport(
         weights=selection.weights,
@@ -54,13 +58,14 @@ def decide(
             for name, (low, high) in selection.score_intervals.items()
         },
         history=list(selection.history),
+        shadow_prices=selection.shadow_prices,
         estimator=strategy_record(estimator),
         selector=strategy_record(selector),
         run={**run, **plan.amounts(selection.weights, rows_to_read)},
     )
     if fitted is not None and store is not None:
         report.add_estimates(fitted, selection, store, seed=plan.seed)
-        report.warnings += [*notes, *plan.target_sample_note()]
+        report.warnings += [*selection.notes, *notes, *plan.target_sample_note()]
     return report
 
 

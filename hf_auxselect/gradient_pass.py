@@ -72,8 +72,15 @@ class GradientPass:
 
         Terms that are 0 in the first step (a distance from the initial model) show at the switch.
         """
-        dataset = data.target_dataset(self.trainer, self.options.target)
-        return compare_evaluation(self.trainer, dataset, self.plan.loss)
+        trainer, target = self.trainer, data.target_key(self.trainer, self.options.target)
+        notes = compare_evaluation(
+            trainer, data.target_dataset(trainer, target), self.plan.loss, "the target"
+        )
+        for group in self.plan.groups:
+            dataset = data.group_dataset(trainer, group.name, target)
+            what = f"the group {group.name!r}"
+            notes += compare_evaluation(trainer, dataset, self.plan.loss, what)
+        return notes
 
     def _check_optimizer(self) -> list[str]:
         """Refuse an optimizer whose steps are not modelled; note what is unknown about others."""
@@ -125,6 +132,7 @@ class GradientPass:
                 plan.examples,
                 plan.target,
                 self._collate_fn,
+                groups=plan.groups,
                 projection_dim=self.options.projection_dim,
                 batch_size=self._batch_size,
                 scalars=self.options.estimator.scalars,
@@ -181,6 +189,7 @@ class GradientPass:
                 plan.examples,
                 plan.target,
                 self._collate_fn,
+                groups=plan.groups,
                 directory=directory,
                 projection_dim=self.options.projection_dim,
                 batch_size=self._batch_size,

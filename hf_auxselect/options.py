@@ -28,6 +28,7 @@ class Options:
     selector: AbstractSelector
     after: str
     keep: tuple[str, ...]
+    groups: tuple[str, ...]
     examples_per_task: int | None
     projection_dim: int
     batch_size: int | None
@@ -48,6 +49,18 @@ class Options:
             )
         if self.after not in MODES:
             raise ValueError(f"after must be one of {list(MODES)}, got {self.after!r}.")
+        for name in self.groups:
+            if not isinstance(name, str):
+                raise TypeError(f"groups must be keys of eval_dataset, got {name!r} among them.")
+            if self.groups.count(name) > 1:
+                raise ValueError(f"groups names {name!r} more than once.")
+            if name == self.target:
+                raise ValueError(f"groups names the target {name!r}; leave it out of groups.")
+        if self.groups and not self.needs_estimates:
+            raise ValueError(
+                f"groups={list(self.groups)} asks for estimates, but FixedSelection(estimate=False)"
+                " makes none; leave one of the two out."
+            )
         if self.examples_per_task is not None and self.examples_per_task < 2:
             raise ValueError(
                 f"examples_per_task must be at least 2, or None; got {self.examples_per_task}."
@@ -78,6 +91,19 @@ class Options:
     def needs_estimates(self) -> bool:
         """Whether gradients are captured and losses estimated."""
         return not isinstance(self.selector, FixedSelection) or self.selector.estimate
+
+
+def named_groups(groups: Sequence[str]) -> tuple[str, ...]:
+    """The names in ``groups``.
+
+    Raises:
+        TypeError: it is one name instead of a sequence of names.
+    """
+    if isinstance(groups, str):
+        raise TypeError(
+            f"groups must be a sequence of keys of eval_dataset, got the string {groups!r}."
+        )
+    return tuple(groups)
 
 
 def kept_tasks(keep: Sequence[str]) -> tuple[str, ...]:

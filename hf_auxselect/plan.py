@@ -66,6 +66,8 @@ class Plan:
     examples: tuple[TaskExamples, ...]
     """What the gradient pass reads of each auxiliary task."""
     target: TaskExamples
+    groups: tuple[TaskExamples, ...]
+    """Further targets, whose losses are estimated, too."""
     loss: TrainerLoss
     """How the loss of an example is computed, in agreement with the trainer."""
     examples_per_row: dict[str, float]
@@ -78,16 +80,18 @@ class Plan:
 
     @property
     def num_examples(self) -> int:
-        return sum(len(task.example_ids) for task in (*self.examples, self.target))
+        every = (*self.examples, self.target, *self.groups)
+        return sum(len(task.example_ids) for task in every)
 
     def target_sample_note(self) -> list[str]:
-        """A sentence for the report if the target's loss is that of some of its examples."""
-        read, present = len(self.target.example_ids), len(self.target.rows)
-        if read == present:
-            return []
+        """A sentence for the report for each target whose loss is that of some of its examples."""
+        whole = [(self.target, f"the target's {len(self.target.rows)} examples")]
+        whole += [(g, f"the {len(g.rows)} examples of the group {g.name!r}") for g in self.groups]
         return [
-            f"estimates are about {read} of the target's {present} examples; the logged loss is "
+            f"estimates are about {len(one.example_ids)} of {examples}; the logged loss is "
             "that of all. examples_per_task=None reads all."
+            for one, examples in whole
+            if len(one.example_ids) != len(one.rows)
         ]
 
     def examples_to_check(self, model: nn.Module, collate_fn: CollateFn) -> list[Any]:
@@ -97,7 +101,7 @@ class Plan:
         batch then holds more or fewer images than examples.
         """
         loss = self.loss.of_example
-        for task in (*self.examples, self.target):
+        for task in (*self.examples, self.target, *self.groups):
             assert isinstance(task.rows, data.ModelRows)
             others = np.abs(task.rows.num_images(task.example_ids) - 1)
             if others.any():
@@ -203,9 +207,10 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
     """
     support.refuse_unsupported(trainer)
     tasks = data.read_tasks(trainer, options.task_column)
-    _dry_run(options.selector, tasks, options.keep)
+    _dry_run(options.selector, tasks, options.keep, options.groups)
     target = data.target_key(trainer, options.target)
     target_set = data.target_dataset(trainer, target)
+    group_sets = {name: data.group_dataset(trainer, name, target) for name in options.groups}
     warmup, seed = options.warmup, options.seed
     switch_step = warmup if isinstance(warmup, int) else max(1, round(warmup * max_steps))
     if switch_step + must_train_on > max_steps:
@@ -223,21 +228,20 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
         order = random_permutation(len(examples), seed, "examples", name)
         return tuple(sorted(examples[order[: options.examples_per_task]].tolist()))
 
-    target_ids = draw(np.arange(len(target_rows)), "the target")
     loss = settle_loss(trainer, train_rows, target_rows)
-    if not has_label_tokens(trainer, target_rows, target_ids, loss):
-        raise ValueError(
-            f"the target has no label tokens: in all {len(target_ids)} examples of eval_dataset "
-            "that were looked at, every label is masked (-100). Look at its prompts and "
-            "completions."
+
+    def evaluated(rows: data.ModelRows, key: str | None, name: str, what: str) -> TaskExamples:
+        ids = draw(np.arange(len(rows)), what)
+        weights = _weights_in_evaluation(trainer, key, rows, ids, loss, what)
+        return TaskExamples(
+            name=name, rows=rows, example_ids=ids, num_rows=len(rows), example_weights=weights
         )
-    target_weights = evaluation_weights(trainer, target, target_rows, target_ids, loss)
-    if not sum(target_weights) > 0:
-        raise ValueError(
-            f"dataloader_drop_last=True leaves all {len(target_ids)} examples of the target that "
-            "are read out of the trainer's evaluation batches. Lower per_device_eval_batch_size, "
-            "or pass examples_per_task=None."
-        )
+
+    target_examples = evaluated(target_rows, target, target or "target", "the target")
+    group_rows = {name: data.ModelRows(trainer, dataset) for name, dataset in group_sets.items()}
+    groups = tuple(
+        evaluated(rows, name, name, f"the group {name!r}") for name, rows in group_rows.items()
+    )
     task_of_example = tasks.ids[train_rows.packed_rows]
     examples_per_row = np.bincount(task_of_example, minlength=len(tasks.names)) / tasks.counts
     examples = tuple(
@@ -260,13 +264,8 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
     return Plan(
         tasks=tasks,
         examples=examples,
-        target=TaskExamples(
-            name=target or "target",
-            rows=target_rows,
-            example_ids=target_ids,
-            num_rows=len(target_rows),
-            example_weights=tuple(target_weights),
-        ),
+        target=target_examples,
+        groups=groups,
         loss=loss,
         examples_per_row=(
             {}
@@ -279,6 +278,7 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
             "tasks": dict(zip(tasks.names, tasks.counts.tolist(), strict=True)),
             "training rows": _digest_of_rows(train_rows, tasks),
             "target rows": _digest_of_rows(target_rows),
+            "groups": {name: _digest_of_rows(rows) for name, rows in group_rows.items()},
             "trainable parameters": digest(
                 *(
                     (n, tuple(p.shape))
@@ -295,13 +295,22 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
 
 
 def warn_of_leaked_target(plan: Plan, task_column: str) -> None:
-    """Warn if rows of the target are trained on: of which tasks, and how many.
+    """Warn if rows of the target or of a group are trained on: of which tasks, and how many.
 
     Rows are compared by the values of the columns that both sets have and the model reads (see
     :func:`hf_auxselect.fingerprint.digest`). Training rows are looked at for ``SECONDS_TO_COMPARE``
     at most, in chunks from all over the training set.
     """
-    train, target = plan.examples[0].rows, plan.target.rows
+    seconds = SECONDS_TO_COMPARE / (1 + len(plan.groups))
+    _warn_of_leak(plan, plan.target, "the target", task_column, seconds)
+    for group in plan.groups:
+        _warn_of_leak(plan, group, f"the group {group.name!r}", task_column, seconds)
+
+
+def _warn_of_leak(
+    plan: Plan, examples: TaskExamples, what: str, task_column: str, seconds: float
+) -> None:
+    train, target = plan.examples[0].rows, examples.rows
     assert isinstance(train, data.ModelRows) and isinstance(target, data.ModelRows)
     columns = train.input_columns(train.columns & target.columns, task_column)
     if not columns:
@@ -310,7 +319,7 @@ def warn_of_leaked_target(plan: Plan, task_column: str) -> None:
     found: list[set[bytes]] = [set() for _ in plan.tasks.names]
     found_rows = np.zeros(len(found), np.int64)
     starts = range(0, len(train), _CHUNK)
-    deadline, num_read = time.monotonic() + SECONDS_TO_COMPARE, 0
+    deadline, num_read = time.monotonic() + seconds, 0
     for chunk in random_permutation(len(starts), plan.seed, "rows compared with the target"):
         ids = range(starts[chunk], min(starts[chunk] + _CHUNK, len(train)))
         for i, row_hash in zip(ids, _hashes(train, ids, columns), strict=True):
@@ -329,14 +338,15 @@ def warn_of_leaked_target(plan: Plan, task_column: str) -> None:
     ):
         if count == len(target) == rows == size:
             logger.warning(
-                "the target equals the training task %r row for row: %s", name, _TOO_OPTIMISTIC
+                "%s equals the training task %r row for row: %s", what, name, _TOO_OPTIMISTIC
             )
             return
     if any(counts):
         total = sum(copies[row_hash] for row_hash in set().union(*found))
         logger.warning(
-            "%d of the target's %d rows are also rows of training tasks (%s)%s: %s",
+            "%d of %s's %d rows are also rows of training tasks (%s)%s: %s",
             total,
+            what,
             len(target),
             ", ".join(
                 f"{count} of task {name!r}"
@@ -388,14 +398,55 @@ def checked_sources(sources: Mapping[str, Mapping[str, Any]] | None) -> dict[str
         raise TypeError(f"sources must hold texts, numbers and lists only ({error}).") from error
 
 
-def _dry_run(selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str]) -> None:
+def _weights_in_evaluation(
+    trainer: Trainer,
+    key: str | None,
+    rows: data.ModelRows,
+    ids: Sequence[int],
+    loss: TrainerLoss,
+    what: str,
+) -> tuple[float, ...]:
+    """Weight of each of some examples in the loss that the trainer logs for an evaluation set.
+
+    Raises:
+        ValueError: none of them has a label token, or counts in the logged loss.
+    """
+    if not has_label_tokens(trainer, rows, ids, loss):
+        raise ValueError(
+            f"{what} has no label tokens: in all {len(ids)} examples of eval_dataset "
+            "that were looked at, every label is masked (-100). Look at its prompts and "
+            "completions."
+        )
+    weights = evaluation_weights(trainer, key, rows, ids, loss)
+    if not sum(weights) > 0:
+        raise ValueError(
+            f"dataloader_drop_last=True leaves all {len(ids)} examples of {what} that "
+            "are read out of the trainer's evaluation batches. Lower per_device_eval_batch_size, "
+            "or pass examples_per_task=None."
+        )
+    return tuple(weights)
+
+
+def _dry_run(
+    selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str], groups: Sequence[str]
+) -> None:
     """Let the selector meet its tasks, so that options that do not fit raise now."""
 
     def nothing(weights: ArrayLike) -> Estimate:
         zeros = np.zeros(len(np.asarray(weights)))
-        return Estimate(loss=zeros, low=zeros, high=zeros)
+        of_groups = np.zeros((len(zeros), len(groups))) if groups else None
+        return Estimate(loss=zeros, low=zeros, high=zeros, group_losses=of_groups)
 
-    selector.select(SelectionProblem(nothing, tasks.names, tasks.counts.tolist(), keep=keep))
+    selector.select(
+        SelectionProblem(
+            nothing,
+            tasks.names,
+            tasks.counts.tolist(),
+            keep=keep,
+            groups=groups,
+            rows_to_read=len(tasks.ids),
+        )
+    )
 
 
 def _hashes(rows: data.ModelRows, ids: range, columns: Sequence[str]) -> Iterator[bytes]:

@@ -158,7 +158,7 @@ class RunDirectory:
 def decision_of(report: SelectionReport) -> Decision:
     """The decision that a report is about."""
     chosen = report.row("chosen") if report.rows else None
-    return Decision(
+    decision = Decision(
         selected=report.selected,
         weights=report.weights,
         estimated_loss=chosen.loss if chosen else None,
@@ -171,3 +171,6 @@ def decision_of(report: SelectionReport) -> Decision:
         estimator=report.estimator,
         selector=report.selector,
     )
+    if report.shadow_prices:
+        decision["shadow_prices"] = report.shadow_prices
+    return decision

@@ -85,12 +85,19 @@ def main(output: Path) -> None:
     result["measured at the end"] = trainer.evaluate()["eval_loss"]
 
     # Without a learning rate the weights at the switch do not depend on the number of processes.
-    callback = TaskSelectionCallback(warmup=4, projection_dim=16)
-    tiny.sft_trainer(output / "selection", callback, learning_rate=0).train()
+    # A group does not change what is chosen for the target.
+    callback = TaskSelectionCallback(
+        target="target", groups=["letters"], warmup=4, projection_dim=16
+    )
+    sets = {"target": tiny.sums(16, 9), "letters": tiny.sums(11, 7, letters=True)}
+    trainer = tiny.sft_trainer(output / "selection", callback, learning_rate=0, eval_dataset=sets)
+    trainer.train()
     result["selection"] = {
         "weights": callback.report.weights,
         "rows": [row.loss for row in callback.report.rows],
+        "group": [row.group_losses["letters"] for row in callback.report.rows],
     }
+    result["logged of the group"] = trainer.evaluate()["eval_letters_loss"]
 
     # Evaluation batches that differ in label tokens, and a part of one.
     result["estimated"], result["logged"] = {}, {}

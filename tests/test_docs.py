@@ -61,6 +61,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(path, run_dir, capsys):
         "alpaca": tiny.sums(12, 2, letters=True),
         "code": tiny.sums(12, 3, shuffled=True),
         "target": tiny.sums(8, 9),
+        "other_target": tiny.sums(6, 8, letters=True),
         "model": tiny.llama(),
         "args": SFTConfig(str(run_dir), **arguments),
         "lora": tiny.lora(),

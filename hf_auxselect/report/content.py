@@ -29,6 +29,8 @@ class Row:
     loss: float
     low: float
     high: float
+    group_losses: dict[str, float] = field(default_factory=dict)
+    """Estimated loss of each group, nats per its label token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,19 @@ class Measurement:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupLine:
+    """Losses of one group, nats per its label token, as tables show them."""
+
+    name: str
+    before: float
+    """Without further training."""
+    all_tasks: float
+    chosen: float
+    price: float | None
+    """Shadow price of its ceiling; None if it has none."""
+
+
 class RunRecord(TypedDict, total=False):
     """What a report tells of the run that it was made in."""
 
@@ -130,6 +145,9 @@ class ReportFields:
         difference: the chosen mixture's loss minus that of all tasks. Its interval is narrower than
             the intervals of the two losses, whose errors are shared.
         tasks: what was captured of each task; ``target``: of the target.
+        groups: what was captured of the groups, further targets whose losses are estimated.
+        shadow_prices: group -> decrease of the target's loss for each nat by which the group's
+            ceiling rises, or its weight in the worst case; empty for other selectors.
         similarity: of the tasks' gradients; None without gradients.
         history: the mixtures that the selector tried; of searches over more than 64 tasks, the best
             of each step.
@@ -151,6 +169,8 @@ class ReportFields:
     difference: Row | None = None
     tasks: list[TaskSummary] = field(default_factory=list)
     target: TaskSummary | None = None
+    groups: list[TaskSummary] = field(default_factory=list)
+    shadow_prices: dict[str, float] = field(default_factory=dict)
     similarity: Similarity | None = None
     history: list[Step] = field(default_factory=list)
     verification: list[Measurement] = field(default_factory=list)
@@ -178,6 +198,26 @@ class ReportContent(ReportFields):
     def selected(self) -> list[str]:
         """The tasks with a positive weight, in the order of the training set."""
         return [task for task, weight in self.weights.items() if weight > 0]
+
+    @property
+    def group_lines(self) -> list[GroupLine]:
+        """The estimated losses of the groups; empty without groups."""
+        if not self.groups or not self.rows:
+            return []
+        before, everything, chosen = (
+            self.row(name).group_losses for name in ("no further training", "all tasks", "chosen")
+        )
+        return [
+            GroupLine(
+                name=group.name,
+                before=before[group.name],
+                all_tasks=everything[group.name],
+                chosen=chosen[group.name],
+                price=self.shadow_prices.get(group.name),
+            )
+            for group in self.groups
+            if group.name in before
+        ]
 
     def row(self, name: str) -> Row:
         """The line of the comparison called ``name``: ``"chosen"``, ``"all tasks"``, ...

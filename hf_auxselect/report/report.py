@@ -126,12 +126,13 @@ class SelectionReport(ReportContent):
         directions = analysis.gradient_directions(store)
         shown = analysis.most_relevant(weights, *directions, MAX_TASKS)
         self.rows = analysis.compare(fitted, selection, store, shown, seed=seed)
-        self.difference = analysis.compare_with_all_tasks(fitted, selection, names)
+        self.difference = analysis.compare_with_all_tasks(fitted, selection, store)
         after = fitted.task_losses(np.array([[*weights.values()]]))
         self.tasks = analysis.summarize_tasks(store, None if after is None else after[0])
         self.similarity = analysis.similarity(names, *directions, shown)
         self.what_if = approximate(fitted, names, store.task_sizes.tolist(), shown, seed=seed)
         self.target = analysis.summarize_tasks(store.target)[0]
+        self.groups = [analysis.summarize_tasks(group)[0] for group in store.groups.values()]
         self.diagnostics = fitted.diagnostics()
         training = store.remaining_training
         restarts = training is not None and training.restarts

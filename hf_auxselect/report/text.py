@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_auxselect.report.content import ReportContent
 
-_SAME = 1e-12
+SAME = 1e-12
 """Nats: a smaller difference from all tasks is rounding of the same mixture."""
 
 
@@ -35,7 +35,7 @@ def comparison_sentence(content: ReportContent) -> str:
     difference = content.difference
     if difference is None:
         return ""
-    if abs(difference.loss) < _SAME:
+    if abs(difference.loss) < SAME:
         return "The chosen mixture is that of all tasks."
     if difference.low > 0:
         verdict = "all tasks are significantly better"
@@ -98,6 +98,15 @@ def to_text(content: ReportContent) -> str:
             name = printable(row.name)
             lines.append(f"  {name:<{width}}  {row.loss:7.4f}  [{row.low:.4f}, {row.high:.4f}]")
         lines += [comparison_sentence(content)] if content.difference else []
+    if content.group_lines:
+        lines.append("Estimated losses of the groups, nats per label token: before, all, chosen:")
+        width = max(len(printable(line.name)) for line in content.group_lines)
+        lines += [
+            f"  {printable(line.name):<{width}}  {line.before:7.4f}  {line.all_tasks:7.4f}  "
+            f"{line.chosen:7.4f}"
+            + ("" if line.price is None else f"  shadow price {line.price:.3g}")
+            for line in content.group_lines
+        ]
     if content.verification:
         lines.append("Ground-truth runs: measured loss, estimated loss, 90% interval:")
         width = max(len(printable(run.name)) for run in content.verification)

@@ -57,6 +57,7 @@ class SelectionProblem:
         groups: names of further targets, in the order of an estimate's group losses.
         gram: inner products of the tasks' mean gradients [K, K], in the optimizer's coordinates
             where they were captured. None: there are no gradients.
+        rows_to_read: number of training rows that the remaining steps read. None: not known.
 
     Raises:
         ValueError: there are no tasks, a name occurs twice, ``task_sizes`` has another length, or
@@ -73,6 +74,7 @@ class SelectionProblem:
     keep: Sequence[str] = ()
     groups: Sequence[str] = ()
     gram: Array | None = None
+    rows_to_read: int | None = None
 
     def __post_init__(self) -> None:
         names = list(self.task_names)
@@ -117,6 +119,7 @@ class Selection:
         score_intervals: task -> low and high of the score's 90% interval, where the method has one.
         shadow_prices: group -> decrease of the target's loss, in nats per label token, for each nat
             by which the group's ceiling rises; only for methods with ceilings.
+        notes: sentences on the choice for the report, such as what of an option could not hold.
     """
 
     weights: dict[str, float]
@@ -125,6 +128,7 @@ class Selection:
     scores: dict[str, float] = field(default_factory=dict)
     score_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     shadow_prices: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def selected(self) -> list[str]:

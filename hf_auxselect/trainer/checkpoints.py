@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -41,6 +41,8 @@ class Decision(TypedDict):
     seed: int
     estimator: JsonDict
     selector: JsonDict
+    shadow_prices: NotRequired[dict[str, float]]
+    """Group -> shadow price of its ceiling, which a later selection may start from."""
 
 
 def guard_resumption(trainer: Trainer) -> None:

@@ -204,3 +204,14 @@ def _renamed(value, names):
     if isinstance(value, list):
         return [_renamed(v, names) for v in value]
     return names.get(value, value) if isinstance(value, str) else value
+
+
+def test_a_cap_uses_the_rows_that_the_run_goes_on_to_read(directory, capsys):
+    options = ["--selector", "MixtureOptimization", "--option", "shrinkage=0"]
+    choice = select(directory, capsys, *options, "--option", "max_repetitions=1.5")
+    report = SelectionReport.load(directory)
+    rows = {task.name: task.rows for task in report.tasks}
+    read = sum(report.run["reads_per_row"][name] * rows[name] for name in rows)
+    reads = [read * weight / rows[name] for name, weight in choice["weights"].items()]
+    assert max(reads) <= 1.5 + 0.01
+    assert choice["shadow_prices"] == {} and choice["notes"] == []

@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 from hf_auxselect import (
     BackwardElimination,
     BeamSearch,
+    ConstrainedSelection,
     ExhaustiveSearch,
     FixedSelection,
     ForwardSelection,
+    MixtureOptimization,
     RandomEnsemble,
+    WorstGroupSelection,
 )
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.selectors import SELECTORS, AbstractSelector, Selection, SelectionProblem
@@ -345,4 +348,6 @@ class TestFixedSelectionFromFile:
 
 
 def test_all_selectors_are_known_by_name():
-    assert set(SELECTORS) == {type(s).__name__ for s in [*ALL, FixedSelection(["a"])]}
+    others = [FixedSelection(["a"]), MixtureOptimization(), WorstGroupSelection()]
+    others.append(ConstrainedSelection(ceilings={"a": 1}))
+    assert set(SELECTORS) == {type(s).__name__ for s in [*ALL, *others]}

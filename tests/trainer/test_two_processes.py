@@ -70,6 +70,12 @@ class TestTwoProcesses:
             [row.loss for row in callback.report.rows], abs=tiny.ACROSS_PROCESSES
         )
 
+    def test_losses_of_a_group_are_those_that_are_logged(self, two_processes):
+        one, other = (run["selection"]["group"] for run in two_processes)
+        assert one == other
+        for run in two_processes:
+            assert one[0] == pytest.approx(run["logged of the group"], rel=1e-5)
+
     def test_the_store_is_that_of_one_process(self, two_processes):
         for run in two_processes:
             assert run["largest_difference"] < 1e-6
