@@ -103,6 +103,8 @@ class Step:
     low: float
     high: float
     accepted: bool
+    weights: dict[str, float] | None = None
+    """Task -> weight, of those with a positive one; None: weights as the tasks' sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
