@@ -5,9 +5,11 @@ Shapes: K tasks.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
@@ -28,6 +30,9 @@ A convention: mixtures that are closer to each other differ in loss by too littl
 _TO_THE_END = 3
 """At most so many finalists are trained to the end of the race; of more, the worse half is dropped
 on the way. A convention."""
+
+_LOOKED_AT = 1000
+"""Mixtures of a search, the best estimated ones, among which runner-ups are looked for."""
 
 _NAMED = 6
 """Tasks that a runner-up's name has."""
@@ -97,7 +102,8 @@ def finalists(
         found[_ALL_TASKS] = everything
     kept = np.isin(tasks.names, list(keep))
     number_of_runner_ups = 0
-    for name, shares in (*_runner_ups(selection.history, tasks), *_between(choice, everything)):
+    others = chain(_runner_ups(selection.history, tasks), _between(choice, everything))
+    for name, shares in others:
         if len(found) == number:
             break
         can_be_drawn = ((shares == 0) | (shares >= MIN_SHARE)).all() and (shares[kept] > 0).all()
@@ -114,7 +120,7 @@ def finalists(
 def _runner_ups(history: Sequence[Step], tasks: TaskRows) -> Iterator[tuple[None, np.ndarray]]:
     """What a selector has tried, the lowest estimates first."""
     position = {name: k for k, name in enumerate(tasks.names)}
-    for step in sorted(history, key=lambda step: step.loss):
+    for step in heapq.nsmallest(_LOOKED_AT, history, key=lambda step: step.loss):
         shares = np.zeros(len(tasks.names))
         of_task = step.weights or {name: float(tasks.counts[position[name]]) for name in step.tasks}
         for name, weight in of_task.items():

@@ -64,7 +64,7 @@ class TestTheRunThatGoesOn:
 
     def test_the_estimates_choice_gives_way_to_a_better_one(self, run_dir):
         cb = callback(selector=FixedSelection(["b"]), confirm=2)
-        trained(tiny.sft_trainer, run_dir, cb)
+        trained(tiny.plain_trainer, run_dir, cb)
         report, race = cb.report, cb.report.confirmation
         assert (race.choice, race.winner) == ("selector's choice", "all tasks")
         assert report.selected == ["a", "b", "c", "d"]
@@ -87,16 +87,16 @@ class TestTheRunThatGoesOn:
 
     def test_observing_only_reports(self, run_dir):
         cb = callback(confirm=2, after="observe")
-        trainer = trained(tiny.sft_trainer, run_dir / "race", cb)
+        trainer = trained(tiny.plain_trainer, run_dir / "race", cb)
         torch.manual_seed(3)
-        plain = tiny.sft_trainer(run_dir / "plain")
+        plain = tiny.plain_trainer(run_dir / "plain")
         plain.train()
         assert tiny.same(tiny.weights(trainer), tiny.weights(plain))
         assert len(cb.report.confirmation.finalists) == 2
 
     def test_a_share_of_the_rest(self, run_dir, parts):
         cb = callback(confirm=Confirmation(finalists=2, share=0.5))
-        trained(tiny.sft_trainer, run_dir, cb)
+        trained(tiny.plain_trainer, run_dir, cb)
         assert parts == [7, 7]
         assert "measured after step 7 of 10" in cb.report.to_text()
         assert card.measured_loss(cb.report) is None
@@ -107,7 +107,7 @@ class TestNothingIsTrainedTwice:
         """Calibration runs are evaluated where a race with pauses will ask for their losses."""
         selector = FixedSelection(["c", "d"])
         cb = callback(selector=selector, calibrate=2, confirm=4, verify=2)
-        trained(tiny.sft_trainer, run_dir, cb)
+        trained(tiny.plain_trainer, run_dir, cb)
         race = cb.report.confirmation
         assert race.steps == [7, 10]
         known = {run.name: run.measured for run in cb.report.calibration}
@@ -148,7 +148,7 @@ class TestNothingIsTrainedTwice:
     @pytest.mark.parametrize("what", ["other state", "damaged"])
     def test_what_was_measured_of_another_state_does_not_count(self, what, run_dir, parts, caplog):
         options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-        trained(tiny.sft_trainer, run_dir, callback(confirm=2), **options)
+        trained(tiny.plain_trainer, run_dir, callback(confirm=2), **options)
         (run_dir / "_task_selection" / "selection.json").unlink()
         (run_dir / "checkpoint-4" / "task_selection.json").unlink()
         path = run_dir / "_task_selection" / "ground_truth_runs.json"
@@ -158,13 +158,13 @@ class TestNothingIsTrainedTwice:
             options["learning_rate"] = 2e-2
         with caplog.at_level(logging.WARNING):
             at_switch = str(run_dir / "checkpoint-4")
-            trained(tiny.sft_trainer, run_dir, callback(confirm=2), at_switch, **options)
+            trained(tiny.plain_trainer, run_dir, callback(confirm=2), at_switch, **options)
         assert parts == [6] * 4
         assert ("measured again" in caplog.text) == (what == "damaged")
 
     def test_a_new_run_in_the_same_directory_forgets(self, run_dir, parts):
         for _ in range(2):
-            trained(tiny.sft_trainer, run_dir, callback(confirm=2))
+            trained(tiny.plain_trainer, run_dir, callback(confirm=2))
         assert parts == [10] * 4
 
 
@@ -175,19 +175,19 @@ class TestResumingAtTheSwitch:
 
     def test_the_decision_is_kept(self, run_dir, parts, options):
         first = callback(confirm=2)
-        expected = tiny.weights(trained(tiny.sft_trainer, run_dir, first, **options))
+        expected = tiny.weights(trained(tiny.plain_trainer, run_dir, first, **options))
         cb = callback(confirm=2)
         at_switch = str(run_dir / "checkpoint-4")
-        trainer = trained(tiny.sft_trainer, run_dir, cb, at_switch, **options)
+        trainer = trained(tiny.plain_trainer, run_dir, cb, at_switch, **options)
         assert parts == [6, 6]
         assert cb.report.confirmation == first.report.confirmation
         assert tiny.same(tiny.weights(trainer), expected)
 
     def test_other_finalists_are_another_decision(self, run_dir, parts, options, caplog):
-        trained(tiny.sft_trainer, run_dir, callback(confirm=2), **options)
+        trained(tiny.plain_trainer, run_dir, callback(confirm=2), **options)
         cb = callback(confirm=3)
         with caplog.at_level(logging.WARNING):
-            trained(tiny.sft_trainer, run_dir, cb, str(run_dir / "checkpoint-4"), **options)
+            trained(tiny.plain_trainer, run_dir, cb, str(run_dir / "checkpoint-4"), **options)
         assert "it is made anew" in caplog.text
         assert len(cb.report.confirmation.finalists) == 3
         assert parts == [6, 6, 6], "two losses are known"
@@ -216,7 +216,7 @@ class TestRungs:
 
     def test_the_preview_has_it(self, run_dir):
         cb = callback(selector=FixedSelection(["a"]), confirm=4, verify=1)
-        preview = cb.preview(tiny.sft_trainer(run_dir, cb))
+        preview = cb.preview(tiny.plain_trainer(run_dir, cb))
         assert preview.verification_steps == 6 + 4 * 3 + 2 * 3
 
 

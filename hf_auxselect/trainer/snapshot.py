@@ -113,7 +113,9 @@ def _parked(value: Any) -> Any:
     return value
 
 
-def digest_of_training(trainer: Trainer, initial: Mapping[str, Tensor] | None) -> str:
+def digest_of_training(
+    trainer: Trainer, initial: Mapping[str, Tensor] | None, options: tuple[object, ...]
+) -> str:
     """A hash of what rules the steps that follow, data aside: state and training arguments.
 
     Bit for bit: a resumed run has the hash of the unbroken one if it is in the same state.
@@ -121,6 +123,7 @@ def digest_of_training(trainer: Trainer, initial: Mapping[str, Tensor] | None) -
     Args:
         trainer: between two optimizer steps.
         initial: parameters that training restarts from, which then count instead of the state.
+        options: what else counts; plain values.
     """
     state = hashlib.blake2b(digest_size=16)
     arguments = {
@@ -128,7 +131,7 @@ def digest_of_training(trainer: Trainer, initial: Mapping[str, Tensor] | None) -
         for name, value in trainer.args.to_dict().items()
         if not name.startswith(_UNRELATED)
     }
-    steps = trainer.state.global_step, trainer.state.max_steps
+    steps = trainer.state.global_step, trainer.state.max_steps, *options
     groups, schedule, scale = _plain(trainer)
     _feed(state, [steps, arguments, access.random_states(), groups, schedule, scale])
     if initial is not None:

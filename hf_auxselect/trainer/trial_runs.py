@@ -52,8 +52,9 @@ class RestOfRun:
         return self.trainer.state.max_steps
 
     def digest(self) -> str:
-        """A hash of all that rules these steps but data and mixture; every process must ask."""
-        return "-".join(gather(digest_of_training(self.trainer, self.initial)))
+        """A hash of all that rules these steps but rows and mixture; every process must ask."""
+        digest = digest_of_training(self.trainer, self.initial, (self.seed, self.target))
+        return "-".join(gather(digest))
 
 
 class TrialRun:
