@@ -104,6 +104,12 @@ class Options:
             raise TypeError(
                 f"selector must be an object such as ForwardSelection(), got {self.selector!r}."
             )
+        if self.confirmation is not None and not self.selector.asks_for_target_only:
+            raise ValueError(
+                f"confirm={self.confirm} goes on with the lowest measured loss of the target, but "
+                f"{type(self.selector).__name__} asks for more than that, and would be overruled; "
+                "leave one of the two out."
+            )
         if (self.verify or self.calibrate) and not self.needs_estimates:
             option = f"verify={self.verify}" if self.verify else f"calibrate={self.calibrate}"
             raise ValueError(

@@ -442,5 +442,13 @@ def test_bad_shares(share):
         Confirmation(share=share)
 
 
+def test_a_selector_that_promises_more_than_a_low_loss_is_not_overruled():
+    class Constrained(FixedSelection):
+        asks_for_target_only = False
+
+    with pytest.raises(ValueError, match="Constrained asks for more than that"):
+        TaskSelectionCallback(selector=Constrained(["a"]), confirm=2)
+
+
 def test_off_by_default():
     assert TaskSelectionCallback().confirm == 0
