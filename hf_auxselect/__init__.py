@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hf_auxselect.estimators import KernelSurrogate as KernelSurrogate
     from hf_auxselect.estimators import LinearizedTraining as LinearizedTraining
     from hf_auxselect.estimators import RidgeSurrogate as RidgeSurrogate
+    from hf_auxselect.options import Confirmation as Confirmation
     from hf_auxselect.plan import CostPreview as CostPreview
     from hf_auxselect.report import SelectionReport as SelectionReport
     from hf_auxselect.selectors import AbstractSelector as AbstractSelector
@@ -66,6 +67,7 @@ _MODULES = {
         "LinearizedTraining",
         "RidgeSurrogate",
     ),
+    "options": ("Confirmation",),
     "plan": ("CostPreview",),
     "report": ("SelectionReport",),
     "selectors": (

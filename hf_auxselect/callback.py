@@ -21,10 +21,11 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_auxselect.confirmation import training_steps
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import AbstractEstimator, LinearizedTraining
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
-from hf_auxselect.options import Options, kept_tasks, named_groups
+from hf_auxselect.options import Confirmation, Options, kept_tasks, named_groups
 from hf_auxselect.plan import CostPreview, Plan, checked_sources, make_plan, warn_of_leaked_target
 from hf_auxselect.publication import Publication
 from hf_auxselect.report import SelectionReport, strategy_record
@@ -69,6 +70,9 @@ class TaskSelectionCallback(TrainerCallback):
             subsets of the chosen size), whose losses the report compares with the estimates.
         calibrate: number of ground-truth runs on mixtures spread over all possible ones, before
             the choice; they correct the estimates and set their error bars.
+        confirm: number of finalists that are trained at the switch for the remaining steps: the
+            choice, all tasks, the best estimated others. The run goes on with the best measured
+            one. A :class:`Confirmation` has more options; 0: the estimates decide.
         sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
             ``name``, ...), for exports and the model card.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
@@ -101,6 +105,7 @@ class TaskSelectionCallback(TrainerCallback):
         one_by_one: bool = False,
         verify: int = 0,
         calibrate: int = 0,
+        confirm: int | Confirmation = 0,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
         output_dir: str | Path | None = None,
         seed: int | None = None,
@@ -120,6 +125,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.one_by_one = one_by_one
         self.verify = verify
         self.calibrate = calibrate
+        self.confirm = confirm
         self.sources = checked_sources(sources)
         self.output_dir = output_dir
         self.seed = seed
@@ -152,7 +158,9 @@ class TaskSelectionCallback(TrainerCallback):
             plan = self._make_plan(trainer, max_steps)
             gradient_pass = GradientPass(trainer=trainer, plan=plan, options=self._options())
             preview = gradient_pass.preview()
-        steps = (self.verify + self.calibrate) * (max_steps - plan.switch_steps[0])
+        first = plan.switch_steps[0]
+        steps = (self.verify + self.calibrate) * (max_steps - first)
+        steps += training_steps(self._options().confirmation, first, max_steps)
         return replace(preview, verification_steps=steps)
 
     def on_init_end(
@@ -233,8 +241,7 @@ class TaskSelectionCallback(TrainerCallback):
         step, options = trainer.state.global_step, self._options()
         at_switch = step == switch_step
         decision = checkpoints.read_decision(trainer, run.directory.decision, run.plan.tasks.names)
-        strategies = (strategy_record(self.estimator), strategy_record(self.selector))
-        if decision is not None and (decision["estimator"], decision["selector"]) != strategies:
+        if decision is not None and not _made_with(decision, options):
             if at_switch and (self.after != "restart" or not options.needs_estimates):
                 logger.warning(
                     "the checkpoint's decision was made with other options; nothing has been "
@@ -297,3 +304,12 @@ class TaskSelectionCallback(TrainerCallback):
                 "before trainer.train()."
             )
         return trainer
+
+
+def _made_with(decision: checkpoints.Decision, options: Options) -> bool:
+    """Whether a decision was made with the present strategies and finalists."""
+    strategies = strategy_record(options.estimator), strategy_record(options.selector)
+    asked, had = options.confirmation, decision.get("confirmation")
+    return (decision["estimator"], decision["selector"]) == strategies and (
+        (had and (had["finalists"], had["share"])) == (asked and (asked.finalists, asked.share))
+    )

@@ -9,35 +9,34 @@ from hf_auxselect.estimators import AbstractEstimator, FittedEstimator
 from hf_auxselect.plan import Plan
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.report.content import Interval, RunRecord
-from hf_auxselect.selectors import AbstractSelector, SelectionProblem, selection_problem
+from hf_auxselect.selectors import (
+    AbstractSelector,
+    Selection,
+    SelectionProblem,
+    selection_problem,
+)
 from hf_auxselect.store.arrays import GradientStore
 
 
-def decide(
+def choose(
     fitted: FittedEstimator | None,
     *,
     plan: Plan,
     store: GradientStore | None,
-    estimator: AbstractEstimator,
     selector: AbstractSelector,
     keep: Sequence[str],
-    run: RunRecord,
     rows_to_read: int,
-    notes: Sequence[str],
-) -> SelectionReport:
-    """Choose a mixture and report on it.
+) -> Selection:
+    """Choose a mixture.
 
     Args:
         fitted: the estimator, fitted and calibrated; None: nothing is estimated, which only a fixed
             selection can do without.
         plan: of the run.
         store: the gradients that ``fitted`` was fitted to.
-        estimator: as the user gave it, for the report.
         selector: chooses the mixture.
         keep: tasks that must be selected.
-        run: what the report tells of the run.
         rows_to_read: number of training rows that the remaining steps read.
-        notes: sentences on what the estimates do not model.
     """
     if fitted is None or store is None:
         problem = SelectionProblem(
@@ -49,7 +48,34 @@ def decide(
         )
     else:
         problem = selection_problem(fitted, store, keep=keep, rows_to_read=rows_to_read)
-    selection = selector.select(problem)
+    return selector.select(problem)
+
+
+def report_on(
+    selection: Selection,
+    fitted: FittedEstimator | None,
+    *,
+    plan: Plan,
+    store: GradientStore | None,
+    estimator: AbstractEstimator,
+    selector: AbstractSelector,
+    run: RunRecord,
+    rows_to_read: int,
+    notes: Sequence[str],
+) -> SelectionReport:
+    """Report on a choice.
+
+    Args:
+        selection: what was chosen.
+        fitted: the estimator that the choice was made with, or None.
+        plan: of the run.
+        store: the gradients that ``fitted`` was fitted to.
+        estimator: as the user gave it.
+        selector: as the user gave it.
+        run: what the report tells of the run.
+        rows_to_read: number of training rows that the remaining steps read.
+        notes: sentences on what the estimates do not model.
+    """
     report = SelectionReport(
         weights=selection.weights,
         scores=selection.scores,

@@ -14,6 +14,41 @@ MODES = ("continue", "restart", "observe")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """How ``TaskSelectionCallback(confirm=...)`` lets ground-truth runs decide among finalists.
+
+    Choose it where a wrong choice would cost more than the runs: n finalists cost up to n times the
+    steps that are left. ``confirm=n`` is short for ``Confirmation(finalists=n)``. Of more than
+    three finalists the worse half is dropped on the way, until three or fewer are left.
+
+    Args:
+        finalists: number of mixtures: the selector's choice, all tasks, then the best estimated
+            others that the selector has tried, then mixtures between the first two.
+        share: of the remaining steps that finalists are trained for. Below 1 the order of the
+            finalists may still change in the steps that are not trained.
+
+    Raises:
+        ValueError: there are fewer than two finalists, or ``share`` is not in (0, 1].
+    """
+
+    finalists: int = 3
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        number, share = self.finalists, self.share
+        if isinstance(number, bool) or not isinstance(number, int) or number < 2:
+            raise ValueError(
+                "confirm must be a number of finalists, 2 or more (the choice and all tasks are "
+                f"always among them), or 0; got {number!r}."
+            )
+        is_number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not is_number or not 0 < share <= 1:
+            raise ValueError(
+                f"confirm: share must be a share of the remaining steps in (0, 1], got {share!r}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """The options of ``TaskSelectionCallback``, by the same names.
 
@@ -35,6 +70,7 @@ class Options:
     one_by_one: bool
     verify: int
     calibrate: int
+    confirm: int | Confirmation
     sources: dict[str, JsonDict]
     output_dir: str | Path | None
     seed: int | None
@@ -72,6 +108,7 @@ class Options:
         for name, number in (("verify", self.verify), ("calibrate", self.calibrate)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise ValueError(f"{name} must be a number of mixtures, 0 or more; got {number!r}.")
+        _ = self.confirmation
         if not isinstance(self.estimator, AbstractEstimator):
             raise TypeError(
                 f"estimator must be an object such as LinearizedTraining(), got {self.estimator!r}."
@@ -80,12 +117,23 @@ class Options:
             raise TypeError(
                 f"selector must be an object such as ForwardSelection(), got {self.selector!r}."
             )
+        if self.confirmation is not None and not self.selector.asks_for_target_only:
+            raise ValueError(
+                f"confirm={self.confirm} goes on with the lowest measured loss of the target, but "
+                f"{type(self.selector).__name__} asks for more than that, and would be overruled; "
+                "leave one of the two out."
+            )
         if (self.verify or self.calibrate) and not self.needs_estimates:
             option = f"verify={self.verify}" if self.verify else f"calibrate={self.calibrate}"
             raise ValueError(
                 f"{option} compares estimates with ground-truth runs, but "
                 "FixedSelection(estimate=False) makes no estimates; leave one of the two out."
             )
+
+    @property
+    def confirmation(self) -> Confirmation | None:
+        """The race that was asked for; None: there is none."""
+        return confirmation_of(self.confirm)
 
     @property
     def needs_estimates(self) -> bool:
@@ -104,6 +152,18 @@ def named_groups(groups: Sequence[str]) -> tuple[str, ...]:
             f"groups must be a sequence of keys of eval_dataset, got the string {groups!r}."
         )
     return tuple(groups)
+
+
+def confirmation_of(confirm: int | Confirmation) -> Confirmation | None:
+    """The race that ``confirm=`` asks for; None: there is none.
+
+    Raises:
+        ValueError: it is no number of finalists.
+    """
+    if isinstance(confirm, Confirmation):
+        return confirm
+    is_off = confirm == 0 and not isinstance(confirm, bool)
+    return None if is_off else Confirmation(finalists=confirm)
 
 
 def kept_tasks(keep: Sequence[str]) -> tuple[str, ...]:

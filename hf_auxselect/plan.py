@@ -162,7 +162,8 @@ class CostPreview:
         host_memory_mib: predicted size of the tasks' mean gradients, in MiB, which the host's
             memory holds where the model is not on the CPU; else 0.
         switch_step: optimizer step after which the pass runs.
-        verification_steps: further training steps, of ``verify`` and ``calibrate`` mixtures.
+        verification_steps: further training steps at most, of the ground-truth runs of ``verify``,
+            ``calibrate`` and ``confirm``; these share the runs on equal mixtures.
     """
 
     num_examples: int

@@ -23,7 +23,7 @@ from hf_auxselect.plan import Plan, PlanRecord, require_same_plan
 from hf_auxselect.report.exports.rows import ROWS_NAME, row_lines
 from hf_auxselect.report.report import SelectionReport
 from hf_auxselect.tasks import TaskRows
-from hf_auxselect.trainer.checkpoints import Decision
+from hf_auxselect.trainer.checkpoints import ConfirmationRecord, Decision
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,13 @@ class RunDirectory:
         """The file of the run's last decision."""
         return self.path / "selection.json"
 
+    @property
+    def ground_truth_runs(self) -> Path:
+        """The file of what ground-truth runs have measured."""
+        return self.path / "ground_truth_runs.json"
+
     def start(self, plan: Plan) -> Plan:
-        """Write the plan of a new run, and delete the decision and the report of an earlier one.
+        """Write the plan of a new run, and delete what an earlier one has decided and measured.
 
         Raises:
             OSError: the directory cannot be written to; names ``output_dir``.
@@ -63,6 +68,7 @@ class RunDirectory:
                     "pass output_dir=... to TaskSelectionCallback, or change the trainer's."
                 ) from error
             self.decision.unlink(missing_ok=True)
+            self.ground_truth_runs.unlink(missing_ok=True)
             shutil.rmtree(self._report, ignore_errors=True)  # its pictures would be of that run
 
         on_main_process(write)
@@ -173,4 +179,12 @@ def decision_of(report: SelectionReport) -> Decision:
     )
     if report.shadow_prices:
         decision["shadow_prices"] = report.shadow_prices
+    if (race := report.confirmation) is not None:
+        decision["confirmation"] = ConfirmationRecord(
+            finalists=race.asked,
+            share=race.share,
+            winner=race.winner,
+            measured_loss=race.measured(race.winner),
+            measured_loss_all=race.measured("all tasks"),
+        )
     return decision

@@ -1,4 +1,4 @@
-"""A switch step of a run: capture, estimate, calibrate, choose, report, verify, and switch."""
+"""A switch step of a run: capture, estimate, calibrate, choose, confirm, report, verify, switch."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from hf_auxselect.decision import decide
+from hf_auxselect.confirmation import confirmed, finalists, run_race, rungs
+from hf_auxselect.decision import choose, report_on
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import FittedEstimator
 from hf_auxselect.gradient_pass import GradientPass
-from hf_auxselect.options import Options
+from hf_auxselect.ground_truth import GroundTruthRuns, measure
+from hf_auxselect.options import Confirmation, Options
 from hf_auxselect.plan import Plan
 from hf_auxselect.report import Measurement, SelectionReport, calibrated
 from hf_auxselect.report.console import for_stream
+from hf_auxselect.report.content import Race
 from hf_auxselect.report.table_rows import table_rows
 from hf_auxselect.report.text import summary
 from hf_auxselect.run_directory import RunDirectory, decision_of
+from hf_auxselect.selectors import Selection
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.trainer import access, checkpoints, data, tracking
 from hf_auxselect.trainer.batches import BatchSource
 from hf_auxselect.trainer.schedule import restart
 from hf_auxselect.trainer.trial_runs import RestOfRun
-from hf_auxselect.verification import measure, mixtures_to_calibrate, mixtures_to_verify
+from hf_auxselect.verification import mixtures_to_calibrate, mixtures_to_verify
 
 
 @dataclass(kw_only=True)
@@ -84,27 +88,34 @@ class Switch:
     step: int
 
     def decide(self) -> tuple[SelectionReport, MainProcessValue[FittedEstimator] | None]:
-        """Capture, estimate, calibrate and choose.
+        """Capture, estimate, calibrate, choose and confirm.
 
         Returns:
             The report on the choice, not written yet, and what made its estimates; None: nothing
             is estimated.
         """
-        start = time.perf_counter()
+        start, options = time.perf_counter(), self.options
         fitted: MainProcessValue[FittedEstimator] | None = None
         store: GradientStore | None = None
         calibration: list[Measurement] = []
+        pass_seconds = 0.0
+        # Ground-truth runs start from the run's own random states, which are back after each part.
         with access.preserved_rng():
-            if self.options.needs_estimates:
+            if options.needs_estimates:
                 store = self._capture()
-            pass_seconds = time.perf_counter() - start
-            if store is not None:
+                pass_seconds = time.perf_counter() - start
                 fitted = self._estimate(store)
-                if self.options.calibrate:
-                    fitted, calibration = self._calibrate(fitted)
-            report = self._choose(store, fitted)
-        report.calibration = calibration
-        report.sources = self.options.sources
+        if options.calibrate and fitted is not None:
+            fitted, calibration = self._calibrate(fitted)
+        with access.preserved_rng():
+            selection = self._choose(store, fitted)
+        race = None
+        if options.confirmation is not None:
+            selection, race = self._confirm(options.confirmation, selection, fitted)
+        with access.preserved_rng():
+            report = self._report(store, fitted, selection)
+        report.calibration, report.confirmation = calibration, race
+        report.sources = options.sources
         seconds = on_main_process(lambda: (pass_seconds, time.perf_counter() - start))
         report.run["gradient_pass_seconds"] = round(seconds[0], 3)
         report.run["seconds"] = round(seconds[1], 3)
@@ -128,40 +139,75 @@ class Switch:
         self, fitted: MainProcessValue[FittedEstimator]
     ) -> tuple[MainProcessValue[FittedEstimator], list[Measurement]]:
         """Step 2b, if asked for: the estimator, corrected by ground-truth runs."""
-        rest = self._rest_of_run()
+        rest = self._runs.rest
         mixtures = mixtures_to_calibrate(rest.tasks, self.options.calibrate, rest.seed)
-        calibration = measure(rest, mixtures, fitted, "calibration")
+        calibration = measure(self._runs, mixtures, fitted, "calibration")
         return MainProcessValue(lambda: calibrated(fitted.value, calibration)), calibration
 
     def _choose(
         self, store: GradientStore | None, fitted: MainProcessValue[FittedEstimator] | None
-    ) -> SelectionReport:
-        """Step 3: the selector's choice, and the report on it."""
-        trainer, run, options = self.trainer, self.run, self.options
-        choose = partial(
-            decide,
-            plan=run.plan,
-            store=store,
-            estimator=options.estimator,
-            selector=options.selector,
-            keep=options.keep,
-            run={
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "after": options.after,
-                "switch_step": self.step,
-                "max_steps": trainer.state.max_steps,
-                "keep": list(options.keep),
-                "seed": run.plan.seed,
-                "model": access.model_name(trainer),
-                "adapter": access.trains_adapter(trainer),
-                "versions": run.plan.to_dict()["versions"],
-            },
-            rows_to_read=run.rows_to_read(trainer, self.step),
-            notes=run.notes,
+    ) -> MainProcessValue[Selection]:
+        """Step 3: the selector's choice."""
+        rows_to_read = self.run.rows_to_read(self.trainer, self.step)
+        return MainProcessValue(
+            lambda: choose(
+                None if fitted is None else fitted.value,
+                plan=self.run.plan,
+                store=store,
+                selector=self.options.selector,
+                keep=self.options.keep,
+                rows_to_read=rows_to_read,
+            )
         )
-        if fitted is None:
-            return on_main_process(lambda: choose(None))
-        return fitted.ask(choose)
+
+    def _confirm(
+        self,
+        confirmation: Confirmation,
+        selection: MainProcessValue[Selection],
+        fitted: MainProcessValue[FittedEstimator] | None,
+    ) -> tuple[MainProcessValue[Selection], Race]:
+        """Step 3b, if asked for: the choice among finalists that are trained."""
+        tasks, keep = self.run.plan.tasks, self.options.keep
+        mixtures = selection.ask(
+            lambda chosen: finalists(chosen, tasks, keep, confirmation.finalists)
+        )
+        race = run_race(self._runs, mixtures, confirmation)
+        both = MainProcessValue(
+            lambda: confirmed(selection.value, race, None if fitted is None else fitted.value)
+        )
+        return MainProcessValue(lambda: both.value[0]), both.ask(lambda values: values[1])
+
+    def _report(
+        self,
+        store: GradientStore | None,
+        fitted: MainProcessValue[FittedEstimator] | None,
+        selection: MainProcessValue[Selection],
+    ) -> SelectionReport:
+        """The report on the choice."""
+        trainer, run, options = self.trainer, self.run, self.options
+        return selection.ask(
+            partial(
+                report_on,
+                fitted=None if fitted is None else fitted.local(),
+                plan=run.plan,
+                store=store,
+                estimator=options.estimator,
+                selector=options.selector,
+                run={
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "after": options.after,
+                    "switch_step": self.step,
+                    "max_steps": trainer.state.max_steps,
+                    "keep": list(options.keep),
+                    "seed": run.plan.seed,
+                    "model": access.model_name(trainer),
+                    "adapter": access.trains_adapter(trainer),
+                    "versions": run.plan.to_dict()["versions"],
+                },
+                rows_to_read=run.rows_to_read(trainer, self.step),
+                notes=run.notes,
+            )
+        )
 
     def publish(
         self, report: SelectionReport, fitted: MainProcessValue[FittedEstimator] | None
@@ -190,17 +236,23 @@ class Switch:
 
     def verify(self, report: SelectionReport, fitted: MainProcessValue[FittedEstimator]) -> None:
         """Train on a few mixtures, and write the report again with the losses."""
-        rest = self._rest_of_run()
+        rest = self._runs.rest
         counts, number = rest.tasks.counts, self.options.verify
         mixtures = mixtures_to_verify(report.weights, counts, number, rest.seed)
-        report.verification = measure(rest, mixtures, fitted, "verification")
+        report.verification = measure(self._runs, mixtures, fitted, "verification")
         self.run.directory.save_report(report)
 
-    def _rest_of_run(self) -> RestOfRun:
-        """The remaining steps, for ground-truth runs."""
-        target = data.target_key(self.trainer, self.options.target)
-        run = self.run
-        return RestOfRun(self.trainer, run.plan.tasks, target, run.plan.seed, run.initial)
+    @cached_property
+    def _runs(self) -> GroundTruthRuns:
+        """Ground-truth runs over the remaining steps."""
+        trainer, run, confirmation = self.trainer, self.run, self.options.confirmation
+        target = data.target_key(trainer, self.options.target)
+        rest = RestOfRun(trainer, run.plan.tasks, target, run.plan.seed, run.initial)
+        stops: list[int] = []
+        if confirmation is not None:
+            number, share = confirmation.finalists, confirmation.share
+            stops = [step for _, step in rungs(number, rest.first_step, rest.last_step, share)]
+        return GroundTruthRuns(rest, run.directory.ground_truth_runs, stops)
 
     def restart(self) -> None:
         """Reset parameters, optimizer and schedule, if training restarts."""

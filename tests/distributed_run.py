@@ -77,12 +77,14 @@ def main(output: Path) -> None:
                 result["exported"][name] = callback.report.export("rows")
     result["world_size"] = trainer.args.world_size
 
-    callback = TaskSelectionCallback(warmup=4, projection_dim=16, verify=1)
+    # Four finalists, two of which are paused.
+    callback = TaskSelectionCallback(warmup=4, projection_dim=16, confirm=4, verify=1)
     trainer = tiny.sft_trainer(output / "trained", callback)
     trainer.train()
     result["weights"] = digest(tiny.weights(trainer))
     result["measured at the switch"] = callback.report.verification[0].measured
     result["measured at the end"] = trainer.evaluate()["eval_loss"]
+    result["race"] = [one.losses for one in callback.report.confirmation.finalists]
 
     # Without a learning rate the weights at the switch do not depend on the number of processes.
     # A group does not change what is chosen for the target.

@@ -24,6 +24,7 @@ _PASSED_ON: tuple[str, ...] = (
     "one_by_one",
     "verify",
     "calibrate",
+    "confirm",
 )
 """Options that the callback takes as they are."""
 
@@ -91,6 +92,12 @@ class SelectionArguments:
     )
     calibrate: int = field(
         default=0, metadata={"help": "Number of ground-truth runs before the choice."}
+    )
+    confirm: int = field(
+        default=0,
+        metadata={
+            "help": "Number of finalists that are trained at the switch; the best measured goes on."
+        },
     )
     report_to_hub: str | None = field(
         default=None,

@@ -102,6 +102,64 @@ class GroupLine:
     """Shadow price of its ceiling; None if it has none."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finalist:
+    """A mixture that was trained before the switch, to see whether the run should go on with it.
+
+    Losses are of the target, nats per label token; ``low`` and ``high`` bound the estimate's 90%
+    interval. They are None without estimates.
+    """
+
+    name: str
+    weights: dict[str, float]
+    """Task -> fraction of the training examples."""
+    estimated: float | None = None
+    low: float | None = None
+    high: float | None = None
+    losses: list[float | None]
+    """Measured, at the first steps of the race; None: not finite. A finalist that was dropped has
+    fewer than the race has steps."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """The finalists of ``confirm=n``, and which one the run goes on with.
+
+    Attributes:
+        finalists: in the order that decides between equal losses.
+        steps: optimizer steps of the run at which the finalists were measured, ascending; empty if
+            there was one finalist only, which was not trained.
+        winner: name of the finalist that goes on.
+        choice: name of the selector's choice.
+        asked: number of finalists that were asked for.
+        share: of the remaining steps, that the race was about.
+    """
+
+    finalists: list[Finalist]
+    steps: list[int]
+    winner: str
+    choice: str
+    asked: int
+    share: float
+
+    def finalist(self, name: str) -> Finalist:
+        """The finalist of this name."""
+        return next(one for one in self.finalists if one.name == name)
+
+    def measured(self, name: str) -> float | None:
+        """A finalist's loss at the end of the race; None if it was dropped or is not finite."""
+        losses = self.finalist(name).losses
+        return losses[-1] if losses and len(losses) == len(self.steps) else None
+
+    def verdict(self, finalist: Finalist) -> str:
+        """What became of a finalist, in a word or two; empty if it lost at the end."""
+        if finalist.name == self.winner:
+            return "won"
+        last = len(finalist.losses)
+        return f"dropped at step {self.steps[last - 1]}" if 0 < last < len(self.steps) else ""
+
+
 class RunRecord(TypedDict, total=False):
     """What a report tells of the run that it was made in."""
 
@@ -127,7 +185,7 @@ class RunRecord(TypedDict, total=False):
     """Mean number of examples in a row of each task, where rows are packed."""
     gradient_pass_seconds: float
     seconds: float
-    """Of the whole selection, the gradient pass and calibration runs included."""
+    """Of the whole selection: gradient pass, calibration and confirmation included."""
 
 
 @dataclass(kw_only=True)
@@ -154,6 +212,7 @@ class ReportFields:
         verification: ground-truth runs after the choice (``verify=n``), the chosen mixture first.
         calibration: ground-truth runs before the choice (``calibrate=n``), next to the estimates
             before calibration.
+        confirmation: the finalists that were trained before the switch (``confirm=n``).
         diagnostics: numbers that say how far to trust the estimates.
         estimator, selector: name and options of the strategies.
         run: date, switch step, mode, seed, model, versions, seconds.
@@ -175,6 +234,7 @@ class ReportFields:
     history: list[Step] = field(default_factory=list)
     verification: list[Measurement] = field(default_factory=list)
     calibration: list[Measurement] = field(default_factory=list)
+    confirmation: Race | None = None
     diagnostics: dict[str, float] = field(default_factory=dict)
     estimator: JsonDict = field(default_factory=dict)
     selector: JsonDict = field(default_factory=dict)

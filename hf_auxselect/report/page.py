@@ -56,6 +56,7 @@ def to_html(content: ReportContent, what_if: WhatIf | None) -> str:
             policy=_policy(style, script),
             title=decision_title(content),
             lead=lead_sentences(content),
+            confirmation=text.confirmation_sentence(content),
             agreement=text.agreement_sentence(content),
             calibration=text.calibration_sentence(content),
             leave_one_out=leave_one_out_sentences(content),
@@ -209,7 +210,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "nats": "{:.4f}".format,
+        "nats": text.nats,
         "moment": _moment,
         "name": _name,
         "shown": _shown,

@@ -35,6 +35,7 @@ class SelectionReport(ReportContent):
             chosen size, and all tasks without each one.
         difference: the chosen mixture's loss minus that of all tasks, with its own interval.
         verification, calibration: ground-truth runs after and before the choice.
+        confirmation: the finalists that were trained to confirm the choice, or None.
         diagnostics: numbers that say how far to trust the estimates.
         warnings: what a reader should know before trusting the choice.
 
@@ -147,6 +148,12 @@ class SelectionReport(ReportContent):
         if self.rows:
             metrics["auxselect/estimated_loss"] = self.row("chosen").loss
             metrics["auxselect/estimated_loss_all"] = self.row("all tasks").loss
+        if (race := self.confirmation) is not None:
+            measured = {
+                "auxselect/measured_loss": race.measured(race.winner),
+                "auxselect/measured_loss_all": race.measured("all tasks"),
+            }
+            metrics |= {name: loss for name, loss in measured.items() if loss is not None}
         return metrics
 
     def compared_with_all_tasks(self) -> str:

@@ -94,5 +94,23 @@ def _rows(report: ReportContent) -> dict[str, list[dict[str, Any]]]:
             }
             for purpose, runs in purposes.items()
             for run in runs
-        ],
+        ]
+        + _finalists(report),
     }
+
+
+def _finalists(report: ReportContent) -> list[dict[str, Any]]:
+    """The finalists that were trained to the end of their race."""
+    race = report.confirmation
+    if race is None:
+        return []
+    return [
+        vars(one)
+        | {
+            "purpose": "confirmation",
+            "measured": measured,
+            "mixture": [{"task": task, "share": one.weights[task]} for task in one.weights],
+        }
+        for one in race.finalists
+        if (measured := race.measured(one.name)) is not None
+    ]

@@ -9,7 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -105,6 +105,8 @@ class Step:
     low: float
     high: float
     accepted: bool
+    weights: dict[str, float] | None = None
+    """Task -> weight, of those with a positive one; None: weights as the tasks' sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,10 @@ class AbstractSelector(ABC):
 
     Every search is deterministic. Among equal estimates the first one wins.
     """
+
+    asks_for_target_only: ClassVar[bool] = True
+    """Whether a lower loss of the target is always better, so that ``confirm=`` may overrule the
+    choice by it. False for methods that promise something of other losses."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

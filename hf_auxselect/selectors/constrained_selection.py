@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import ClassVar, Literal, TypedDict
 
 import numpy as np
 
@@ -82,6 +82,8 @@ class ConstrainedSelection(AbstractSelector):
     Source: "A Primal-Dual Subgradient Approach for Fair Meta Learning" (PDFM, arXiv 2009.12675),
     whose first prices are learned, too.
     """
+
+    asks_for_target_only: ClassVar[bool] = False
 
     ceilings: Mapping[str, float]
     relative_to: RelativeTo | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -54,6 +55,8 @@ class WorstGroupSelection(AbstractSelector):
     Source: the objective is that of Sagawa et al., "Distributionally Robust Neural Networks for
     Group Shifts" (ICLR 2020), section 2, over mixtures instead of parameters.
     """
+
+    asks_for_target_only: ClassVar[bool] = False
 
     relative_to: RelativeTo | None = None
     include_target: bool = True

@@ -25,8 +25,21 @@ STATE_FILE = "trainer_state.json"
 _GUARDED = "_auxselect_resumes_from_whole_checkpoints"
 
 
-class Decision(TypedDict):
-    """What is written to ``selection.json``, and into each checkpoint from the switch on."""
+class ConfirmationRecord(TypedDict):
+    """What a race has measured; losses of the target, nats per label token."""
+
+    finalists: int
+    """The number that was asked for."""
+    share: float
+    winner: str
+    measured_loss: float | None
+    """Of the mixture that has won; None if it was not trained or is not finite."""
+    measured_loss_all: float | None
+    """Of all tasks; None also if they were dropped before the end."""
+
+
+class _Decision(TypedDict):
+    """What every decision has."""
 
     selected: list[str]
     weights: dict[str, float]
@@ -43,6 +56,13 @@ class Decision(TypedDict):
     selector: JsonDict
     shadow_prices: NotRequired[dict[str, float]]
     """Group -> shadow price of its ceiling, which a later selection may start from."""
+
+
+class Decision(_Decision, total=False):
+    """What is written to ``selection.json``, and into each checkpoint from the switch on."""
+
+    confirmation: ConfirmationRecord
+    """Of ``confirm=n``."""
 
 
 def guard_resumption(trainer: Trainer) -> None:

@@ -85,6 +85,11 @@ class TestTwoProcesses:
         for run in two_processes:
             assert run["measured at the switch"] == run["measured at the end"]
 
+    def test_both_see_the_same_race(self, two_processes):
+        one, other = (run["race"] for run in two_processes)
+        assert one == other
+        assert sorted(map(len, one)) == [1, 1, 2, 2]
+
     @pytest.mark.parametrize("kind", tiny.TRAINERS)
     def test_estimate_at_the_switch_is_the_logged_loss(self, two_processes, kind):
         for run in two_processes:
