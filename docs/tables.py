@@ -13,10 +13,11 @@ import re
 import sys
 
 import accuracy_tables  # noqa: F401, registers its tables
+import choosing_tables  # noqa: F401
 import cost_tables  # noqa: F401
 from results import ROOT, TABLES
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

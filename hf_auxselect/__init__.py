@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hf_auxselect.selectors import ExhaustiveSearch as ExhaustiveSearch
     from hf_auxselect.selectors import FixedSelection as FixedSelection
     from hf_auxselect.selectors import ForwardSelection as ForwardSelection
+    from hf_auxselect.selectors import GradientCoreset as GradientCoreset
     from hf_auxselect.selectors import RandomEnsemble as RandomEnsemble
     from hf_auxselect.selectors import Selection as Selection
     from hf_auxselect.selectors import SelectionProblem as SelectionProblem
@@ -70,6 +71,7 @@ _MODULES = {
         "ExhaustiveSearch",
         "FixedSelection",
         "ForwardSelection",
+        "GradientCoreset",
         "RandomEnsemble",
         "Selection",
         "SelectionProblem",

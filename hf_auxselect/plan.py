@@ -404,13 +404,19 @@ def checked_sources(sources: Mapping[str, Mapping[str, Any]] | None) -> dict[str
 
 
 def _dry_run(selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str]) -> None:
-    """Let the selector meet its tasks, so that options that do not fit raise now."""
+    """Let the selector meet its tasks, so that options that do not fit raise now.
+
+    There are no estimates or gradients yet: all are 0.
+    """
+    num_tasks = len(tasks.names)
 
     def nothing(weights: ArrayLike) -> Estimate:
         zeros = np.zeros(len(np.asarray(weights)))
         return Estimate(loss=zeros, low=zeros, high=zeros)
 
-    selector.select(SelectionProblem(nothing, tasks.names, tasks.counts.tolist(), keep=keep))
+    gram = np.zeros((num_tasks, num_tasks))
+    sizes = tasks.counts.tolist()
+    selector.select(SelectionProblem(nothing, tasks.names, sizes, keep=keep, gram=gram))
 
 
 def _hashes(rows: data.ModelRows, ids: range, columns: Sequence[str]) -> Iterator[bytes]:

@@ -23,7 +23,7 @@ DOCUMENTS = sorted(
     for path in (ROOT / folder).glob("**/*.md" if folder != "." else "*.md")
 )
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
 def named(path):

@@ -35,7 +35,7 @@ class SelectionReport(ReportContent):
             chosen size, and all tasks without each one.
         difference: the chosen mixture's loss minus that of all tasks, with its own interval.
         verification, calibration: ground-truth runs after and before the choice.
-        diagnostics: numbers that say how far to trust the estimates.
+        diagnostics: numbers that say how far to trust the estimates and the choice.
         warnings: what a reader should know before trusting the choice.
 
     The remaining fields are described in :class:`hf_auxselect.report.content.ReportFields`. Losses
@@ -132,7 +132,7 @@ class SelectionReport(ReportContent):
         self.similarity = analysis.similarity(names, *directions, shown)
         self.what_if = approximate(fitted, names, store.task_sizes.tolist(), shown, seed=seed)
         self.target = analysis.summarize_tasks(store.target)[0]
-        self.diagnostics = fitted.diagnostics()
+        self.diagnostics = fitted.diagnostics() | selection.diagnostics
         training = store.remaining_training
         restarts = training is not None and training.restarts
         self.warnings += reliability_warnings(self.diagnostics, restarts=restarts)

@@ -14,6 +14,7 @@ from hf_auxselect.selectors.base import Step as Step
 from hf_auxselect.selectors.exhaustive_search import ExhaustiveSearch as ExhaustiveSearch
 from hf_auxselect.selectors.fixed_selection import FixedSelection as FixedSelection
 from hf_auxselect.selectors.forward_selection import ForwardSelection as ForwardSelection
+from hf_auxselect.selectors.gradient_coreset import GradientCoreset as GradientCoreset
 from hf_auxselect.selectors.problem import selection_problem as selection_problem
 from hf_auxselect.selectors.random_ensemble import RandomEnsemble as RandomEnsemble
 from hf_auxselect.selectors.registry import SELECTORS as SELECTORS

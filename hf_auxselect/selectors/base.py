@@ -116,6 +116,7 @@ class Selection:
         scores: task -> score, where the method has scores (their meaning is the selector's).
         shadow_prices: group -> decrease of the target's loss, in nats per label token, for each nat
             by which the group's ceiling rises; only for methods with ceilings.
+        diagnostics: numbers that say how far to trust the choice, where the method has some.
     """
 
     weights: dict[str, float]
@@ -123,6 +124,7 @@ class Selection:
     history: tuple[Step, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
     shadow_prices: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
     @property
     def selected(self) -> list[str]:

@@ -7,6 +7,7 @@ from hf_auxselect.selectors.base import AbstractSelector
 from hf_auxselect.selectors.exhaustive_search import ExhaustiveSearch
 from hf_auxselect.selectors.fixed_selection import FixedSelection
 from hf_auxselect.selectors.forward_selection import ForwardSelection
+from hf_auxselect.selectors.gradient_coreset import GradientCoreset
 from hf_auxselect.selectors.random_ensemble import RandomEnsemble
 
 SELECTORS: dict[str, type[AbstractSelector]] = {
@@ -16,6 +17,7 @@ SELECTORS: dict[str, type[AbstractSelector]] = {
         BackwardElimination,
         RandomEnsemble,
         ExhaustiveSearch,
+        GradientCoreset,
         FixedSelection,
     )
 }

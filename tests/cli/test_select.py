@@ -12,12 +12,13 @@ from hf_auxselect import (
     BackwardElimination,
     FixedSelection,
     ForwardSelection,
+    GradientCoreset,
     RandomEnsemble,
-    SelectionProblem,
     SelectionReport,
     TaskSelectionCallback,
 )
 from hf_auxselect.cli import main
+from hf_auxselect.selectors import selection_problem
 
 RECORDED = Path(__file__).parent.parent / "recorded"
 
@@ -38,8 +39,7 @@ def select(directory, capsys, *arguments):
 def chosen_by(selector, directory, keep=()):
     report = SelectionReport.load(directory)
     fitted = report.fitted()
-    rows = [task.rows for task in report.tasks]
-    problem = SelectionProblem(fitted.estimate, [*report.weights], rows, keep=keep)
+    problem = selection_problem(fitted, report.gradients(), keep=keep)
     return selector.select(problem), fitted
 
 
@@ -53,6 +53,7 @@ def chosen_by(selector, directory, keep=()):
             ["RandomEnsemble", "--option", "num_subsets=20", "--option", "top_k=2"],
             RandomEnsemble(num_subsets=20, top_k=2),
         ),
+        (["GradientCoreset", "--option", "size=2"], GradientCoreset(size=2)),
         (["FixedSelection", "--option", "tasks=a,c"], FixedSelection(["a", "c"])),
         (["FixedSelection", "--option", "tasks=a=1,c=3"], FixedSelection({"a": 1, "c": 3})),
         (

@@ -10,6 +10,7 @@ from hf_auxselect import (
     ExhaustiveSearch,
     FixedSelection,
     ForwardSelection,
+    GradientCoreset,
     RandomEnsemble,
 )
 from hf_auxselect.estimators import Estimate
@@ -343,4 +344,5 @@ class TestFixedSelectionFromFile:
 
 
 def test_all_selectors_are_known_by_name():
-    assert set(SELECTORS) == {type(s).__name__ for s in [*ALL, FixedSelection(["a"])]}
+    others = [FixedSelection(["a"]), GradientCoreset(size=1)]
+    assert set(SELECTORS) == {type(s).__name__ for s in [*ALL, *others]}
