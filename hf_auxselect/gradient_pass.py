@@ -25,6 +25,7 @@ from hf_auxselect.capture.scalars import AT_OPTIMIZER, Batch
 from hf_auxselect.distributed import on_main_process
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDPOINTS
+from hf_auxselect.options import Options
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.store.writer import add_vectors
@@ -37,15 +38,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GradientPass:
-    """Captures what the estimator of a run needs; options as in ``TaskSelectionCallback``."""
+    """Captures what the estimator of a run needs."""
 
     trainer: Trainer
     plan: Plan
-    target: str | None
-    estimator: AbstractEstimator
-    projection_dim: int
-    batch_size: int | None
-    one_by_one: bool
+    options: Options
 
     def check(self) -> list[str]:
         """Check loss, optimizer and captured gradients on a few rows, before the first step.
@@ -54,10 +51,10 @@ class GradientPass:
             Sentences for the report on what of the loss and of the optimizer is not modelled.
         """
         notes = list(self.plan.loss.notes)
-        if needs_optimizer(self.estimator):
+        if needs_optimizer(self.options.estimator):
             notes += self._check_optimizer()
         self.compare_loss()
-        if self.one_by_one or self.plan.loss.of_example.of_batch is not None:
+        if self.options.one_by_one or self.plan.loss.of_example.of_batch is not None:
             return notes
         with self.trainer.compute_loss_context_manager():
             found = compare_with_autograd(
@@ -75,7 +72,7 @@ class GradientPass:
 
         Terms that are 0 in the first step (a distance from the initial model) show at the switch.
         """
-        dataset = data.target_dataset(self.trainer, self.target)
+        dataset = data.target_dataset(self.trainer, self.options.target)
         return compare_evaluation(self.trainer, dataset, self.plan.loss)
 
     def _check_optimizer(self) -> list[str]:
@@ -85,7 +82,7 @@ class GradientPass:
         schedule = schedule_after(trainer, first_step)
         name = access.optimizer_name(trainer)
         reason = why_not_modelled(trainer.model, trainer.optimizer, schedule, first_step=first_step)
-        estimator = type(self.estimator).__name__
+        estimator = type(self.options.estimator).__name__
         if reason is not None:
             raise ValueError(
                 f"{estimator} models the steps of the run's optimizer, {name}: {reason} Or pass "
@@ -110,11 +107,11 @@ class GradientPass:
     def preview(self) -> CostPreview:
         """Run a few batches and predict the cost."""
         plan = self.plan
-        sketch = CountSketch(self.projection_dim, plan.seed)
+        sketch = CountSketch(self.options.projection_dim, plan.seed)
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         entries = sum(p.numel() for p in parameters)
         kept = sum(sketch.table_bytes(p.numel()) for p in parameters)
-        if needs_optimizer(self.estimator):  # its scales and momentum
+        if needs_optimizer(self.options.estimator):  # its scales and momentum
             kept += 2 * 4 * entries
         host = 0
         with (
@@ -128,14 +125,14 @@ class GradientPass:
                 plan.examples,
                 plan.target,
                 self._collate_fn,
-                projection_dim=self.projection_dim,
+                projection_dim=self.options.projection_dim,
                 batch_size=self._batch_size,
-                scalars=self.estimator.scalars,
-                one_by_one=self.one_by_one,
+                scalars=self.options.estimator.scalars,
+                one_by_one=self.options.one_by_one,
                 loss=plan.loss.of_example,
             )
             seconds, memory = cost.seconds, cost.memory
-            if self.estimator.needs_probes:
+            if self.options.estimator.needs_probes:
                 cost = predict_probes(
                     self.trainer.model,
                     plan.examples,
@@ -153,7 +150,8 @@ class GradientPass:
                 else:
                     host = sources
                 seconds, memory = seconds + cost.seconds, max(memory, probe_memory)
-        bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
+        bytes_per_gradient = 4 * (1 + self.options.projection_dim)
+        bytes_per_example = 28 + len(self.options.estimator.scalars) * bytes_per_gradient
         return CostPreview(
             num_examples=plan.num_examples,
             seconds=seconds / self.trainer.args.world_size,
@@ -184,13 +182,13 @@ class GradientPass:
                 plan.target,
                 self._collate_fn,
                 directory=directory,
-                projection_dim=self.projection_dim,
+                projection_dim=self.options.projection_dim,
                 batch_size=self._batch_size,
                 seed=plan.seed,
-                scalars=self.estimator.scalars,
-                optimizer=trainer.optimizer if needs_optimizer(self.estimator) else None,
+                scalars=self.options.estimator.scalars,
+                optimizer=trainer.optimizer if needs_optimizer(self.options.estimator) else None,
                 training=training,
-                one_by_one=self.one_by_one,
+                one_by_one=self.options.one_by_one,
                 loss=plan.loss.of_example,
                 progress=progress,
             )
@@ -205,7 +203,7 @@ class GradientPass:
                 )
                 on_main_process(lambda: add_vectors(directory, losses.to_vectors()))
                 store = store.with_vectors(losses.to_vectors())
-            way = on_main_process(lambda: self.estimator.probe_points(store))
+            way = on_main_process(lambda: self.options.estimator.probe_points(store))
             if way is None:
                 return store
             return measure_probes(
@@ -228,9 +226,9 @@ class GradientPass:
 
     @property
     def _batch_size(self) -> int:
-        if self.one_by_one:
+        if self.options.one_by_one:
             return 1
-        return self.batch_size or self.trainer.args.per_device_train_batch_size
+        return self.options.batch_size or self.trainer.args.per_device_train_batch_size
 
 
 def needs_optimizer(estimator: AbstractEstimator) -> bool:

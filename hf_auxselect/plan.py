@@ -25,6 +25,7 @@ from hf_auxselect.capture.scalars import CollateFn
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.files import JsonDict, to_json
 from hf_auxselect.fingerprint import digest
+from hf_auxselect.options import Options
 from hf_auxselect.report.content import RunRecord
 from hf_auxselect.seeds import random_permutation
 from hf_auxselect.selectors import AbstractSelector, SelectionProblem
@@ -187,41 +188,25 @@ class CostPreview:
         )
 
 
-def make_plan(
-    trainer: Trainer,
-    *,
-    target: str | None,
-    task_column: str,
-    warmup: float | int,
-    max_steps: int,
-    must_train_on: bool,
-    selector: AbstractSelector,
-    keep: Sequence[str],
-    examples_per_task: int | None,
-    seed: int | None,
-) -> Plan:
+def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_on: bool) -> Plan:
     """Settle the plan of a run, or say why it cannot work.
 
     Args:
         trainer: the trainer, with its data prepared.
-        target: key of an ``eval_dataset`` dict, or None.
-        task_column: column of the training set.
-        warmup: share of the run or number of steps.
+        options: the callback's. Its selector is asked for a choice once, so that options of it that
+            do not fit raise now.
         max_steps: optimizer steps of the whole run.
         must_train_on: whether a step must be left after the selection.
-        selector: is asked for a choice once, so that options that do not fit raise now.
-        keep: tasks that always stay.
-        examples_per_task: at most this many of each are captured; None: all.
-        seed: None: the trainer's ``data_seed`` or ``seed``.
 
     Raises:
         ValueError: the run is one in which a selection cannot work; says why and what to do.
     """
     support.refuse_unsupported(trainer)
-    tasks = data.read_tasks(trainer, task_column)
-    _dry_run(selector, tasks, keep)
-    target = data.target_key(trainer, target)
+    tasks = data.read_tasks(trainer, options.task_column)
+    _dry_run(options.selector, tasks, options.keep)
+    target = data.target_key(trainer, options.target)
     target_set = data.target_dataset(trainer, target)
+    warmup, seed = options.warmup, options.seed
     switch_step = warmup if isinstance(warmup, int) else max(1, round(warmup * max_steps))
     if switch_step + must_train_on > max_steps:
         raise ValueError(
@@ -236,7 +221,7 @@ def make_plan(
 
     def draw(examples: np.ndarray, name: str) -> tuple[int, ...]:
         order = random_permutation(len(examples), seed, "examples", name)
-        return tuple(sorted(examples[order[:examples_per_task]].tolist()))
+        return tuple(sorted(examples[order[: options.examples_per_task]].tolist()))
 
     target_ids = draw(np.arange(len(target_rows)), "the target")
     loss = settle_loss(trainer, train_rows, target_rows)

@@ -20,6 +20,7 @@ LAYERS = [
     "cli",
     "script",
     "callback",
+    "switch",
     "decision",
     "publication",
     "run_directory",
@@ -111,6 +112,7 @@ def test_only_these_modules_know_transformers():
         "plan.py",
         "publication.py",
         "script.py",
+        "switch.py",
     }
 
 

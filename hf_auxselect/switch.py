@@ -1,0 +1,215 @@
+"""A switch step of a run: capture, estimate, calibrate, choose, report, verify, and switch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from hf_auxselect.decision import decide
+from hf_auxselect.distributed import MainProcessValue, on_main_process
+from hf_auxselect.estimators import FittedEstimator
+from hf_auxselect.gradient_pass import GradientPass
+from hf_auxselect.options import Options
+from hf_auxselect.plan import Plan
+from hf_auxselect.report import Measurement, SelectionReport, calibrated
+from hf_auxselect.report.console import for_stream
+from hf_auxselect.report.table_rows import table_rows
+from hf_auxselect.report.text import summary
+from hf_auxselect.run_directory import RunDirectory, decision_of
+from hf_auxselect.store.arrays import GradientStore
+from hf_auxselect.trainer import access, checkpoints, data, tracking
+from hf_auxselect.trainer.batches import BatchSource
+from hf_auxselect.trainer.schedule import restart
+from hf_auxselect.trainer.trial_runs import RestOfRun
+from hf_auxselect.verification import measure, mixtures_to_calibrate, mixtures_to_verify
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What one ``trainer.train()`` settles before its first step, and what it decides later.
+
+    Attributes:
+        plan: tasks, examples and switch steps.
+        directory: the run's files.
+        initial: trainable parameters of step 0 if training restarts from them, else None.
+        batches: source of the trainer's batches; None if the mixture is never changed.
+        notes: sentences for the report on what the estimates do not model.
+        decisions: each decision by its switch step.
+    """
+
+    plan: Plan
+    directory: RunDirectory
+    initial: dict[str, Tensor] | None
+    batches: BatchSource | None
+    notes: list[str]
+    decisions: dict[int, checkpoints.Decision] = field(default_factory=dict)
+
+    def shares(self, switch_step: int) -> np.ndarray:
+        """Share of each task in the mixture of a decision: float [K]."""
+        weights = self.decisions[switch_step]["weights"]
+        return np.array([weights[name] for name in self.plan.tasks.names])
+
+    def rows_to_read(self, trainer: Trainer, step: int) -> int:
+        """Number of training rows that the steps after ``step`` read."""
+        if self.batches is not None:
+            return self.batches.rows_to_read(step)
+        steps = trainer.state.max_steps - step
+        return steps * trainer.get_total_train_batch_size(trainer.args)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """One switch step of a run: :meth:`decide`, :meth:`publish`, :meth:`follow`, in this order.
+
+    Every process must call them.
+
+    Attributes:
+        trainer: between two optimizer steps.
+        run: is told of the decision.
+        options: the callback's.
+        step: the number of optimizer steps before the switch.
+    """
+
+    trainer: Trainer
+    run: Run
+    options: Options
+    step: int
+
+    def decide(self) -> tuple[SelectionReport, MainProcessValue[FittedEstimator] | None]:
+        """Capture, estimate, calibrate and choose.
+
+        Returns:
+            The report on the choice, not written yet, and what made its estimates; None: nothing
+            is estimated.
+        """
+        start = time.perf_counter()
+        fitted: MainProcessValue[FittedEstimator] | None = None
+        store: GradientStore | None = None
+        calibration: list[Measurement] = []
+        with access.preserved_rng():
+            if self.options.needs_estimates:
+                store = self._capture()
+            pass_seconds = time.perf_counter() - start
+            if store is not None:
+                fitted = self._estimate(store)
+                if self.options.calibrate:
+                    fitted, calibration = self._calibrate(fitted)
+            report = self._choose(store, fitted)
+        report.calibration = calibration
+        report.sources = self.options.sources
+        seconds = on_main_process(lambda: (pass_seconds, time.perf_counter() - start))
+        report.run["gradient_pass_seconds"] = round(seconds[0], 3)
+        report.run["seconds"] = round(seconds[1], 3)
+        report.attach_gradients(
+            self.run.directory.gradients, None if fitted is None else fitted.local()
+        )
+        return report, fitted
+
+    def _capture(self) -> GradientStore:
+        """Step 1: per-example gradients of every task and of the target."""
+        run = self.run
+        gradient_pass = GradientPass(trainer=self.trainer, plan=run.plan, options=self.options)
+        run.notes += gradient_pass.compare_loss()
+        return gradient_pass.run(run.directory.gradients, run.initial)
+
+    def _estimate(self, store: GradientStore) -> MainProcessValue[FittedEstimator]:
+        """Step 2: the estimator, fitted to the gradients."""
+        return MainProcessValue(lambda: self.options.estimator.fit(store))
+
+    def _calibrate(
+        self, fitted: MainProcessValue[FittedEstimator]
+    ) -> tuple[MainProcessValue[FittedEstimator], list[Measurement]]:
+        """Step 2b, if asked for: the estimator, corrected by ground-truth runs."""
+        rest = self._rest_of_run()
+        mixtures = mixtures_to_calibrate(rest.tasks, self.options.calibrate, rest.seed)
+        calibration = measure(rest, mixtures, fitted, "calibration")
+        return MainProcessValue(lambda: calibrated(fitted.value, calibration)), calibration
+
+    def _choose(
+        self, store: GradientStore | None, fitted: MainProcessValue[FittedEstimator] | None
+    ) -> SelectionReport:
+        """Step 3: the selector's choice, and the report on it."""
+        trainer, run, options = self.trainer, self.run, self.options
+        choose = partial(
+            decide,
+            plan=run.plan,
+            store=store,
+            estimator=options.estimator,
+            selector=options.selector,
+            keep=options.keep,
+            run={
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "after": options.after,
+                "switch_step": self.step,
+                "max_steps": trainer.state.max_steps,
+                "keep": list(options.keep),
+                "seed": run.plan.seed,
+                "model": access.model_name(trainer),
+                "adapter": access.trains_adapter(trainer),
+                "versions": run.plan.to_dict()["versions"],
+            },
+            rows_to_read=run.rows_to_read(trainer, self.step),
+            notes=run.notes,
+        )
+        if fitted is None:
+            return on_main_process(lambda: choose(None))
+        return fitted.ask(choose)
+
+    def publish(
+        self, report: SelectionReport, fitted: MainProcessValue[FittedEstimator] | None
+    ) -> None:
+        """Step 4: write and log the decision; where asked for, verify its estimates."""
+        trainer, run = self.trainer, self.run
+        run.decisions[self.step] = decision = decision_of(report)
+        run.directory.save_decision(decision)
+        run.directory.save_report(report)
+        if run.batches is not None:
+            mixture = run.plan.tasks, run.shares(self.step), run.plan.seed
+            count_reads = partial(run.batches.reads, *mixture, since=self.step)
+            run.directory.save_rows(report, run.plan.tasks, count_reads)
+        if self.options.verify and fitted is not None:
+            self.verify(report, fitted)
+        if trainer.is_world_process_zero():
+            tqdm.write(for_stream(report, sys.stdout))
+        access.log(trainer, report.metrics())
+        tracking.show(
+            trainer,
+            tables=table_rows(report),
+            summary=summary(report),
+            markdown=report.to_markdown(),
+            directory=run.directory.path / "report",
+        )
+
+    def verify(self, report: SelectionReport, fitted: MainProcessValue[FittedEstimator]) -> None:
+        """Train on a few mixtures, and write the report again with the losses."""
+        rest = self._rest_of_run()
+        counts, number = rest.tasks.counts, self.options.verify
+        mixtures = mixtures_to_verify(report.weights, counts, number, rest.seed)
+        report.verification = measure(rest, mixtures, fitted, "verification")
+        self.run.directory.save_report(report)
+
+    def _rest_of_run(self) -> RestOfRun:
+        """The remaining steps, for ground-truth runs."""
+        target = data.target_key(self.trainer, self.options.target)
+        run = self.run
+        return RestOfRun(self.trainer, run.plan.tasks, target, run.plan.seed, run.initial)
+
+    def restart(self) -> None:
+        """Reset parameters, optimizer and schedule, if training restarts."""
+        if self.run.initial is not None:
+            restart(self.trainer, self.run.initial)
+
+    def follow(self) -> None:
+        """Step 5: draw the decided mixture from here on, at the position of the present step."""
+        run = self.run
+        if run.batches is not None:
+            shares = run.shares(self.step)
+            run.batches.draw_mixture(run.plan.tasks, shares, run.plan.seed, since=self.step)
