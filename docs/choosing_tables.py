@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from results import markdown, read, table
+from results import markdown, number, percent, read, table
 
 
 @table
@@ -32,3 +32,23 @@ def coreset_noise() -> str:
         for method in methods
     ]
     return markdown(["wrong tasks", "", "10% wrong", "20%", "40%"], rows)
+
+
+@table
+def cluster_recovery() -> str:
+    """Agreement of clusters with the tasks of the demo."""
+    names = {"loss": "gradient", "loss@optimizer": "gradient in the optimizer's coordinates"}
+    rows = [
+        [
+            names[line["gradient"]],
+            str(line["clusters"]),
+            number(line["adjusted_rand"]),
+            percent(line["purity"]),
+            percent(line["largest_share"]),
+        ]
+        for line in read("cluster_recovery")["lines"]
+    ]
+    return markdown(
+        ["", "clusters", "agreement", "of their cluster's main task", "in the largest cluster"],
+        rows,
+    )

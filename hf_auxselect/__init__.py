@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from hf_auxselect.capture.scalars import ExampleLoss as ExampleLoss
     from hf_auxselect.capture.scalars import UnsupportedLossError as UnsupportedLossError
+    from hf_auxselect.clusters import cluster_tasks as cluster_tasks
     from hf_auxselect.estimators import AbstractEstimator as AbstractEstimator
     from hf_auxselect.estimators import Estimate as Estimate
     from hf_auxselect.estimators import FittedEstimator as FittedEstimator
@@ -53,6 +54,7 @@ _MODULES = {
     "capture.examples": ("capture_gradients",),
     "capture.hooks": ("NonFiniteError", "UnsupportedModuleError"),
     "capture.scalars": ("ExampleLoss", "UnsupportedLossError"),
+    "clusters": ("cluster_tasks",),
     "estimators": (
         "AbstractEstimator",
         "Estimate",

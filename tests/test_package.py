@@ -31,6 +31,7 @@ LAYERS = [
     "options",
     "selectors",
     "estimators",
+    "clusters",
     "trainer",
     "capture",
     "store",
