@@ -114,6 +114,26 @@ def cluster_tasks(
     return TaskDataset.of(labelled, task_column)
 
 
+def cluster_rows(labels_N: np.ndarray) -> TaskRows:
+    """Tasks from the clusters 0, 1, ... of N rows: ``"cluster 1"`` is that of the first row."""
+    _, first, ids_N = np.unique(labels_N, return_index=True, return_inverse=True)
+    names = tuple(f"cluster {c + 1}" for c in range(len(first)))
+    return TaskRows(names, np.argsort(np.argsort(first))[ids_N])
+
+
+def evenly_split(num_rows: int, number: int) -> TaskRows:
+    """Clusters of about one size, to stand for those that are still to be found.
+
+    Raises:
+        ValueError: there are more clusters than rows.
+    """
+    if number > num_rows:
+        raise ValueError(
+            f"clusters={number}, but train_dataset has only {num_rows} rows; ask for fewer."
+        )
+    return cluster_rows(np.arange(num_rows) % number)
+
+
 def _tasks_of(dataset: Dataset, column: str) -> TaskRows:
     """The values of a column as tasks."""
     class_names = getattr(dataset.features[column], "names", None)

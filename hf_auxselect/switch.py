@@ -84,7 +84,7 @@ class Switch:
     step: int
 
     def decide(self) -> tuple[SelectionReport, MainProcessValue[FittedEstimator] | None]:
-        """Capture, estimate, calibrate and choose.
+        """Find clusters, where asked for; capture, estimate, calibrate and choose.
 
         Returns:
             The report on the choice, not written yet, and what made its estimates; None: nothing
@@ -95,6 +95,8 @@ class Switch:
         store: GradientStore | None = None
         calibration: list[Measurement] = []
         with access.preserved_rng():
+            if self.options.clusters is not None:
+                self._find_clusters()
             if self.options.needs_estimates:
                 store = self._capture()
             pass_seconds = time.perf_counter() - start
@@ -112,6 +114,18 @@ class Switch:
             self.run.directory.gradients, None if fitted is None else fitted.local()
         )
         return report, fitted
+
+    def _find_clusters(self) -> None:
+        """Step 0, if asked for: clusters of the training rows by gradient, as the run's tasks."""
+        run = self.run
+        gradient_pass = GradientPass(trainer=self.trainer, plan=run.plan, options=self.options)
+        tasks = gradient_pass.find_clusters(run.directory.cluster_gradients, run.initial)
+        run.directory.save_clusters(tasks)
+        run.plan = run.plan.with_tasks(tasks, self.options.examples_per_task)
+        run.notes.append(
+            "the tasks are clusters of the training rows by gradient; "
+            f"{run.directory.clusters.name} has the cluster of each row."
+        )
 
     def _capture(self) -> GradientStore:
         """Step 1: per-example gradients of every task and of the target."""

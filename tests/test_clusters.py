@@ -1,16 +1,25 @@
 """Clusters of examples as tasks: linkage against SciPy, planted clusters, and what is refused."""
 
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from datasets import ClassLabel, Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from hf_auxselect import GaussNewton, GradientStore, capture_gradients, cluster_tasks
+from hf_auxselect import (
+    FixedSelection,
+    GaussNewton,
+    GradientStore,
+    capture_gradients,
+    cluster_tasks,
+)
 from hf_auxselect.clusters import average_linkage, cluster_gradients
 
 
@@ -203,3 +212,130 @@ def test_labels_of_ones_own():
 def test_what_does_not_fit_is_named(given, options, message):
     with pytest.raises(ValueError, match=message):
         cluster_tasks(rows(4), given, **options)
+
+
+def mixed_strings(num_each=12):
+    """Rows of three kinds of strings, mixed and without a task column; and each row's kind."""
+    parts = [row for kind in ("digits", "first", "last") for row in string_task(kind, num_each)]
+    order = np.random.default_rng(1).permutation(len(parts))
+    return tiny.tokenize(Dataset.from_list([parts[i] for i in order])), order // num_each
+
+
+def of_clusters(directory, cb, resume=None, **options):
+    """A run over mixed strings, and the rows that its training steps read."""
+    dataset, _ = mixed_strings()
+    number = {tuple(row["input_ids"]): i for i, row in enumerate(dataset)}
+    read = []
+
+    def look(module, args, kwargs):
+        if module.training:
+            for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True):
+                read.append(number[tuple(ids[mask == 1].tolist())])
+
+    torch.manual_seed(3)
+    trainer = tiny.plain_trainer(
+        directory,
+        cb,
+        model=tiny.llama(hidden_size=32, intermediate_size=48),
+        train_dataset=dataset,
+        eval_dataset=tiny.tokenize(string_task("digits", 20).select(range(12, 20))),
+        **{"max_steps": 8, "learning_rate": 1e-3} | options,
+    )
+    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, read
+
+
+def clustering(**options):
+    return tiny.callback(
+        **{"clusters": 3, "warmup": 1, "projection_dim": 512, "estimator": GaussNewton()} | options
+    )
+
+
+class TestClustersOfARun:
+    def test_planted_clusters_are_the_tasks(self, tmp_path):
+        cb = clustering(after="observe")
+        of_clusters(tmp_path, cb)
+        _, truth = mixed_strings()
+        assert set(cb.report.weights) == {"cluster 1", "cluster 2", "cluster 3"}
+        written = json.loads((tmp_path / "_task_selection/clusters.json").read_text())
+        assert adjusted_rand(written["cluster_of_row"], truth) >= 0.9
+        store = cb.report.gradients()
+        assert store.task_names == ["cluster 1", "cluster 2", "cluster 3"]
+        for k in range(3):
+            ids = store.example_ids[store.task_ids == k]
+            assert {written["cluster_of_row"][i] for i in ids} == {k + 1}
+        assert any("clusters.json" in warning for warning in cb.report.warnings)
+
+    @pytest.mark.parametrize("estimate", [True, False])
+    def test_the_rest_of_the_run_reads_the_chosen_clusters(self, estimate, tmp_path):
+        selector = FixedSelection({"cluster 1": 1, "cluster 3": 3}, estimate=estimate)
+        cb = clustering(selector=selector, warmup=4)
+        _, read = of_clusters(tmp_path, cb)
+        written = json.loads((tmp_path / "_task_selection/clusters.json").read_text())
+        of_row = np.array(written["cluster_of_row"])
+        assert len(read) == 8 * 4
+        assert np.bincount(of_row[read[16:]], minlength=4).tolist() == [0, 4, 0, 12]
+        assert cb.report.run["rows_per_task"] == {
+            f"cluster {k}": int((of_row == k).sum()) for k in (1, 2, 3)
+        }
+
+    @pytest.mark.slow
+    def test_a_resumed_run_is_bitwise_the_same(self, tmp_path):
+        options = {"save_strategy": "steps", "save_steps": 1}
+        whole, _ = of_clusters(tmp_path / "whole", clustering(warmup=3), **options)
+        decision = json.loads((tmp_path / "whole/_task_selection/selection.json").read_text())
+        for step in (2, 3, 5):
+            copy = tmp_path / f"resumed{step}"
+            shutil.copytree(tmp_path / "whole", copy)
+            for later in range(step + 1, 9):
+                shutil.rmtree(copy / f"checkpoint-{later}")
+            if step == 5:  # the checkpoint's own copy is enough
+                shutil.rmtree(copy / "_task_selection")
+            cb = clustering(warmup=3)
+            resumed, _ = of_clusters(copy, cb, resume=True, **options)
+            assert tiny.same(tiny.weights(whole), tiny.weights(resumed)), f"from step {step}"
+            assert cb.report.selected == decision["selected"]
+
+    @pytest.mark.slow
+    def test_what_a_resumed_run_refuses(self, tmp_path):
+        of_clusters(tmp_path, clustering(), save_strategy="steps", save_steps=4)
+        checkpoint = tmp_path / "checkpoint-4"
+        with pytest.raises(ValueError, match=r"cannot resume.*clusters \(3 before, 2 now\)"):
+            of_clusters(tmp_path, clustering(clusters=2), resume=str(checkpoint))
+        path = checkpoint / "task_selection_clusters.json"
+        kept = json.loads(path.read_text())["cluster_of_row"]
+        for changed, message in [
+            (kept[1:], "holds 35 rows, but the training set has 36"),
+            ([2, *kept[1:]], "numbered by first appearance"),
+            (["x"], "damaged"),
+        ]:
+            path.write_text(json.dumps({"cluster_of_row": changed}))
+            with pytest.raises(ValueError, match=f"task_selection_clusters.json: .*{message}"):
+                of_clusters(tmp_path, clustering(), resume=str(checkpoint))
+
+    def test_the_preview_knows_the_second_pass(self, tmp_path):
+        dataset, _ = mixed_strings()
+        cb = clustering(estimator=None, examples_per_task=8)
+        trainer = tiny.plain_trainer(tmp_path, cb, train_dataset=dataset)
+        preview = cb.preview(trainer)
+        assert preview.num_examples == (3 * 8 + 8) + (36 + 8)
+        assert preview.seconds > 0 and preview.memory_mib > 0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"clusters": 1}, "clusters must be a number of clusters, 2 or more, or None; got 1"),
+            ({"clusters": True}, "clusters must be a number of clusters"),
+            ({"keep": ["a"]}, r"keep=\['a'\] names tasks, but with clusters=3"),
+        ],
+    )
+    def test_bad_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            clustering(**options)
+
+    def test_what_cannot_work_is_refused_before_the_first_step(self, tmp_path):
+        with pytest.raises(ValueError, match="clusters=37, but train_dataset has only 36 rows"):
+            of_clusters(tmp_path, clustering(clusters=37))
+        with pytest.raises(ValueError, match="names the unknown task 'digits'"):
+            of_clusters(tmp_path, clustering(selector=FixedSelection(["digits"])))

@@ -24,6 +24,7 @@ _PASSED_ON: tuple[str, ...] = (
     "one_by_one",
     "verify",
     "calibrate",
+    "clusters",
 )
 """Options that the callback takes as they are."""
 
@@ -91,6 +92,13 @@ class SelectionArguments:
     )
     calibrate: int = field(
         default=0, metadata={"help": "Number of ground-truth runs before the choice."}
+    )
+    clusters: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of clusters of all training rows, by gradient, that are the tasks "
+            "instead of the entries of `datasets:`."
+        },
     )
     report_to_hub: str | None = field(
         default=None,
