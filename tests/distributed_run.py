@@ -84,6 +84,16 @@ def main(output: Path) -> None:
     result["measured at the switch"] = callback.report.verification[0].measured
     result["measured at the end"] = trainer.evaluate()["eval_loss"]
 
+    callback = TaskSelectionCallback(
+        warmup=4, projection_dim=16, estimator=GradExLogistic(), clusters=3
+    )
+    trainer = tiny.plain_trainer(output / "clusters", callback)
+    trainer.train()
+    result["clusters"] = {
+        "tasks": callback.report.weights,
+        "weights": digest(tiny.weights(trainer)),
+    }
+
     # Without a learning rate the weights at the switch do not depend on the number of processes.
     callback = TaskSelectionCallback(warmup=4, projection_dim=16)
     tiny.sft_trainer(output / "selection", callback, learning_rate=0).train()

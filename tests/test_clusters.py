@@ -19,6 +19,7 @@ from hf_auxselect import (
     GradientStore,
     capture_gradients,
     cluster_tasks,
+    concatenate_tasks,
 )
 from hf_auxselect.clusters import average_linkage, cluster_gradients
 
@@ -333,6 +334,16 @@ class TestClustersOfARun:
     def test_bad_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             clustering(**options)
+
+    def test_packed_documents_are_refused(self, tmp_path):
+        dataset = concatenate_tasks({"a": tiny.sums(12, 1), "b": tiny.sums(12, 2, letters=True)})
+        trainer = tiny.sft_trainer(
+            tmp_path, clustering(), train_dataset=dataset, packing=True, max_length=24
+        )
+        with pytest.raises(
+            ValueError, match=r"clusters=3 splits .* by rows.*packed.*cluster_tasks"
+        ):
+            trainer.train()
 
     def test_what_cannot_work_is_refused_before_the_first_step(self, tmp_path):
         with pytest.raises(ValueError, match="clusters=37, but train_dataset has only 36 rows"):
