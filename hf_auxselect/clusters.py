@@ -67,7 +67,8 @@ def cluster_tasks(
         ValueError: the number of labels is not N, a row has no gradient in the store, the column
             exists, or ``num_clusters`` does not fit.
 
-    Cost: memory for ``max_linked`` squared numbers of 8 bytes, and three times as many operations.
+    Cost: memory for all pairs of ``max_linked`` rows, 8 bytes each, and time for a few passes over
+    them.
 
     Source: Li et al., "Scalable Fine-tuning from Multiple Data Sources" (EMNLP Findings 2024),
     whose authors cluster chain-of-thought data so; linkage by nearest-neighbor chains: Murtagh, "A
@@ -116,9 +117,14 @@ def cluster_tasks(
 
 def cluster_rows(labels_N: np.ndarray) -> TaskRows:
     """Tasks from the clusters 0, 1, ... of N rows: ``"cluster 1"`` is that of the first row."""
+    ids_N = _by_appearance(labels_N)
+    return TaskRows(tuple(f"cluster {c + 1}" for c in range(ids_N.max() + 1)), ids_N)
+
+
+def _by_appearance(labels_N: np.ndarray) -> np.ndarray:
+    """The same partition of N examples, numbered by first appearance: int64 [N]."""
     _, first, ids_N = np.unique(labels_N, return_index=True, return_inverse=True)
-    names = tuple(f"cluster {c + 1}" for c in range(len(first)))
-    return TaskRows(names, np.argsort(np.argsort(first))[ids_N])
+    return np.argsort(np.argsort(first))[ids_N]
 
 
 def evenly_split(num_rows: int, number: int) -> TaskRows:
@@ -218,7 +224,7 @@ def cluster_gradients(
     See :func:`cluster_tasks`. There are fewer than ``num_clusters`` only where fewer gradients
     differ from 0.
     """
-    norms_N = np.linalg.norm(np.asarray(gradients_ND, np.float64), axis=1)
+    norms_N = np.sqrt(np.einsum("nd,nd->n", gradients_ND, gradients_ND, dtype=np.float64))
     pointing = np.flatnonzero(norms_N > 0)
     if not len(pointing):
         return np.zeros(len(norms_N), np.int64)
@@ -244,8 +250,7 @@ def cluster_gradients(
         block = rest[start : start + max_linked]
         labels_N[block] = np.argmax(gradients_ND[block] @ means_CD.T, axis=1)
     labels_N[labels_N < 0] = np.argmax(np.bincount(labels_N[pointing]))
-    _, first, labels_N = np.unique(labels_N, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[labels_N]
+    return _by_appearance(labels_N)
 
 
 def average_linkage(similarity_NN: np.ndarray, num_clusters: int) -> np.ndarray:
@@ -290,5 +295,4 @@ def average_linkage(similarity_NN: np.ndarray, num_clusters: int) -> np.ndarray:
     for i in order[: count - num_clusters]:
         _, one, other = joins[i]
         parent_N[parent_N == parent_N[other]] = parent_N[one]
-    _, first, labels_N = np.unique(parent_N, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[labels_N]
+    return _by_appearance(parent_N)

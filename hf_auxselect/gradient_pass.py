@@ -243,15 +243,17 @@ class GradientPass:
                 progress=progress,
             )
 
-    def find_clusters(self, directory: Path, initial: Mapping[str, Tensor] | None) -> TaskRows:
+    def find_clusters(
+        self, number: int, directory: Path, initial: Mapping[str, Tensor] | None
+    ) -> TaskRows:
         """Cluster all training rows by their loss gradients at theta_0.
 
         Args:
+            number: of clusters.
             directory: where the store of these gradients is written.
             initial: trainable parameters at step 0 if training restarts there, else None.
         """
         trainer, plan, options = self.trainer, self.plan, self.options
-        assert options.clusters is not None
         with trainer.compute_loss_context_manager():
             store = capture_examples(
                 trainer.model,
@@ -271,7 +273,7 @@ class GradientPass:
                 loss=plan.loss.of_example,
                 progress=not trainer.args.disable_tqdm,
             )
-        number, order = options.clusters, np.argsort(store.example_ids)
+        order = np.argsort(store.example_ids)
         labels_N = on_main_process(
             lambda: cluster_gradients(store.loss_gradients[order], number, seed=plan.seed)
         )

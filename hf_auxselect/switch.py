@@ -96,7 +96,7 @@ class Switch:
         calibration: list[Measurement] = []
         with access.preserved_rng():
             if self.options.clusters is not None:
-                self._find_clusters()
+                self._find_clusters(self.options.clusters)
             if self.options.needs_estimates:
                 store = self._capture()
             pass_seconds = time.perf_counter() - start
@@ -115,17 +115,13 @@ class Switch:
         )
         return report, fitted
 
-    def _find_clusters(self) -> None:
+    def _find_clusters(self, number: int) -> None:
         """Step 0, if asked for: clusters of the training rows by gradient, as the run's tasks."""
         run = self.run
         gradient_pass = GradientPass(trainer=self.trainer, plan=run.plan, options=self.options)
-        tasks = gradient_pass.find_clusters(run.directory.cluster_gradients, run.initial)
+        tasks = gradient_pass.find_clusters(number, run.directory.cluster_gradients, run.initial)
         run.directory.save_clusters(tasks)
         run.plan = run.plan.with_tasks(tasks, self.options.examples_per_task)
-        run.notes.append(
-            "the tasks are clusters of the training rows by gradient; "
-            f"{run.directory.clusters.name} has the cluster of each row."
-        )
 
     def _capture(self) -> GradientStore:
         """Step 1: per-example gradients of every task and of the target."""

@@ -266,7 +266,6 @@ class TestClustersOfARun:
         for k in range(3):
             ids = store.example_ids[store.task_ids == k]
             assert {written["cluster_of_row"][i] for i in ids} == {k + 1}
-        assert any("clusters.json" in warning for warning in cb.report.warnings)
 
     @pytest.mark.parametrize("estimate", [True, False])
     def test_the_rest_of_the_run_reads_the_chosen_clusters(self, estimate, tmp_path):

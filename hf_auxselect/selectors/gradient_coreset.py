@@ -39,7 +39,8 @@ class GradientCoreset(AbstractSelector):
     between two tasks. ``diagnostics["coreset_gradient_error"]`` is the length of the difference
     between the mixture's mean gradient and that of all rows, as a share of the latter's length.
 
-    Cost: one estimate; memory for K x K distances; at most K / 64 of their passes for a medoid.
+    Cost: estimates of the chosen mixture alone; K x K distances in memory, of which each medoid
+    reads as many columns as can still be the best.
 
     Args:
         size: largest number of tasks, or their share in (0, 1). Fewer are selected where they
