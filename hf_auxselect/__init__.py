@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from hf_auxselect.capture.scalars import ExampleLoss as ExampleLoss
     from hf_auxselect.capture.scalars import UnsupportedLossError as UnsupportedLossError
+    from hf_auxselect.clusters import cluster_tasks as cluster_tasks
     from hf_auxselect.estimators import AbstractEstimator as AbstractEstimator
     from hf_auxselect.estimators import Estimate as Estimate
     from hf_auxselect.estimators import FittedEstimator as FittedEstimator
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from hf_auxselect.selectors import ExhaustiveSearch as ExhaustiveSearch
     from hf_auxselect.selectors import FixedSelection as FixedSelection
     from hf_auxselect.selectors import ForwardSelection as ForwardSelection
+    from hf_auxselect.selectors import GradientCoreset as GradientCoreset
     from hf_auxselect.selectors import MixtureOptimization as MixtureOptimization
     from hf_auxselect.selectors import RandomEnsemble as RandomEnsemble
     from hf_auxselect.selectors import Selection as Selection
@@ -57,6 +59,7 @@ _MODULES = {
     "capture.examples": ("capture_gradients",),
     "capture.hooks": ("NonFiniteError", "UnsupportedModuleError"),
     "capture.scalars": ("ExampleLoss", "UnsupportedLossError"),
+    "clusters": ("cluster_tasks",),
     "estimators": (
         "AbstractEstimator",
         "Estimate",
@@ -79,6 +82,7 @@ _MODULES = {
         "FixedSelection",
         "ForwardSelection",
         "MixtureOptimization",
+        "GradientCoreset",
         "RandomEnsemble",
         "Selection",
         "SelectionProblem",

@@ -73,6 +73,10 @@ class TaskSelectionCallback(TrainerCallback):
         confirm: number of finalists that are trained at the switch for the remaining steps: the
             choice, all tasks, the best estimated others. The run goes on with the best measured
             one. A :class:`Confirmation` has more options; 0: the estimates decide.
+        clusters: number of tasks that the training set is split into at the switch, by the
+            gradients of its rows, each of which is captured once more; see
+            :func:`hf_auxselect.cluster_tasks`. No task column is needed, and none is read. None:
+            tasks are those of the column.
         sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
             ``name``, ...), for exports and the model card.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
@@ -106,6 +110,7 @@ class TaskSelectionCallback(TrainerCallback):
         verify: int = 0,
         calibrate: int = 0,
         confirm: int | Confirmation = 0,
+        clusters: int | None = None,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
         output_dir: str | Path | None = None,
         seed: int | None = None,
@@ -126,6 +131,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.verify = verify
         self.calibrate = calibrate
         self.confirm = confirm
+        self.clusters = clusters
         self.sources = checked_sources(sources)
         self.output_dir = output_dir
         self.seed = seed
@@ -181,7 +187,8 @@ class TaskSelectionCallback(TrainerCallback):
             warn_of_leaked_target(plan, self.task_column)
             support.warn_of_differences(trainer, is_rewritten=self.after != "observe")
             gradient_pass = GradientPass(trainer=trainer, plan=plan, options=options)
-            notes = gradient_pass.check() if options.needs_estimates else []
+            is_needed = options.needs_estimates or options.clusters is not None
+            notes = gradient_pass.check() if is_needed else []
         directory = RunDirectory(Path(self.output_dir or args.output_dir) / DIRECTORY_NAME)
         resumed = state.global_step > 0
         plan = directory.resume(plan) if resumed else directory.start(plan)
@@ -213,8 +220,10 @@ class TaskSelectionCallback(TrainerCallback):
     ) -> None:
         if self._run is not None and self._run.decisions:
             last = self._run.decisions[max(self._run.decisions)]
-            trainer = self._current_trainer()
+            trainer, tasks = self._current_trainer(), self._run.plan.tasks
             on_main_process(lambda: checkpoints.save_decision(trainer, last))
+            if self.clusters is not None:
+                on_main_process(lambda: checkpoints.save_clusters(trainer, tasks))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -240,6 +249,9 @@ class TaskSelectionCallback(TrainerCallback):
         """Follow the decision of the resumed run; make it only if it is due right now."""
         step, options = trainer.state.global_step, self._options()
         at_switch = step == switch_step
+        if self.clusters is not None:
+            tasks = checkpoints.read_clusters(trainer, run.directory.clusters, run.plan.tasks)
+            run.plan = run.plan.with_tasks(tasks, self.examples_per_task)
         decision = checkpoints.read_decision(trainer, run.directory.decision, run.plan.tasks.names)
         if decision is not None and not _made_with(decision, options):
             if at_switch and (self.after != "restart" or not options.needs_estimates):

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import Trainer
 
@@ -22,6 +23,7 @@ from hf_auxselect.capture.optimizer_state import why_not_modelled
 from hf_auxselect.capture.probes import losses_at, measure_probes
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import AT_OPTIMIZER, Batch
+from hf_auxselect.clusters import cluster_gradients, cluster_rows, evenly_split
 from hf_auxselect.distributed import on_main_process
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDPOINTS
@@ -29,6 +31,7 @@ from hf_auxselect.options import Options
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.store.writer import add_vectors
+from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer import access, data
 from hf_auxselect.trainer.evaluation import compare_evaluation
 from hf_auxselect.trainer.schedule import schedule_after, training_to_come
@@ -113,7 +116,10 @@ class GradientPass:
 
     def preview(self) -> CostPreview:
         """Run a few batches and predict the cost."""
-        plan = self.plan
+        plan, clusters = self.plan, self.options.clusters
+        if clusters is not None:  # of which nothing is known yet
+            tasks = evenly_split(len(plan.tasks.ids), clusters)
+            plan = plan.with_tasks(tasks, self.options.examples_per_task)
         sketch = CountSketch(self.options.projection_dim, plan.seed)
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         entries = sum(p.numel() for p in parameters)
@@ -158,12 +164,29 @@ class GradientPass:
                 else:
                     host = sources
                 seconds, memory = seconds + cost.seconds, max(memory, probe_memory)
+            if clusters is not None:
+                cost = predict_pass(
+                    self.trainer.model,
+                    [plan.all_rows()],
+                    plan.target,
+                    self._collate_fn,
+                    projection_dim=self.options.projection_dim,
+                    batch_size=self._batch_size,
+                    scalars=self._scalars_to_cluster,
+                    one_by_one=self.options.one_by_one,
+                    loss=plan.loss.of_example,
+                )
+                seconds, memory = seconds + cost.seconds, max(memory, cost.memory)
         bytes_per_gradient = 4 * (1 + self.options.projection_dim)
         bytes_per_example = 28 + len(self.options.estimator.scalars) * bytes_per_gradient
+        num_clustered = (
+            0 if clusters is None else len(plan.tasks.ids) + len(plan.target.example_ids)
+        )
+        disk = plan.num_examples * bytes_per_example + num_clustered * (28 + bytes_per_gradient)
         return CostPreview(
-            num_examples=plan.num_examples,
+            num_examples=plan.num_examples + num_clustered,
             seconds=seconds / self.trainer.args.world_size,
-            disk_mib=plan.num_examples * bytes_per_example / 2**20,
+            disk_mib=disk / 2**20,
             memory_mib=(kept + memory) / 2**20,
             host_memory_mib=host / 2**20,
             switch_step=plan.switch_steps[0],
@@ -228,6 +251,48 @@ class GradientPass:
                 loss=plan.loss.of_example,
                 progress=progress,
             )
+
+    def find_clusters(
+        self, number: int, directory: Path, initial: Mapping[str, Tensor] | None
+    ) -> TaskRows:
+        """Cluster all training rows by their loss gradients at theta_0.
+
+        Args:
+            number: of clusters.
+            directory: where the store of these gradients is written.
+            initial: trainable parameters at step 0 if training restarts there, else None.
+        """
+        trainer, plan, options = self.trainer, self.plan, self.options
+        with trainer.compute_loss_context_manager():
+            store = capture_examples(
+                trainer.model,
+                [plan.all_rows()],
+                plan.target,
+                self._collate_fn,
+                directory=directory,
+                projection_dim=options.projection_dim,
+                batch_size=self._batch_size,
+                seed=plan.seed,
+                scalars=self._scalars_to_cluster,
+                optimizer=trainer.optimizer if needs_optimizer(options.estimator) else None,
+                training=training_to_come(
+                    trainer, trainer.state.global_step, restarts=initial is not None
+                ),
+                one_by_one=options.one_by_one,
+                loss=plan.loss.of_example,
+                progress=not trainer.args.disable_tqdm,
+            )
+        order = np.argsort(store.example_ids)
+        labels_N = on_main_process(
+            lambda: cluster_gradients(store.loss_gradients[order], number, seed=plan.seed)
+        )
+        return cluster_rows(labels_N)
+
+    @property
+    def _scalars_to_cluster(self) -> tuple[str, ...]:
+        """In the optimizer's coordinates, where these are captured anyway."""
+        at = AT_OPTIMIZER if needs_optimizer(self.options.estimator) else ""
+        return (f"loss{at}",)
 
     @cached_property
     def _collate_fn(self) -> Callable[[list[Any]], Batch]:

@@ -71,6 +71,7 @@ class Options:
     verify: int
     calibrate: int
     confirm: int | Confirmation
+    clusters: int | None
     sources: dict[str, JsonDict]
     output_dir: str | Path | None
     seed: int | None
@@ -109,6 +110,8 @@ class Options:
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise ValueError(f"{name} must be a number of mixtures, 0 or more; got {number!r}.")
         _ = self.confirmation
+        if self.clusters is not None:
+            self._require_clusters(self.clusters)
         if not isinstance(self.estimator, AbstractEstimator):
             raise TypeError(
                 f"estimator must be an object such as LinearizedTraining(), got {self.estimator!r}."
@@ -128,6 +131,17 @@ class Options:
             raise ValueError(
                 f"{option} compares estimates with ground-truth runs, but "
                 "FixedSelection(estimate=False) makes no estimates; leave one of the two out."
+            )
+
+    def _require_clusters(self, number: int) -> None:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 2:
+            raise ValueError(
+                f"clusters must be a number of clusters, 2 or more, or None; got {number!r}."
+            )
+        if self.keep:
+            raise ValueError(
+                f"keep={list(self.keep)} names tasks, but with clusters={number} the tasks are "
+                "clusters that are found at the switch; leave one of the two out."
             )
 
     @property

@@ -22,6 +22,7 @@ from hf_auxselect._version import __version__
 from hf_auxselect.capture.batching import TaskExamples
 from hf_auxselect.capture.check import examples_to_check
 from hf_auxselect.capture.scalars import CollateFn
+from hf_auxselect.clusters import evenly_split
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.files import JsonDict, to_json
 from hf_auxselect.fingerprint import digest
@@ -44,6 +45,10 @@ _TOO_OPTIMISTIC = (
     "the estimates are about rows that are trained on, too optimistic for new ones. Hold rows out "
     "for the target."
 )
+
+
+ALL_ROWS = "all rows"
+"""The one task of a training set that is split into clusters later."""
 
 
 class PlanRecord(TypedDict):
@@ -82,6 +87,26 @@ class Plan:
     def num_examples(self) -> int:
         every = (*self.examples, self.target, *self.groups)
         return sum(len(task.example_ids) for task in every)
+
+    def with_tasks(self, tasks: TaskRows, examples_per_task: int | None) -> Plan:
+        """The plan with the training rows in other tasks.
+
+        Args:
+            tasks: of the training rows.
+            examples_per_task: at most this many of each are captured; None: all.
+        """
+        rows = self.examples[0].rows
+        assert isinstance(rows, data.ModelRows)
+        return replace(
+            self, tasks=tasks, examples=_examples_of(tasks, rows, self.seed, examples_per_task)
+        )
+
+    def all_rows(self) -> TaskExamples:
+        """All training rows as one task, to be captured."""
+        rows = self.examples[0].rows
+        return TaskExamples(
+            name=ALL_ROWS, rows=rows, example_ids=range(len(rows)), num_rows=len(rows)
+        )
 
     def target_sample_note(self) -> list[str]:
         """A sentence for the report for each target whose loss is that of some of its examples."""
@@ -207,8 +232,13 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
         ValueError: the run is one in which a selection cannot work; says why and what to do.
     """
     support.refuse_unsupported(trainer)
-    tasks = data.read_tasks(trainer, options.task_column)
-    _dry_run(options.selector, tasks, options.keep, options.groups)
+    if options.clusters is None:
+        tasks = data.read_tasks(trainer, options.task_column)
+        _dry_run(options.selector, tasks, options.keep, options.groups)
+    else:
+        tasks = TaskRows((ALL_ROWS,), np.zeros(len(trainer.train_dataset), np.int64))
+        split = evenly_split(len(tasks.ids), options.clusters)
+        _dry_run(options.selector, split, options.keep, options.groups)
     target = data.target_key(trainer, options.target)
     target_set = data.target_dataset(trainer, target)
     group_sets = {name: data.group_dataset(trainer, name, target) for name in options.groups}
@@ -225,14 +255,17 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
     train_rows = data.ModelRows(trainer, trainer.train_dataset)
     target_rows = data.ModelRows(trainer, target_set)
 
-    def draw(examples: np.ndarray, name: str) -> tuple[int, ...]:
-        order = random_permutation(len(examples), seed, "examples", name)
-        return tuple(sorted(examples[order[: options.examples_per_task]].tolist()))
-
+    if options.clusters is not None and train_rows.is_packed:
+        raise ValueError(
+            f"clusters={options.clusters} splits the training set by rows, but its rows hold "
+            "several packed examples. Set packing=False; or split the set before it is packed, "
+            "with cluster_tasks."
+        )
+    at_most = options.examples_per_task
     loss = settle_loss(trainer, train_rows, target_rows)
 
     def evaluated(rows: data.ModelRows, key: str | None, name: str, what: str) -> TaskExamples:
-        ids = draw(np.arange(len(rows)), what)
+        ids = _draw(np.arange(len(rows)), what, seed, at_most)
         weights = _weights_in_evaluation(trainer, key, rows, ids, loss, what)
         return TaskExamples(
             name=name, rows=rows, example_ids=ids, num_rows=len(rows), example_weights=weights
@@ -245,15 +278,7 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
     )
     task_of_example = tasks.ids[train_rows.packed_rows]
     examples_per_row = np.bincount(task_of_example, minlength=len(tasks.names)) / tasks.counts
-    examples = tuple(
-        TaskExamples(
-            name=name,
-            rows=train_rows,
-            example_ids=draw(np.flatnonzero(task_of_example == k), name),
-            num_rows=int(tasks.counts[k]),
-        )
-        for k, name in enumerate(tasks.names)
-    )
+    examples = _examples_of(tasks, train_rows, seed, at_most)
     for task in examples:
         if not has_label_tokens(trainer, train_rows, task.example_ids, loss):
             raise ValueError(
@@ -291,8 +316,31 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
             "number of processes": trainer.args.world_size,
             "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
             "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
-        },
+        }
+        | ({} if options.clusters is None else {"clusters": options.clusters}),
     )
+
+
+def _examples_of(
+    tasks: TaskRows, rows: data.ModelRows, seed: int, at_most: int | None
+) -> tuple[TaskExamples, ...]:
+    """What the gradient pass reads of each task."""
+    task_of_example = tasks.ids[rows.packed_rows]
+    return tuple(
+        TaskExamples(
+            name=name,
+            rows=rows,
+            example_ids=_draw(np.flatnonzero(task_of_example == k), name, seed, at_most),
+            num_rows=int(tasks.counts[k]),
+        )
+        for k, name in enumerate(tasks.names)
+    )
+
+
+def _draw(examples: np.ndarray, name: str, seed: int, at_most: int | None) -> tuple[int, ...]:
+    """Up to so many of some examples, ascending."""
+    order = random_permutation(len(examples), seed, "examples", name)
+    return tuple(sorted(examples[order[:at_most]].tolist()))
 
 
 def warn_of_leaked_target(plan: Plan, task_column: str) -> None:
@@ -431,7 +479,11 @@ def _weights_in_evaluation(
 def _dry_run(
     selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str], groups: Sequence[str]
 ) -> None:
-    """Let the selector meet its tasks, so that options that do not fit raise now."""
+    """Let the selector meet its tasks, so that options that do not fit raise now.
+
+    There are no estimates or gradients yet: all are 0.
+    """
+    num_tasks = len(tasks.names)
 
     def nothing(weights: ArrayLike) -> Estimate:
         zeros = np.zeros(len(np.asarray(weights)))
@@ -445,6 +497,7 @@ def _dry_run(
             tasks.counts.tolist(),
             keep=keep,
             groups=groups,
+            gram=np.zeros((num_tasks, num_tasks)),
             rows_to_read=len(tasks.ids),
         )
     )

@@ -23,7 +23,7 @@ from hf_auxselect.plan import Plan, PlanRecord, require_same_plan
 from hf_auxselect.report.exports.rows import ROWS_NAME, row_lines
 from hf_auxselect.report.report import SelectionReport
 from hf_auxselect.tasks import TaskRows
-from hf_auxselect.trainer.checkpoints import ConfirmationRecord, Decision
+from hf_auxselect.trainer.checkpoints import ConfirmationRecord, Decision, clusters_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,16 @@ class RunDirectory:
     def gradients(self) -> Path:
         """Where the gradient store is."""
         return self.path / "gradients"
+
+    @property
+    def cluster_gradients(self) -> Path:
+        """Where the gradient store of all training rows is, by which they are clustered."""
+        return self.path / "cluster_gradients"
+
+    @property
+    def clusters(self) -> Path:
+        """The file with the cluster of each training row."""
+        return self.path / "clusters.json"
 
     @property
     def decision(self) -> Path:
@@ -69,6 +79,7 @@ class RunDirectory:
                 ) from error
             self.decision.unlink(missing_ok=True)
             self.ground_truth_runs.unlink(missing_ok=True)
+            self.clusters.unlink(missing_ok=True)
             shutil.rmtree(self._report, ignore_errors=True)  # its pictures would be of that run
 
         on_main_process(write)
@@ -124,6 +135,10 @@ class RunDirectory:
     def save_decision(self, decision: Decision) -> None:
         """Write ``selection.json``."""
         on_main_process(lambda: write_atomically(self.decision, to_json(decision)))
+
+    def save_clusters(self, tasks: TaskRows) -> None:
+        """Write ``clusters.json``."""
+        on_main_process(lambda: write_atomically(self.clusters, to_json(clusters_of(tasks))))
 
     def save_report(self, report: SelectionReport) -> None:
         """Write the files of the report."""

@@ -88,7 +88,7 @@ class Switch:
     step: int
 
     def decide(self) -> tuple[SelectionReport, MainProcessValue[FittedEstimator] | None]:
-        """Capture, estimate, calibrate, choose and confirm.
+        """Find clusters, where asked for; capture, estimate, calibrate, choose and confirm.
 
         Returns:
             The report on the choice, not written yet, and what made its estimates; None: nothing
@@ -101,6 +101,8 @@ class Switch:
         pass_seconds = 0.0
         # Ground-truth runs start from the run's own random states, which are back after each part.
         with access.preserved_rng():
+            if options.clusters is not None:
+                self._find_clusters(options.clusters)
             if options.needs_estimates:
                 store = self._capture()
                 pass_seconds = time.perf_counter() - start
@@ -123,6 +125,14 @@ class Switch:
             self.run.directory.gradients, None if fitted is None else fitted.local()
         )
         return report, fitted
+
+    def _find_clusters(self, number: int) -> None:
+        """Step 0, if asked for: clusters of the training rows by gradient, as the run's tasks."""
+        run = self.run
+        gradient_pass = GradientPass(trainer=self.trainer, plan=run.plan, options=self.options)
+        tasks = gradient_pass.find_clusters(number, run.directory.cluster_gradients, run.initial)
+        run.directory.save_clusters(tasks)
+        run.plan = run.plan.with_tasks(tasks, self.options.examples_per_task)
 
     def _capture(self) -> GradientStore:
         """Step 1: per-example gradients of every task and of the target."""

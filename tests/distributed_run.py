@@ -86,6 +86,16 @@ def main(output: Path) -> None:
     result["measured at the end"] = trainer.evaluate()["eval_loss"]
     result["race"] = [one.losses for one in callback.report.confirmation.finalists]
 
+    callback = TaskSelectionCallback(
+        warmup=4, projection_dim=16, estimator=GradExLogistic(), clusters=3
+    )
+    trainer = tiny.plain_trainer(output / "clusters", callback)
+    trainer.train()
+    result["clusters"] = {
+        "tasks": callback.report.weights,
+        "weights": digest(tiny.weights(trainer)),
+    }
+
     # Without a learning rate the weights at the switch do not depend on the number of processes.
     # A group does not change what is chosen for the target.
     callback = TaskSelectionCallback(

@@ -35,6 +35,7 @@ LAYERS = [
     "estimators",
     "trainer",
     "capture",
+    "clusters",
     "store",
     "sampler",
     "tasks",

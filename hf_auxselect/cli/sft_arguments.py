@@ -25,6 +25,7 @@ _PASSED_ON: tuple[str, ...] = (
     "verify",
     "calibrate",
     "confirm",
+    "clusters",
 )
 """Options that the callback takes as they are."""
 
@@ -97,6 +98,13 @@ class SelectionArguments:
         default=0,
         metadata={
             "help": "Number of finalists that are trained at the switch; the best measured goes on."
+        },
+    )
+    clusters: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of clusters of all training rows, by gradient, that are the tasks "
+            "instead of the entries of `datasets:`."
         },
     )
     report_to_hub: str | None = field(

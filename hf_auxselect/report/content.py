@@ -213,7 +213,7 @@ class ReportFields:
         calibration: ground-truth runs before the choice (``calibrate=n``), next to the estimates
             before calibration.
         confirmation: the finalists that were trained before the switch (``confirm=n``).
-        diagnostics: numbers that say how far to trust the estimates.
+        diagnostics: numbers that say how far to trust the estimates and the choice.
         estimator, selector: name and options of the strategies.
         run: date, switch step, mode, seed, model, versions, seconds.
         sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,

@@ -36,7 +36,7 @@ class SelectionReport(ReportContent):
         difference: the chosen mixture's loss minus that of all tasks, with its own interval.
         verification, calibration: ground-truth runs after and before the choice.
         confirmation: the finalists that were trained to confirm the choice, or None.
-        diagnostics: numbers that say how far to trust the estimates.
+        diagnostics: numbers that say how far to trust the estimates and the choice.
         warnings: what a reader should know before trusting the choice.
 
     The remaining fields are described in :class:`hf_auxselect.report.content.ReportFields`. Losses
@@ -134,7 +134,7 @@ class SelectionReport(ReportContent):
         self.what_if = approximate(fitted, names, store.task_sizes.tolist(), shown, seed=seed)
         self.target = analysis.summarize_tasks(store.target)[0]
         self.groups = [analysis.summarize_tasks(group)[0] for group in store.groups.values()]
-        self.diagnostics = fitted.diagnostics()
+        self.diagnostics = fitted.diagnostics() | selection.diagnostics
         training = store.remaining_training
         restarts = training is not None and training.restarts
         self.warnings += reliability_warnings(self.diagnostics, restarts=restarts)

@@ -18,6 +18,7 @@ from hf_auxselect.selectors.constrained_selection import (
 from hf_auxselect.selectors.exhaustive_search import ExhaustiveSearch as ExhaustiveSearch
 from hf_auxselect.selectors.fixed_selection import FixedSelection as FixedSelection
 from hf_auxselect.selectors.forward_selection import ForwardSelection as ForwardSelection
+from hf_auxselect.selectors.gradient_coreset import GradientCoreset as GradientCoreset
 from hf_auxselect.selectors.mixture_optimization import MixtureOptimization as MixtureOptimization
 from hf_auxselect.selectors.problem import selection_problem as selection_problem
 from hf_auxselect.selectors.random_ensemble import RandomEnsemble as RandomEnsemble

@@ -122,6 +122,7 @@ class Selection:
         shadow_prices: group -> decrease of the target's loss, in nats per label token, for each nat
             by which the group's ceiling rises; only for methods with ceilings.
         notes: sentences on the choice for the report, such as what of an option could not hold.
+        diagnostics: numbers that say how far to trust the choice, where the method has some.
     """
 
     weights: dict[str, float]
@@ -131,6 +132,7 @@ class Selection:
     score_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     shadow_prices: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
     @property
     def selected(self) -> list[str]:

@@ -9,6 +9,7 @@ from hf_auxselect.selectors.constrained_selection import ConstrainedSelection
 from hf_auxselect.selectors.exhaustive_search import ExhaustiveSearch
 from hf_auxselect.selectors.fixed_selection import FixedSelection
 from hf_auxselect.selectors.forward_selection import ForwardSelection
+from hf_auxselect.selectors.gradient_coreset import GradientCoreset
 from hf_auxselect.selectors.mixture_optimization import MixtureOptimization
 from hf_auxselect.selectors.random_ensemble import RandomEnsemble
 from hf_auxselect.selectors.worst_group_selection import WorstGroupSelection
@@ -24,6 +25,7 @@ SELECTORS: dict[str, type[AbstractSelector]] = {
         MixtureOptimization,
         ConstrainedSelection,
         WorstGroupSelection,
+        GradientCoreset,
         FixedSelection,
     )
 }

@@ -292,7 +292,10 @@ def steps_of(
             low=float(low),
             high=float(high),
             accepted=accepted,
-            weights={problem.task_names[k]: float(weights_K[k]) for k in np.flatnonzero(weights_K)},
+            weights={
+                problem.task_names[k]: float(weights_K[k])
+                for k in np.flatnonzero(weights_K).tolist()
+            },
         )
         for weights_K, loss, low, high in zip(
             weights_MK, estimate.loss, estimate.low, estimate.high, strict=True

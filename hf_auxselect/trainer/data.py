@@ -105,7 +105,7 @@ def _no_task_column(column: str, columns: Sequence[str], row: int | None = None)
     return ValueError(
         f"{where} has no column {column!r} (it has {list(columns)}). Join the tasks "
         "with concatenate_tasks({name: dataset, ...}), keep that column when you map the "
-        "dataset, or pass task_column=... if it has another name."
+        "dataset, or pass task_column=... if it has another name; clusters=n does without."
     )
 
 

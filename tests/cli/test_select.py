@@ -13,12 +13,13 @@ from hf_auxselect import (
     BeamSearch,
     FixedSelection,
     ForwardSelection,
+    GradientCoreset,
     RandomEnsemble,
-    SelectionProblem,
     SelectionReport,
     TaskSelectionCallback,
 )
 from hf_auxselect.cli import main
+from hf_auxselect.selectors import selection_problem
 
 RECORDED = Path(__file__).parent.parent / "recorded"
 
@@ -39,8 +40,7 @@ def select(directory, capsys, *arguments):
 def chosen_by(selector, directory, keep=()):
     report = SelectionReport.load(directory)
     fitted = report.fitted()
-    rows = [task.rows for task in report.tasks]
-    problem = SelectionProblem(fitted.estimate, [*report.weights], rows, keep=keep)
+    problem = selection_problem(fitted, report.gradients(), keep=keep)
     return selector.select(problem), fitted
 
 
@@ -64,6 +64,7 @@ def chosen_by(selector, directory, keep=()):
         ),
         (["BeamSearch", "--option", "width=2"], BeamSearch(width=2)),
         (["BackwardElimination", "--option", "lazy=true"], BackwardElimination(lazy=True)),
+        (["GradientCoreset", "--option", "size=2"], GradientCoreset(size=2)),
         (["FixedSelection", "--option", "tasks=a,c"], FixedSelection(["a", "c"])),
         (["FixedSelection", "--option", "tasks=a=1,c=3"], FixedSelection({"a": 1, "c": 3})),
         (

@@ -12,6 +12,7 @@ from hf_auxselect import (
     ExhaustiveSearch,
     FixedSelection,
     ForwardSelection,
+    GradientCoreset,
     MixtureOptimization,
     RandomEnsemble,
     WorstGroupSelection,
@@ -350,4 +351,5 @@ class TestFixedSelectionFromFile:
 def test_all_selectors_are_known_by_name():
     others = [FixedSelection(["a"]), MixtureOptimization(), WorstGroupSelection()]
     others.append(ConstrainedSelection(ceilings={"a": 1}))
+    others.append(GradientCoreset(size=1))
     assert set(SELECTORS) == {type(s).__name__ for s in [*ALL, *others]}

@@ -95,6 +95,11 @@ class TestTwoProcesses:
         for run in two_processes:
             assert run["estimated"][kind] == pytest.approx(run["logged"][kind], rel=1e-5)
 
+    def test_clusters_are_the_same_for_both(self, two_processes):
+        one, other = (run["clusters"] for run in two_processes)
+        assert one == other
+        assert set(one["tasks"]) == {"cluster 1", "cluster 2", "cluster 3"}
+
     def test_weights_stay_in_step(self, two_processes):
         one, other = (run["weights"] for run in two_processes)
         assert one == other
