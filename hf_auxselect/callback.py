@@ -25,8 +25,9 @@ from hf_auxselect.confirmation import training_steps
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import AbstractEstimator, LinearizedTraining
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
+from hf_auxselect.leaked_target import warn_of_leaked_target
 from hf_auxselect.options import Confirmation, Options, kept_tasks, named_groups
-from hf_auxselect.plan import CostPreview, Plan, checked_sources, make_plan, warn_of_leaked_target
+from hf_auxselect.plan import CostPreview, Plan, checked_sources, make_plan
 from hf_auxselect.publication import Publication
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory

@@ -28,6 +28,7 @@ LAYERS = [
     "gradient_pass",
     "verification",
     "ground_truth",
+    "leaked_target",
     "plan",
     "report",
     "options",
