@@ -135,7 +135,7 @@ class ConstrainedSelection(AbstractSelector):
         starts_MK = candidates_MK[[0, *(1 + order[: self.starts - 1])]]
         closest_K = candidates_MK[int(np.argmin(violation_M))]
         if violation_M.min() > 0:
-            closest_K = self._closest(losses, starts_MK, box)
+            closest_K = box.drawable(self._closest(losses, starts_MK, box))
             if (excess_G := losses.values(closest_K[None])[1][0]).max() > self.tolerance:
                 return self._infeasible(problem, names, closest_K, excess_G, losses.ceilings_G)
             starts_MK = np.vstack([starts_MK, closest_K])
@@ -152,7 +152,7 @@ class ConstrainedSelection(AbstractSelector):
         best = int(np.argmin(losses.values(ends_MK)[0]))
         optimum_K = without_negligible(ends_MK[best], box)
         optimum_K = self._within(optimum_K, ends_MK[best], losses)
-        weights_K = self._shrunk(optimum_K, problem, losses, box, singles_KK)
+        weights_K = box.drawable(self._shrunk(optimum_K, problem, losses, box, singles_KK))
         kept_all = self.shrinkage is None and np.allclose(weights_K, box.shares_K)
         estimate = problem.estimate(weights_K[None])
         return Selection(

@@ -105,6 +105,7 @@ class MixtureOptimization(AbstractSelector):
             weights_K = weights_K if upper < 0 else box.shares_K
         if bounds is not None and not notes and np.allclose(weights_K, box.shares_K):
             notes = (KEPT_ALL,)
+        weights_K = box.drawable(weights_K)
         chosen = problem.estimate(weights_K[None])
         slopes_K = minima.first_slopes[0]
         slopes_K = slopes_K - slopes_K @ box.shares_K
@@ -155,8 +156,8 @@ def lowest_mixtures(
 
 def without_negligible(weights_K: Array, box: Box) -> Array:
     """The mixture without weights that are next to nothing."""
-    small_K = (weights_K < NEGLIGIBLE * box.shares_K) & (box.low_K == 0)
-    return box.without(small_K).project(weights_K[None])[0] if small_K.any() else weights_K
+    small_K = weights_K < NEGLIGIBLE * box.shares_K
+    return box.without(small_K).project(weights_K[None])[0]
 
 
 def _best_subset(

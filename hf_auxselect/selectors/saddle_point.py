@@ -16,6 +16,9 @@ from hf_auxselect.selectors.simplex import Box, checked, measured_slopes, minimi
 MAX_ROUNDS = 60
 """Most updates of the prices; a convention. Convex problems take about five."""
 
+PRICE_TOLERANCE = 0.01
+"""The last update changes no price by more than this share of 1 plus the largest; a convention."""
+
 INNER_STEPS = 200
 """Most steps of a search between two updates of the prices; a convention."""
 
@@ -23,7 +26,7 @@ FIRST_PENALTY = 10.0
 """Prices per nat of excess by which the first update changes them. A convention: an excess of 0.1
 nats moves a price by 1, which trades the losses one for one."""
 
-_GROWTH, _ENOUGH, _LARGEST_PENALTY = 4.0, 0.25, 1e5
+_GROWTH, _ENOUGH, _LARGEST_PENALTY = 4.0, 0.25, 1e3
 """The penalty grows by the first, up to the third, where an update leaves more than the second of
 the error. Values in common use for the method of multipliers."""
 
@@ -186,7 +189,8 @@ def saddle_point(
         objectives[active], excesses[active] = losses.values(found.weights)
         new = restrict(before_MG + rates_M1 * excesses[active])
         # Bounds excesses above 0 and what prices that are not 0 leave of a ceiling or of the worst.
-        error = np.abs(new - before_MG).max(1) / penalties[active]
+        moved = np.abs(new - before_MG).max(1)
+        error = moved / penalties[active]
         prices[active] = new
         rounds[active] += 1
         slow = error > _ENOUGH * errors[active]
@@ -194,7 +198,8 @@ def saddle_point(
             np.where(slow, _GROWTH * penalties[active], penalties[active]), _LARGEST_PENALTY
         )
         errors[active] = error
-        active = active[error > tolerance]
+        unsettled = moved > PRICE_TOLERANCE * (1 + new.max(1))
+        active = active[(error > tolerance) | unsettled]
         if not len(active):
             break
     return SaddlePoint(

@@ -18,6 +18,9 @@ ValueFn = Callable[[Array, Array], Array]
 KEPT_SHARE = 0.5
 """A kept task has at least this fraction of its share in all tasks. A convention."""
 
+LEAST_WEIGHT = 2e-6
+"""Smaller weights become 0: the sampler draws no rows of a task whose share is below 1e-6."""
+
 STEP_OF_SLOPES = 1e-3
 """Change of weights by which slopes are measured where there is no gradient. A convention: the
 error is of its square, rounding of 1e-13 over it."""
@@ -110,9 +113,16 @@ class Box:
         np.put_along_axis(result_MK, order_MK, given_MK, 1)
         return result_MK + self.low_K
 
+    def drawable(self, weights_K: Array) -> Array:
+        """A mixture without weights below ``LEAST_WEIGHT``."""
+        small_K = (weights_K < LEAST_WEIGHT) & (weights_K > 0) & (self.low_K == 0)
+        if not small_K.any():
+            return weights_K
+        return self.without(weights_K < LEAST_WEIGHT).project(weights_K[None])[0]
+
     def without(self, dropped: Array) -> Box:
-        """The same bounds, with no weight for some tasks: bool [K]."""
-        return replace(self, high_K=np.where(dropped, 0.0, self.high_K))
+        """The same bounds, with no weight for some tasks: bool [K]; kept ones stay."""
+        return replace(self, high_K=np.where(dropped & (self.low_K == 0), 0.0, self.high_K))
 
     def singles(self) -> Array:
         """For each task the mixture nearest to it alone: [K, K]; itself where no bound binds."""

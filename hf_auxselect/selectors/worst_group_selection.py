@@ -96,7 +96,7 @@ class WorstGroupSelection(AbstractSelector):
         )
         best = int(np.argmin(found.violations))
         optimum_K = without_negligible(found.weights[best], box)
-        weights_K = shrink(optimum_K, box.shares_K, self.shrinkage)
+        weights_K = box.drawable(shrink(optimum_K, box.shares_K, self.shrinkage))
         estimate = problem.estimate(weights_K[None])
         prices_G = found.prices[best][-len(groups) :]
         return Selection(

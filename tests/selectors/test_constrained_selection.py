@@ -135,6 +135,7 @@ class TestInfeasible:
             closest = (quadratic.losses(mixtures)[:, 1:] - ceilings).max(1).min()
             assert excess(quadratic, selection, ceilings) <= closest + 1e-4
             assert selection.shadow_prices == {}
+            assert min(w for w in selection.weights.values() if w > 0) >= 1e-6  # can be drawn
             assert "No mixture is estimated to keep all ceilings" in selection.notes[0]
             assert "'group 0'" in selection.notes[0] or "'group 1'" in selection.notes[0]
 

@@ -234,3 +234,13 @@ class TestOptions:
 
         with pytest.raises(ValueError, match=r"estimate for the tasks \['a'\] is NaN"):
             MixtureOptimization().select(SelectionProblem(estimate, ["a", "b"], [1, 1]))
+
+
+def test_weights_too_small_to_draw_become_zero():
+    quadratic = Quadratic.random(3, 4)
+    box = Box.of(quadratic.problem(keep=["task 1"]), None)
+    found = box.drawable(np.array([0.5, 0.3, 0.2 - 1e-7, 1e-7]))
+    assert found[3] == 0 and found.sum() == pytest.approx(1)
+    assert found[:3] == pytest.approx([0.5, 0.3, 0.2], abs=1e-6)
+    one = np.array([0.5, 0.3, 0.2, 0.0])
+    assert box.drawable(one) is one
