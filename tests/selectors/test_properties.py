@@ -17,12 +17,16 @@ from hypothesis import strategies as st
 from hf_auxselect import (
     BackwardElimination,
     BeamSearch,
+    ConstrainedSelection,
     Estimate,
     ExhaustiveSearch,
     FixedSelection,
     ForwardSelection,
+    GradientCoreset,
+    MixtureOptimization,
     RandomEnsemble,
     SelectionProblem,
+    WorstGroupSelection,
 )
 from hf_auxselect.estimators import normalize_mixtures
 from hf_auxselect.selectors import SELECTORS
@@ -70,6 +74,33 @@ CASES = {
         ),
     ],
     "ExhaustiveSearch": [Case(ExhaustiveSearch())],
+    "MixtureOptimization": [
+        Case(MixtureOptimization(starts=2), splits=True, splits_tolerance=1e-3),
+        Case(MixtureOptimization(shrinkage=0, starts=2), splits=True, splits_tolerance=1e-3),
+        Case(MixtureOptimization(round_to_subset=True, starts=2)),
+    ],
+    "ConstrainedSelection": [
+        Case(
+            ConstrainedSelection(ceilings={"other": 3.0}, starts=1),
+            splits=True,
+            splits_tolerance=1e-3,
+            shifted=lambda selector, shift: replace(
+                selector, ceilings={"other": selector.ceilings["other"] + shift}
+            ),
+        ),
+        Case(
+            ConstrainedSelection(ceilings={"other": 0.0}, relative_to="all tasks", starts=1),
+            splits=True,
+            splits_tolerance=1e-3,
+        ),
+    ],
+    "WorstGroupSelection": [
+        Case(WorstGroupSelection(starts=1), splits=True, splits_tolerance=1e-3)
+    ],
+    "GradientCoreset": [
+        Case(GradientCoreset(size=3)),
+        Case(GradientCoreset(size=2), splits=True),
+    ],
     "FixedSelection": [
         Case(FixedSelection(["t0", "t3"]), splits=True),
         Case(FixedSelection({"t0": 2, "t5": 1}), splits=True),
