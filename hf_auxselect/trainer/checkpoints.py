@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from transformers import Trainer
@@ -59,8 +59,6 @@ class _Decision(TypedDict):
     seed: int
     estimator: JsonDict
     selector: JsonDict
-    shadow_prices: NotRequired[dict[str, float]]
-    """Group -> shadow price of its ceiling, which a later selection may start from."""
 
 
 class Decision(_Decision, total=False):
@@ -68,6 +66,8 @@ class Decision(_Decision, total=False):
 
     confirmation: ConfirmationRecord
     """Of ``confirm=n``."""
+    shadow_prices: dict[str, float]
+    """Group -> shadow price of its ceiling, which a later selection may start from."""
 
 
 class Clusters(TypedDict):
