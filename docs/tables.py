@@ -1,7 +1,8 @@
 """Writes the tables of figures into the pages, from ``benchmarks/results``.
 
 A page holds ``<!-- table: NAME -->`` and ``<!-- /table -->``, and what is between them is written
-by the function of that name in ``accuracy_tables.py`` or ``cost_tables.py``.
+by the function of that name in ``accuracy_tables.py``, ``cost_tables.py`` or
+``search_tables.py``.
 
     python docs/tables.py           # write
     python docs/tables.py --check   # exit with 1, and name the page, where one is out of date
@@ -13,10 +14,12 @@ import re
 import sys
 
 import accuracy_tables  # noqa: F401, registers its tables
+import choosing_tables  # noqa: F401
 import cost_tables  # noqa: F401
+import search_tables  # noqa: F401
 from results import ROOT, TABLES
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

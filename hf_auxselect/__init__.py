@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from hf_auxselect.capture.scalars import ExampleLoss as ExampleLoss
     from hf_auxselect.capture.scalars import UnsupportedLossError as UnsupportedLossError
+    from hf_auxselect.clusters import cluster_tasks as cluster_tasks
     from hf_auxselect.estimators import AbstractEstimator as AbstractEstimator
     from hf_auxselect.estimators import Estimate as Estimate
     from hf_auxselect.estimators import FittedEstimator as FittedEstimator
@@ -31,16 +32,22 @@ if TYPE_CHECKING:
     from hf_auxselect.estimators import KernelSurrogate as KernelSurrogate
     from hf_auxselect.estimators import LinearizedTraining as LinearizedTraining
     from hf_auxselect.estimators import RidgeSurrogate as RidgeSurrogate
+    from hf_auxselect.options import Confirmation as Confirmation
     from hf_auxselect.plan import CostPreview as CostPreview
     from hf_auxselect.report import SelectionReport as SelectionReport
     from hf_auxselect.selectors import AbstractSelector as AbstractSelector
     from hf_auxselect.selectors import BackwardElimination as BackwardElimination
+    from hf_auxselect.selectors import BeamSearch as BeamSearch
+    from hf_auxselect.selectors import ConstrainedSelection as ConstrainedSelection
     from hf_auxselect.selectors import ExhaustiveSearch as ExhaustiveSearch
     from hf_auxselect.selectors import FixedSelection as FixedSelection
     from hf_auxselect.selectors import ForwardSelection as ForwardSelection
+    from hf_auxselect.selectors import GradientCoreset as GradientCoreset
+    from hf_auxselect.selectors import MixtureOptimization as MixtureOptimization
     from hf_auxselect.selectors import RandomEnsemble as RandomEnsemble
     from hf_auxselect.selectors import Selection as Selection
     from hf_auxselect.selectors import SelectionProblem as SelectionProblem
+    from hf_auxselect.selectors import WorstGroupSelection as WorstGroupSelection
     from hf_auxselect.store.arrays import GradientStore as GradientStore
     from hf_auxselect.store.format import StoreError as StoreError
     from hf_auxselect.tasks import concatenate_tasks as concatenate_tasks
@@ -52,6 +59,7 @@ _MODULES = {
     "capture.examples": ("capture_gradients",),
     "capture.hooks": ("NonFiniteError", "UnsupportedModuleError"),
     "capture.scalars": ("ExampleLoss", "UnsupportedLossError"),
+    "clusters": ("cluster_tasks",),
     "estimators": (
         "AbstractEstimator",
         "Estimate",
@@ -62,17 +70,23 @@ _MODULES = {
         "LinearizedTraining",
         "RidgeSurrogate",
     ),
+    "options": ("Confirmation",),
     "plan": ("CostPreview",),
     "report": ("SelectionReport",),
     "selectors": (
         "AbstractSelector",
         "BackwardElimination",
+        "BeamSearch",
+        "ConstrainedSelection",
         "ExhaustiveSearch",
         "FixedSelection",
         "ForwardSelection",
+        "MixtureOptimization",
+        "GradientCoreset",
         "RandomEnsemble",
         "Selection",
         "SelectionProblem",
+        "WorstGroupSelection",
     ),
     "store.arrays": ("GradientStore",),
     "store.format": ("StoreError",),

@@ -8,55 +8,90 @@ from typing import Any
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator
 from hf_auxselect.plan import Plan
 from hf_auxselect.report import SelectionReport, strategy_record
-from hf_auxselect.report.content import RunRecord
-from hf_auxselect.selectors import AbstractSelector, SelectionProblem, selection_problem
+from hf_auxselect.report.content import Interval, RunRecord
+from hf_auxselect.selectors import (
+    AbstractSelector,
+    Selection,
+    SelectionProblem,
+    selection_problem,
+)
 from hf_auxselect.store.arrays import GradientStore
 
 
-def decide(
+def choose(
     fitted: FittedEstimator | None,
     *,
     plan: Plan,
     store: GradientStore | None,
-    estimator: AbstractEstimator,
     selector: AbstractSelector,
     keep: Sequence[str],
-    run: RunRecord,
     rows_to_read: int,
-    notes: Sequence[str],
-) -> SelectionReport:
-    """Choose a mixture and report on it.
+) -> Selection:
+    """Choose a mixture.
 
     Args:
         fitted: the estimator, fitted and calibrated; None: nothing is estimated, which only a fixed
             selection can do without.
         plan: of the run.
         store: the gradients that ``fitted`` was fitted to.
-        estimator: as the user gave it, for the report.
         selector: chooses the mixture.
         keep: tasks that must be selected.
+        rows_to_read: number of training rows that the remaining steps read.
+    """
+    if fitted is None or store is None:
+        problem = SelectionProblem(
+            _no_estimate,
+            plan.tasks.names,
+            plan.tasks.counts.tolist(),
+            keep=keep,
+            rows_to_read=rows_to_read,
+        )
+    else:
+        problem = selection_problem(fitted, store, keep=keep, rows_to_read=rows_to_read)
+    return selector.select(problem)
+
+
+def report_on(
+    selection: Selection,
+    fitted: FittedEstimator | None,
+    *,
+    plan: Plan,
+    store: GradientStore | None,
+    estimator: AbstractEstimator,
+    selector: AbstractSelector,
+    run: RunRecord,
+    rows_to_read: int,
+    notes: Sequence[str],
+) -> SelectionReport:
+    """Report on a choice.
+
+    Args:
+        selection: what was chosen.
+        fitted: the estimator that the choice was made with, or None.
+        plan: of the run.
+        store: the gradients that ``fitted`` was fitted to.
+        estimator: as the user gave it.
+        selector: as the user gave it.
         run: what the report tells of the run.
         rows_to_read: number of training rows that the remaining steps read.
         notes: sentences on what the estimates do not model.
     """
-    if fitted is None or store is None:
-        problem = SelectionProblem(
-            _no_estimate, plan.tasks.names, plan.tasks.counts.tolist(), keep=keep
-        )
-    else:
-        problem = selection_problem(fitted, store, keep=keep)
-    selection = selector.select(problem)
     report = SelectionReport(
         weights=selection.weights,
         scores=selection.scores,
+        score_intervals={
+            name: Interval(low=low, high=high)
+            for name, (low, high) in selection.score_intervals.items()
+        },
         history=list(selection.history),
+        shadow_prices=selection.shadow_prices,
         estimator=strategy_record(estimator),
         selector=strategy_record(selector),
         run={**run, **plan.amounts(selection.weights, rows_to_read)},
     )
     if fitted is not None and store is not None:
         report.add_estimates(fitted, selection, store, seed=plan.seed)
-        report.warnings += [*notes, *plan.target_sample_note()]
+        report.warnings += [*selection.notes, *notes, *plan.target_sample_note()]
     return report
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import Trainer
 
@@ -22,12 +23,15 @@ from hf_auxselect.capture.optimizer_state import why_not_modelled
 from hf_auxselect.capture.probes import losses_at, measure_probes
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import AT_OPTIMIZER, Batch
+from hf_auxselect.clusters import cluster_gradients, cluster_rows, evenly_split
 from hf_auxselect.distributed import on_main_process
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDPOINTS
+from hf_auxselect.options import Options
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.store.writer import add_vectors
+from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer import access, data
 from hf_auxselect.trainer.evaluation import compare_evaluation
 from hf_auxselect.trainer.schedule import schedule_after, training_to_come
@@ -37,15 +41,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GradientPass:
-    """Captures what the estimator of a run needs; options as in ``TaskSelectionCallback``."""
+    """Captures what the estimator of a run needs."""
 
     trainer: Trainer
     plan: Plan
-    target: str | None
-    estimator: AbstractEstimator
-    projection_dim: int
-    batch_size: int | None
-    one_by_one: bool
+    options: Options
 
     def check(self) -> list[str]:
         """Check loss, optimizer and captured gradients on a few rows, before the first step.
@@ -54,10 +54,10 @@ class GradientPass:
             Sentences for the report on what of the loss and of the optimizer is not modelled.
         """
         notes = list(self.plan.loss.notes)
-        if needs_optimizer(self.estimator):
+        if needs_optimizer(self.options.estimator):
             notes += self._check_optimizer()
         self.compare_loss()
-        if self.one_by_one or self.plan.loss.of_example.of_batch is not None:
+        if self.options.one_by_one or self.plan.loss.of_example.of_batch is not None:
             return notes
         with self.trainer.compute_loss_context_manager():
             found = compare_with_autograd(
@@ -75,8 +75,15 @@ class GradientPass:
 
         Terms that are 0 in the first step (a distance from the initial model) show at the switch.
         """
-        dataset = data.target_dataset(self.trainer, self.target)
-        return compare_evaluation(self.trainer, dataset, self.plan.loss)
+        trainer, target = self.trainer, data.target_key(self.trainer, self.options.target)
+        notes = compare_evaluation(
+            trainer, data.target_dataset(trainer, target), self.plan.loss, "the target"
+        )
+        for group in self.plan.groups:
+            dataset = data.group_dataset(trainer, group.name, target)
+            what = f"the group {group.name!r}"
+            notes += compare_evaluation(trainer, dataset, self.plan.loss, what)
+        return notes
 
     def _check_optimizer(self) -> list[str]:
         """Refuse an optimizer whose steps are not modelled; note what is unknown about others."""
@@ -85,7 +92,7 @@ class GradientPass:
         schedule = schedule_after(trainer, first_step)
         name = access.optimizer_name(trainer)
         reason = why_not_modelled(trainer.model, trainer.optimizer, schedule, first_step=first_step)
-        estimator = type(self.estimator).__name__
+        estimator = type(self.options.estimator).__name__
         if reason is not None:
             raise ValueError(
                 f"{estimator} models the steps of the run's optimizer, {name}: {reason} Or pass "
@@ -109,12 +116,15 @@ class GradientPass:
 
     def preview(self) -> CostPreview:
         """Run a few batches and predict the cost."""
-        plan = self.plan
-        sketch = CountSketch(self.projection_dim, plan.seed)
+        plan, clusters = self.plan, self.options.clusters
+        if clusters is not None:  # of which nothing is known yet
+            tasks = evenly_split(len(plan.tasks.ids), clusters)
+            plan = plan.with_tasks(tasks, self.options.examples_per_task)
+        sketch = CountSketch(self.options.projection_dim, plan.seed)
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         entries = sum(p.numel() for p in parameters)
         kept = sum(sketch.table_bytes(p.numel()) for p in parameters)
-        if needs_optimizer(self.estimator):  # its scales and momentum
+        if needs_optimizer(self.options.estimator):  # its scales and momentum
             kept += 2 * 4 * entries
         host = 0
         with (
@@ -128,14 +138,15 @@ class GradientPass:
                 plan.examples,
                 plan.target,
                 self._collate_fn,
-                projection_dim=self.projection_dim,
+                groups=plan.groups,
+                projection_dim=self.options.projection_dim,
                 batch_size=self._batch_size,
-                scalars=self.estimator.scalars,
-                one_by_one=self.one_by_one,
+                scalars=self.options.estimator.scalars,
+                one_by_one=self.options.one_by_one,
                 loss=plan.loss.of_example,
             )
             seconds, memory = cost.seconds, cost.memory
-            if self.estimator.needs_probes:
+            if self.options.estimator.needs_probes:
                 cost = predict_probes(
                     self.trainer.model,
                     plan.examples,
@@ -153,11 +164,29 @@ class GradientPass:
                 else:
                     host = sources
                 seconds, memory = seconds + cost.seconds, max(memory, probe_memory)
-        bytes_per_example = 28 + len(self.estimator.scalars) * 4 * (1 + self.projection_dim)
+            if clusters is not None:
+                cost = predict_pass(
+                    self.trainer.model,
+                    [plan.all_rows()],
+                    plan.target,
+                    self._collate_fn,
+                    projection_dim=self.options.projection_dim,
+                    batch_size=self._batch_size,
+                    scalars=self._scalars_to_cluster,
+                    one_by_one=self.options.one_by_one,
+                    loss=plan.loss.of_example,
+                )
+                seconds, memory = seconds + cost.seconds, max(memory, cost.memory)
+        bytes_per_gradient = 4 * (1 + self.options.projection_dim)
+        bytes_per_example = 28 + len(self.options.estimator.scalars) * bytes_per_gradient
+        num_clustered = (
+            0 if clusters is None else len(plan.tasks.ids) + len(plan.target.example_ids)
+        )
+        disk = plan.num_examples * bytes_per_example + num_clustered * (28 + bytes_per_gradient)
         return CostPreview(
-            num_examples=plan.num_examples,
+            num_examples=plan.num_examples + num_clustered,
             seconds=seconds / self.trainer.args.world_size,
-            disk_mib=plan.num_examples * bytes_per_example / 2**20,
+            disk_mib=disk / 2**20,
             memory_mib=(kept + memory) / 2**20,
             host_memory_mib=host / 2**20,
             switch_step=plan.switch_steps[0],
@@ -183,14 +212,15 @@ class GradientPass:
                 plan.examples,
                 plan.target,
                 self._collate_fn,
+                groups=plan.groups,
                 directory=directory,
-                projection_dim=self.projection_dim,
+                projection_dim=self.options.projection_dim,
                 batch_size=self._batch_size,
                 seed=plan.seed,
-                scalars=self.estimator.scalars,
-                optimizer=trainer.optimizer if needs_optimizer(self.estimator) else None,
+                scalars=self.options.estimator.scalars,
+                optimizer=trainer.optimizer if needs_optimizer(self.options.estimator) else None,
                 training=training,
-                one_by_one=self.one_by_one,
+                one_by_one=self.options.one_by_one,
                 loss=plan.loss.of_example,
                 progress=progress,
             )
@@ -205,7 +235,7 @@ class GradientPass:
                 )
                 on_main_process(lambda: add_vectors(directory, losses.to_vectors()))
                 store = store.with_vectors(losses.to_vectors())
-            way = on_main_process(lambda: self.estimator.probe_points(store))
+            way = on_main_process(lambda: self.options.estimator.probe_points(store))
             if way is None:
                 return store
             return measure_probes(
@@ -222,15 +252,57 @@ class GradientPass:
                 progress=progress,
             )
 
+    def find_clusters(
+        self, number: int, directory: Path, initial: Mapping[str, Tensor] | None
+    ) -> TaskRows:
+        """Cluster all training rows by their loss gradients at theta_0.
+
+        Args:
+            number: of clusters.
+            directory: where the store of these gradients is written.
+            initial: trainable parameters at step 0 if training restarts there, else None.
+        """
+        trainer, plan, options = self.trainer, self.plan, self.options
+        with trainer.compute_loss_context_manager():
+            store = capture_examples(
+                trainer.model,
+                [plan.all_rows()],
+                plan.target,
+                self._collate_fn,
+                directory=directory,
+                projection_dim=options.projection_dim,
+                batch_size=self._batch_size,
+                seed=plan.seed,
+                scalars=self._scalars_to_cluster,
+                optimizer=trainer.optimizer if needs_optimizer(options.estimator) else None,
+                training=training_to_come(
+                    trainer, trainer.state.global_step, restarts=initial is not None
+                ),
+                one_by_one=options.one_by_one,
+                loss=plan.loss.of_example,
+                progress=not trainer.args.disable_tqdm,
+            )
+        order = np.argsort(store.example_ids)
+        labels_N = on_main_process(
+            lambda: cluster_gradients(store.loss_gradients[order], number, seed=plan.seed)
+        )
+        return cluster_rows(labels_N)
+
+    @property
+    def _scalars_to_cluster(self) -> tuple[str, ...]:
+        """In the optimizer's coordinates, where these are captured anyway."""
+        at = AT_OPTIMIZER if needs_optimizer(self.options.estimator) else ""
+        return (f"loss{at}",)
+
     @cached_property
     def _collate_fn(self) -> Callable[[list[Any]], Batch]:
         return data.collate_function(self.trainer)
 
     @property
     def _batch_size(self) -> int:
-        if self.one_by_one:
+        if self.options.one_by_one:
             return 1
-        return self.batch_size or self.trainer.args.per_device_train_batch_size
+        return self.options.batch_size or self.trainer.args.per_device_train_batch_size
 
 
 def needs_optimizer(estimator: AbstractEstimator) -> bool:

@@ -1,51 +1,191 @@
-"""What the callback requires of its options, before anything is spent on them."""
+"""The callback's options, and what is required of them before anything is spent on them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from hf_auxselect.estimators import AbstractEstimator
-from hf_auxselect.selectors import AbstractSelector
+from hf_auxselect.files import JsonDict
+from hf_auxselect.selectors import AbstractSelector, FixedSelection
 
 MODES = ("continue", "restart", "observe")
 
 
-def require_options(
-    *,
-    warmup: float | int,
-    after: str,
-    keep: Sequence[str],
-    examples_per_task: int | None,
-    projection_dim: int,
-    batch_size: int | None,
-    verify: int,
-    calibrate: int,
-    estimator: AbstractEstimator | None,
-    selector: AbstractSelector | None,
-) -> None:
-    """Raise ValueError or TypeError for the first option of the callback that is wrong."""
-    is_share = isinstance(warmup, float) and 0 < warmup < 1
-    if isinstance(warmup, bool) or not (is_share or (isinstance(warmup, int) and warmup >= 1)):
-        raise ValueError(
-            f"warmup must be a share of the run in (0, 1) or a number of steps (an int of at "
-            f"least 1), got {warmup!r}."
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """How ``TaskSelectionCallback(confirm=...)`` lets ground-truth runs decide among finalists.
+
+    Choose it where a wrong choice would cost more than the runs: n finalists cost up to n times the
+    steps that are left. ``confirm=n`` is short for ``Confirmation(finalists=n)``. Of more than
+    three finalists the worse half is dropped on the way, until three or fewer are left.
+
+    Args:
+        finalists: number of mixtures: the selector's choice, all tasks, then the best estimated
+            others that the selector has tried, then mixtures between the first two.
+        share: of the remaining steps that finalists are trained for. Below 1 the order of the
+            finalists may still change in the steps that are not trained.
+
+    Raises:
+        ValueError: there are fewer than two finalists, or ``share`` is not in (0, 1].
+    """
+
+    finalists: int = 3
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        number, share = self.finalists, self.share
+        if isinstance(number, bool) or not isinstance(number, int) or number < 2:
+            raise ValueError(
+                "confirm must be a number of finalists, 2 or more (the choice and all tasks are "
+                f"always among them), or 0; got {number!r}."
+            )
+        is_number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not is_number or not 0 < share <= 1:
+            raise ValueError(
+                f"confirm: share must be a share of the remaining steps in (0, 1], got {share!r}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``TaskSelectionCallback``, by the same names.
+
+    Raises:
+        ValueError, TypeError: for the first option that is wrong.
+    """
+
+    target: str | None
+    task_column: str
+    warmup: float | int
+    estimator: AbstractEstimator
+    selector: AbstractSelector
+    after: str
+    keep: tuple[str, ...]
+    groups: tuple[str, ...]
+    examples_per_task: int | None
+    projection_dim: int
+    batch_size: int | None
+    one_by_one: bool
+    verify: int
+    calibrate: int
+    confirm: int | Confirmation
+    clusters: int | None
+    sources: dict[str, JsonDict]
+    output_dir: str | Path | None
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        warmup = self.warmup
+        is_share = isinstance(warmup, float) and 0 < warmup < 1
+        if isinstance(warmup, bool) or not (is_share or (isinstance(warmup, int) and warmup >= 1)):
+            raise ValueError(
+                f"warmup must be a share of the run in (0, 1) or a number of steps (an int of at "
+                f"least 1), got {warmup!r}."
+            )
+        if self.after not in MODES:
+            raise ValueError(f"after must be one of {list(MODES)}, got {self.after!r}.")
+        for name in self.groups:
+            if not isinstance(name, str):
+                raise TypeError(f"groups must be keys of eval_dataset, got {name!r} among them.")
+            if self.groups.count(name) > 1:
+                raise ValueError(f"groups names {name!r} more than once.")
+            if name == self.target:
+                raise ValueError(f"groups names the target {name!r}; leave it out of groups.")
+        if self.groups and not self.needs_estimates:
+            raise ValueError(
+                f"groups={list(self.groups)} asks for estimates, but FixedSelection(estimate=False)"
+                " makes none; leave one of the two out."
+            )
+        if self.examples_per_task is not None and self.examples_per_task < 2:
+            raise ValueError(
+                f"examples_per_task must be at least 2, or None; got {self.examples_per_task}."
+            )
+        if self.projection_dim < 2:
+            raise ValueError(f"projection_dim must be at least 2, got {self.projection_dim}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, or None; got {self.batch_size}.")
+        for name, number in (("verify", self.verify), ("calibrate", self.calibrate)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ValueError(f"{name} must be a number of mixtures, 0 or more; got {number!r}.")
+        _ = self.confirmation
+        if self.clusters is not None:
+            self._require_clusters(self.clusters)
+        if not isinstance(self.estimator, AbstractEstimator):
+            raise TypeError(
+                f"estimator must be an object such as LinearizedTraining(), got {self.estimator!r}."
+            )
+        if not isinstance(self.selector, AbstractSelector):
+            raise TypeError(
+                f"selector must be an object such as ForwardSelection(), got {self.selector!r}."
+            )
+        if self.confirmation is not None and not self.selector.asks_for_target_only:
+            raise ValueError(
+                f"confirm={self.confirm} goes on with the lowest measured loss of the target, but "
+                f"{type(self.selector).__name__} asks for more than that, and would be overruled; "
+                "leave one of the two out."
+            )
+        if (self.verify or self.calibrate) and not self.needs_estimates:
+            option = f"verify={self.verify}" if self.verify else f"calibrate={self.calibrate}"
+            raise ValueError(
+                f"{option} compares estimates with ground-truth runs, but "
+                "FixedSelection(estimate=False) makes no estimates; leave one of the two out."
+            )
+
+    def _require_clusters(self, number: int) -> None:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 2:
+            raise ValueError(
+                f"clusters must be a number of clusters, 2 or more, or None; got {number!r}."
+            )
+        if self.keep:
+            raise ValueError(
+                f"keep={list(self.keep)} names tasks, but with clusters={number} the tasks are "
+                "clusters that are found at the switch; leave one of the two out."
+            )
+
+    @property
+    def confirmation(self) -> Confirmation | None:
+        """The race that was asked for; None: there is none."""
+        return confirmation_of(self.confirm)
+
+    @property
+    def needs_estimates(self) -> bool:
+        """Whether gradients are captured and losses estimated."""
+        return not isinstance(self.selector, FixedSelection) or self.selector.estimate
+
+
+def named_groups(groups: Sequence[str]) -> tuple[str, ...]:
+    """The names in ``groups``.
+
+    Raises:
+        TypeError: it is one name instead of a sequence of names.
+    """
+    if isinstance(groups, str):
+        raise TypeError(
+            f"groups must be a sequence of keys of eval_dataset, got the string {groups!r}."
         )
-    if after not in MODES:
-        raise ValueError(f"after must be one of {list(MODES)}, got {after!r}.")
+    return tuple(groups)
+
+
+def confirmation_of(confirm: int | Confirmation) -> Confirmation | None:
+    """The race that ``confirm=`` asks for; None: there is none.
+
+    Raises:
+        ValueError: it is no number of finalists.
+    """
+    if isinstance(confirm, Confirmation):
+        return confirm
+    is_off = confirm == 0 and not isinstance(confirm, bool)
+    return None if is_off else Confirmation(finalists=confirm)
+
+
+def kept_tasks(keep: Sequence[str]) -> tuple[str, ...]:
+    """The names in ``keep``, as tasks are named.
+
+    Raises:
+        TypeError: it is one name instead of a sequence of names.
+    """
     if isinstance(keep, str):
         raise TypeError(f"keep must be a sequence of task names, got the string {keep!r}.")
-    if examples_per_task is not None and examples_per_task < 2:
-        raise ValueError(f"examples_per_task must be at least 2, or None; got {examples_per_task}.")
-    if projection_dim < 2:
-        raise ValueError(f"projection_dim must be at least 2, got {projection_dim}.")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, or None; got {batch_size}.")
-    for name, number in (("verify", verify), ("calibrate", calibrate)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ValueError(f"{name} must be a number of mixtures, 0 or more; got {number!r}.")
-    if not isinstance(estimator, AbstractEstimator | None):
-        raise TypeError(
-            f"estimator must be an object such as LinearizedTraining(), got {estimator!r}."
-        )
-    if not isinstance(selector, AbstractSelector | None):
-        raise TypeError(f"selector must be an object such as ForwardSelection(), got {selector!r}.")
+    return tuple(str(name) if isinstance(name, int) else name for name in keep)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import logging
 import random
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, TypedDict
@@ -22,9 +20,11 @@ from hf_auxselect._version import __version__
 from hf_auxselect.capture.batching import TaskExamples
 from hf_auxselect.capture.check import examples_to_check
 from hf_auxselect.capture.scalars import CollateFn
+from hf_auxselect.clusters import evenly_split
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.files import JsonDict, to_json
 from hf_auxselect.fingerprint import digest
+from hf_auxselect.options import Options
 from hf_auxselect.report.content import RunRecord
 from hf_auxselect.seeds import random_permutation
 from hf_auxselect.selectors import AbstractSelector, SelectionProblem
@@ -35,14 +35,9 @@ from hf_auxselect.trainer.loss import TrainerLoss, settle_loss
 
 logger = logging.getLogger(__name__)
 
-SECONDS_TO_COMPARE = 30.0
-"""Time limit of the comparison of training rows with the target's; a convention."""
-_CHUNK = 1000
-"""Training rows that the comparison reads at once; a convention."""
-_TOO_OPTIMISTIC = (
-    "the estimates are about rows that are trained on, too optimistic for new ones. Hold rows out "
-    "for the target."
-)
+
+ALL_ROWS = "all rows"
+"""The one task of a training set that is split into clusters later."""
 
 
 class PlanRecord(TypedDict):
@@ -65,6 +60,8 @@ class Plan:
     examples: tuple[TaskExamples, ...]
     """What the gradient pass reads of each auxiliary task."""
     target: TaskExamples
+    groups: tuple[TaskExamples, ...]
+    """Further targets, whose losses are estimated, too."""
     loss: TrainerLoss
     """How the loss of an example is computed, in agreement with the trainer."""
     examples_per_row: dict[str, float]
@@ -77,16 +74,38 @@ class Plan:
 
     @property
     def num_examples(self) -> int:
-        return sum(len(task.example_ids) for task in (*self.examples, self.target))
+        every = (*self.examples, self.target, *self.groups)
+        return sum(len(task.example_ids) for task in every)
+
+    def with_tasks(self, tasks: TaskRows, examples_per_task: int | None) -> Plan:
+        """The plan with the training rows in other tasks.
+
+        Args:
+            tasks: of the training rows.
+            examples_per_task: at most this many of each are captured; None: all.
+        """
+        rows = self.examples[0].rows
+        assert isinstance(rows, data.ModelRows)
+        return replace(
+            self, tasks=tasks, examples=_examples_of(tasks, rows, self.seed, examples_per_task)
+        )
+
+    def all_rows(self) -> TaskExamples:
+        """All training rows as one task, to be captured."""
+        rows = self.examples[0].rows
+        return TaskExamples(
+            name=ALL_ROWS, rows=rows, example_ids=range(len(rows)), num_rows=len(rows)
+        )
 
     def target_sample_note(self) -> list[str]:
-        """A sentence for the report if the target's loss is that of some of its examples."""
-        read, present = len(self.target.example_ids), len(self.target.rows)
-        if read == present:
-            return []
+        """A sentence for the report for each target whose loss is that of some of its examples."""
+        whole = [(self.target, f"the target's {len(self.target.rows)} examples")]
+        whole += [(g, f"the {len(g.rows)} examples of the group {g.name!r}") for g in self.groups]
         return [
-            f"estimates are about {read} of the target's {present} examples; the logged loss is "
+            f"estimates are about {len(one.example_ids)} of {examples}; the logged loss is "
             "that of all. examples_per_task=None reads all."
+            for one, examples in whole
+            if len(one.example_ids) != len(one.rows)
         ]
 
     def examples_to_check(self, model: nn.Module, collate_fn: CollateFn) -> list[Any]:
@@ -96,7 +115,7 @@ class Plan:
         batch then holds more or fewer images than examples.
         """
         loss = self.loss.of_example
-        for task in (*self.examples, self.target):
+        for task in (*self.examples, self.target, *self.groups):
             assert isinstance(task.rows, data.ModelRows)
             others = np.abs(task.rows.num_images(task.example_ids) - 1)
             if others.any():
@@ -157,7 +176,8 @@ class CostPreview:
         host_memory_mib: predicted size of the tasks' mean gradients, in MiB, which the host's
             memory holds where the model is not on the CPU; else 0.
         switch_step: optimizer step after which the pass runs.
-        verification_steps: further training steps, of ``verify`` and ``calibrate`` mixtures.
+        verification_steps: further training steps at most, of the ground-truth runs of ``verify``,
+            ``calibrate`` and ``confirm``; these share the runs on equal mixtures.
     """
 
     num_examples: int
@@ -187,41 +207,31 @@ class CostPreview:
         )
 
 
-def make_plan(
-    trainer: Trainer,
-    *,
-    target: str | None,
-    task_column: str,
-    warmup: float | int,
-    max_steps: int,
-    must_train_on: bool,
-    selector: AbstractSelector,
-    keep: Sequence[str],
-    examples_per_task: int | None,
-    seed: int | None,
-) -> Plan:
+def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_on: bool) -> Plan:
     """Settle the plan of a run, or say why it cannot work.
 
     Args:
         trainer: the trainer, with its data prepared.
-        target: key of an ``eval_dataset`` dict, or None.
-        task_column: column of the training set.
-        warmup: share of the run or number of steps.
+        options: the callback's. Its selector is asked for a choice once, so that options of it that
+            do not fit raise now.
         max_steps: optimizer steps of the whole run.
         must_train_on: whether a step must be left after the selection.
-        selector: is asked for a choice once, so that options that do not fit raise now.
-        keep: tasks that always stay.
-        examples_per_task: at most this many of each are captured; None: all.
-        seed: None: the trainer's ``data_seed`` or ``seed``.
 
     Raises:
         ValueError: the run is one in which a selection cannot work; says why and what to do.
     """
     support.refuse_unsupported(trainer)
-    tasks = data.read_tasks(trainer, task_column)
-    _dry_run(selector, tasks, keep)
-    target = data.target_key(trainer, target)
+    if options.clusters is None:
+        tasks = data.read_tasks(trainer, options.task_column)
+        _dry_run(options.selector, tasks, options.keep, options.groups)
+    else:
+        tasks = TaskRows((ALL_ROWS,), np.zeros(len(trainer.train_dataset), np.int64))
+        split = evenly_split(len(tasks.ids), options.clusters)
+        _dry_run(options.selector, split, options.keep, options.groups)
+    target = data.target_key(trainer, options.target)
     target_set = data.target_dataset(trainer, target)
+    group_sets = {name: data.group_dataset(trainer, name, target) for name in options.groups}
+    warmup, seed = options.warmup, options.seed
     switch_step = warmup if isinstance(warmup, int) else max(1, round(warmup * max_steps))
     if switch_step + must_train_on > max_steps:
         raise ValueError(
@@ -234,36 +244,30 @@ def make_plan(
     train_rows = data.ModelRows(trainer, trainer.train_dataset)
     target_rows = data.ModelRows(trainer, target_set)
 
-    def draw(examples: np.ndarray, name: str) -> tuple[int, ...]:
-        order = random_permutation(len(examples), seed, "examples", name)
-        return tuple(sorted(examples[order[:examples_per_task]].tolist()))
-
-    target_ids = draw(np.arange(len(target_rows)), "the target")
+    if options.clusters is not None and train_rows.is_packed:
+        raise ValueError(
+            f"clusters={options.clusters} splits the training set by rows, but its rows hold "
+            "several packed examples. Set packing=False; or split the set before it is packed, "
+            "with cluster_tasks."
+        )
+    at_most = options.examples_per_task
     loss = settle_loss(trainer, train_rows, target_rows)
-    if not has_label_tokens(trainer, target_rows, target_ids, loss):
-        raise ValueError(
-            f"the target has no label tokens: in all {len(target_ids)} examples of eval_dataset "
-            "that were looked at, every label is masked (-100). Look at its prompts and "
-            "completions."
+
+    def evaluated(rows: data.ModelRows, key: str | None, name: str, what: str) -> TaskExamples:
+        ids = _draw(np.arange(len(rows)), what, seed, at_most)
+        weights = _weights_in_evaluation(trainer, key, rows, ids, loss, what)
+        return TaskExamples(
+            name=name, rows=rows, example_ids=ids, num_rows=len(rows), example_weights=weights
         )
-    target_weights = evaluation_weights(trainer, target, target_rows, target_ids, loss)
-    if not sum(target_weights) > 0:
-        raise ValueError(
-            f"dataloader_drop_last=True leaves all {len(target_ids)} examples of the target that "
-            "are read out of the trainer's evaluation batches. Lower per_device_eval_batch_size, "
-            "or pass examples_per_task=None."
-        )
+
+    target_examples = evaluated(target_rows, target, target or "target", "the target")
+    group_rows = {name: data.ModelRows(trainer, dataset) for name, dataset in group_sets.items()}
+    groups = tuple(
+        evaluated(rows, name, name, f"the group {name!r}") for name, rows in group_rows.items()
+    )
     task_of_example = tasks.ids[train_rows.packed_rows]
     examples_per_row = np.bincount(task_of_example, minlength=len(tasks.names)) / tasks.counts
-    examples = tuple(
-        TaskExamples(
-            name=name,
-            rows=train_rows,
-            example_ids=draw(np.flatnonzero(task_of_example == k), name),
-            num_rows=int(tasks.counts[k]),
-        )
-        for k, name in enumerate(tasks.names)
-    )
+    examples = _examples_of(tasks, train_rows, seed, at_most)
     for task in examples:
         if not has_label_tokens(trainer, train_rows, task.example_ids, loss):
             raise ValueError(
@@ -275,13 +279,8 @@ def make_plan(
     return Plan(
         tasks=tasks,
         examples=examples,
-        target=TaskExamples(
-            name=target or "target",
-            rows=target_rows,
-            example_ids=target_ids,
-            num_rows=len(target_rows),
-            example_weights=tuple(target_weights),
-        ),
+        target=target_examples,
+        groups=groups,
         loss=loss,
         examples_per_row=(
             {}
@@ -294,6 +293,7 @@ def make_plan(
             "tasks": dict(zip(tasks.names, tasks.counts.tolist(), strict=True)),
             "training rows": _digest_of_rows(train_rows, tasks),
             "target rows": _digest_of_rows(target_rows),
+            "groups": {name: _digest_of_rows(rows) for name, rows in group_rows.items()},
             "trainable parameters": digest(
                 *(
                     (n, tuple(p.shape))
@@ -305,64 +305,31 @@ def make_plan(
             "number of processes": trainer.args.world_size,
             "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
             "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
-        },
+        }
+        | ({} if options.clusters is None else {"clusters": options.clusters}),
     )
 
 
-def warn_of_leaked_target(plan: Plan, task_column: str) -> None:
-    """Warn if rows of the target are trained on: of which tasks, and how many.
-
-    Rows are compared by the values of the columns that both sets have and the model reads (see
-    :func:`hf_auxselect.fingerprint.digest`). Training rows are looked at for ``SECONDS_TO_COMPARE``
-    at most, in chunks from all over the training set.
-    """
-    train, target = plan.examples[0].rows, plan.target.rows
-    assert isinstance(train, data.ModelRows) and isinstance(target, data.ModelRows)
-    columns = train.input_columns(train.columns & target.columns, task_column)
-    if not columns:
-        return
-    copies = collections.Counter(_hashes(target, range(len(target)), columns))
-    found: list[set[bytes]] = [set() for _ in plan.tasks.names]
-    found_rows = np.zeros(len(found), np.int64)
-    starts = range(0, len(train), _CHUNK)
-    deadline, num_read = time.monotonic() + SECONDS_TO_COMPARE, 0
-    for chunk in random_permutation(len(starts), plan.seed, "rows compared with the target"):
-        ids = range(starts[chunk], min(starts[chunk] + _CHUNK, len(train)))
-        for i, row_hash in zip(ids, _hashes(train, ids, columns), strict=True):
-            if row_hash in copies:
-                task = plan.tasks.ids[train.packed_rows[i]]
-                found[task].add(row_hash)
-                found_rows[task] += 1
-            num_read += 1
-            if time.monotonic() > deadline:
-                break
-        if time.monotonic() > deadline:
-            break
-    counts = [sum(copies[row_hash] for row_hash in own) for own in found]
-    for name, count, rows, size in zip(
-        plan.tasks.names, counts, found_rows, plan.tasks.counts, strict=True
-    ):
-        if count == len(target) == rows == size:
-            logger.warning(
-                "the target equals the training task %r row for row: %s", name, _TOO_OPTIMISTIC
-            )
-            return
-    if any(counts):
-        total = sum(copies[row_hash] for row_hash in set().union(*found))
-        logger.warning(
-            "%d of the target's %d rows are also rows of training tasks (%s)%s: %s",
-            total,
-            len(target),
-            ", ".join(
-                f"{count} of task {name!r}"
-                for name, count in zip(plan.tasks.names, counts, strict=True)
-                if count
-            ),
-            f", of whose {len(train)} rows {num_read} were looked at"
-            if num_read < len(train)
-            else "",
-            _TOO_OPTIMISTIC,
+def _examples_of(
+    tasks: TaskRows, rows: data.ModelRows, seed: int, at_most: int | None
+) -> tuple[TaskExamples, ...]:
+    """What the gradient pass reads of each task."""
+    task_of_example = tasks.ids[rows.packed_rows]
+    return tuple(
+        TaskExamples(
+            name=name,
+            rows=rows,
+            example_ids=_draw(np.flatnonzero(task_of_example == k), name, seed, at_most),
+            num_rows=int(tasks.counts[k]),
         )
+        for k, name in enumerate(tasks.names)
+    )
+
+
+def _draw(examples: np.ndarray, name: str, seed: int, at_most: int | None) -> tuple[int, ...]:
+    """Up to so many of some examples, ascending."""
+    order = random_permutation(len(examples), seed, "examples", name)
+    return tuple(sorted(examples[order[:at_most]].tolist()))
 
 
 def require_same_plan(plan: Plan, on_disk: PlanRecord, path: Any) -> None:
@@ -403,20 +370,60 @@ def checked_sources(sources: Mapping[str, Mapping[str, Any]] | None) -> dict[str
         raise TypeError(f"sources must hold texts, numbers and lists only ({error}).") from error
 
 
-def _dry_run(selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str]) -> None:
-    """Let the selector meet its tasks, so that options that do not fit raise now."""
+def _weights_in_evaluation(
+    trainer: Trainer,
+    key: str | None,
+    rows: data.ModelRows,
+    ids: Sequence[int],
+    loss: TrainerLoss,
+    what: str,
+) -> tuple[float, ...]:
+    """Weight of each of some examples in the loss that the trainer logs for an evaluation set.
+
+    Raises:
+        ValueError: none of them has a label token, or counts in the logged loss.
+    """
+    if not has_label_tokens(trainer, rows, ids, loss):
+        raise ValueError(
+            f"{what} has no label tokens: in all {len(ids)} examples of eval_dataset "
+            "that were looked at, every label is masked (-100). Look at its prompts and "
+            "completions."
+        )
+    weights = evaluation_weights(trainer, key, rows, ids, loss)
+    if not sum(weights) > 0:
+        raise ValueError(
+            f"dataloader_drop_last=True leaves all {len(ids)} examples of {what} that "
+            "are read out of the trainer's evaluation batches. Lower per_device_eval_batch_size, "
+            "or pass examples_per_task=None."
+        )
+    return tuple(weights)
+
+
+def _dry_run(
+    selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str], groups: Sequence[str]
+) -> None:
+    """Let the selector meet its tasks, so that options that do not fit raise now.
+
+    There are no estimates or gradients yet: all are 0.
+    """
+    num_tasks = len(tasks.names)
 
     def nothing(weights: ArrayLike) -> Estimate:
         zeros = np.zeros(len(np.asarray(weights)))
-        return Estimate(loss=zeros, low=zeros, high=zeros)
+        of_groups = np.zeros((len(zeros), len(groups))) if groups else None
+        return Estimate(loss=zeros, low=zeros, high=zeros, group_losses=of_groups)
 
-    selector.select(SelectionProblem(nothing, tasks.names, tasks.counts.tolist(), keep=keep))
-
-
-def _hashes(rows: data.ModelRows, ids: range, columns: Sequence[str]) -> Iterator[bytes]:
-    """A hash of each of some consecutive examples, by the values of some columns."""
-    for row in rows.stored(ids, columns):
-        yield digest(*(row.get(name) for name in columns))
+    selector.select(
+        SelectionProblem(
+            nothing,
+            tasks.names,
+            tasks.counts.tolist(),
+            keep=keep,
+            groups=groups,
+            gram=np.zeros((num_tasks, num_tasks)),
+            rows_to_read=len(tasks.ids),
+        )
+    )
 
 
 def _digest_of_rows(rows: data.ModelRows, tasks: TaskRows | None = None) -> str:

@@ -23,7 +23,7 @@ from hf_auxselect.plan import Plan, PlanRecord, require_same_plan
 from hf_auxselect.report.exports.rows import ROWS_NAME, row_lines
 from hf_auxselect.report.report import SelectionReport
 from hf_auxselect.tasks import TaskRows
-from hf_auxselect.trainer.checkpoints import Decision
+from hf_auxselect.trainer.checkpoints import ConfirmationRecord, Decision, clusters_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,27 @@ class RunDirectory:
         return self.path / "gradients"
 
     @property
+    def cluster_gradients(self) -> Path:
+        """Where the gradient store of all training rows is, by which they are clustered."""
+        return self.path / "cluster_gradients"
+
+    @property
+    def clusters(self) -> Path:
+        """The file with the cluster of each training row."""
+        return self.path / "clusters.json"
+
+    @property
     def decision(self) -> Path:
         """The file of the run's last decision."""
         return self.path / "selection.json"
 
+    @property
+    def ground_truth_runs(self) -> Path:
+        """The file of what ground-truth runs have measured."""
+        return self.path / "ground_truth_runs.json"
+
     def start(self, plan: Plan) -> Plan:
-        """Write the plan of a new run, and delete the decision and the report of an earlier one.
+        """Write the plan of a new run, and delete what an earlier one has decided and measured.
 
         Raises:
             OSError: the directory cannot be written to; names ``output_dir``.
@@ -63,6 +78,8 @@ class RunDirectory:
                     "pass output_dir=... to TaskSelectionCallback, or change the trainer's."
                 ) from error
             self.decision.unlink(missing_ok=True)
+            self.ground_truth_runs.unlink(missing_ok=True)
+            self.clusters.unlink(missing_ok=True)
             shutil.rmtree(self._report, ignore_errors=True)  # its pictures would be of that run
 
         on_main_process(write)
@@ -119,6 +136,10 @@ class RunDirectory:
         """Write ``selection.json``."""
         on_main_process(lambda: write_atomically(self.decision, to_json(decision)))
 
+    def save_clusters(self, tasks: TaskRows) -> None:
+        """Write ``clusters.json``."""
+        on_main_process(lambda: write_atomically(self.clusters, to_json(clusters_of(tasks))))
+
     def save_report(self, report: SelectionReport) -> None:
         """Write the files of the report."""
         on_main_process(lambda: report.save(self._report))
@@ -158,7 +179,7 @@ class RunDirectory:
 def decision_of(report: SelectionReport) -> Decision:
     """The decision that a report is about."""
     chosen = report.row("chosen") if report.rows else None
-    return Decision(
+    decision = Decision(
         selected=report.selected,
         weights=report.weights,
         estimated_loss=chosen.loss if chosen else None,
@@ -171,3 +192,14 @@ def decision_of(report: SelectionReport) -> Decision:
         estimator=report.estimator,
         selector=report.selector,
     )
+    if report.shadow_prices:
+        decision["shadow_prices"] = report.shadow_prices
+    if (race := report.confirmation) is not None:
+        decision["confirmation"] = ConfirmationRecord(
+            finalists=race.asked,
+            share=race.share,
+            winner=race.winner,
+            measured_loss=race.measured(race.winner),
+            measured_loss_all=race.measured("all tasks"),
+        )
+    return decision

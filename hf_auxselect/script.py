@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_auxselect.callback import TaskSelectionCallback
 from hf_auxselect.files import read_json
+from hf_auxselect.options import Confirmation, confirmation_of
 from hf_auxselect.plan import PlanRecord
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.run_directory import DIRECTORY_NAME
@@ -105,6 +106,13 @@ def _require_same_options(callback: TaskSelectionCallback, report: SelectionRepo
                 f"the script's {name} is {strategy!r}, but the selection was made with {before}; "
                 "run the script with the options of that run."
             )
+    race = report.confirmation
+    asked = None if race is None else Confirmation(finalists=race.asked, share=race.share)
+    if confirmation_of(callback.confirm) != asked:
+        raise ValueError(
+            f"the script's confirm is {callback.confirm!r}, but the selection was made with "
+            f"{asked}; run the script with the options of that run."
+        )
 
 
 @contextmanager

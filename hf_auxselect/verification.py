@@ -1,19 +1,14 @@
-"""Ground-truth runs beside the estimates: which mixtures to train on, and how estimates compare."""
+"""Ground-truth runs beside the estimates: which mixtures to train on."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from hf_auxselect.distributed import MainProcessValue
-from hf_auxselect.estimators import FittedEstimator, normalize_mixtures
-from hf_auxselect.report import Measurement
+from hf_auxselect.estimators import normalize_mixtures
 from hf_auxselect.selectors import RandomEnsemble
 from hf_auxselect.tasks import TaskRows
-from hf_auxselect.trainer.trial_runs import RestOfRun
 
 
 def mixtures_to_verify(
@@ -68,50 +63,3 @@ def mixtures_to_calibrate(tasks: TaskRows, num_mixtures: int, seed: int) -> dict
         distance = np.minimum(distance, np.linalg.norm(shares - shares[chosen[-1]], axis=1))
     names = [", ".join(np.array(tasks.names)[mask]) for mask in masks]
     return {"all tasks" if i == 0 else names[i]: shares[i] for i in chosen}
-
-
-def measure(
-    rest: RestOfRun,
-    mixtures: Mapping[str, np.ndarray],
-    fitted: MainProcessValue[FittedEstimator],
-    purpose: str,
-) -> list[Measurement]:
-    """Train on each mixture for the remaining steps, and compare the loss with the estimate.
-
-    Every process must call this.
-
-    Args:
-        rest: the remaining steps of the run.
-        mixtures: shares [K] by the name of the mixture.
-        fitted: the estimator to compare with.
-        purpose: title of the progress bar.
-    """
-    trainer = rest.trainer
-    steps = trainer.state.max_steps - trainer.state.global_step
-    measured: dict[str, tuple[float, float]] = {}
-    with tqdm(
-        total=len(mixtures) * steps,
-        desc=purpose,
-        unit="step",
-        disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero(),
-    ) as progress:
-        for name, shares in mixtures.items():
-            start = time.perf_counter()
-            measured[name] = rest.fine_tune(shares, progress), time.perf_counter() - start
-
-    def compare(fitted: FittedEstimator) -> list[Measurement]:
-        estimate = fitted.estimate(np.array([*mixtures.values()]))
-        return [
-            Measurement(
-                name=name,
-                weights=dict(zip(rest.tasks.names, shares.tolist(), strict=True)),
-                estimated=float(estimate.loss[i]),
-                low=float(estimate.low[i]),
-                high=float(estimate.high[i]),
-                measured=measured[name][0],
-                seconds=round(measured[name][1], 3),
-            )
-            for i, (name, shares) in enumerate(mixtures.items())
-        ]
-
-    return fitted.ask(compare)

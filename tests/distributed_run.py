@@ -77,20 +77,39 @@ def main(output: Path) -> None:
                 result["exported"][name] = callback.report.export("rows")
     result["world_size"] = trainer.args.world_size
 
-    callback = TaskSelectionCallback(warmup=4, projection_dim=16, verify=1)
+    # Four finalists, two of which are paused.
+    callback = TaskSelectionCallback(warmup=4, projection_dim=16, confirm=4, verify=1)
     trainer = tiny.sft_trainer(output / "trained", callback)
     trainer.train()
     result["weights"] = digest(tiny.weights(trainer))
     result["measured at the switch"] = callback.report.verification[0].measured
     result["measured at the end"] = trainer.evaluate()["eval_loss"]
+    result["race"] = [one.losses for one in callback.report.confirmation.finalists]
+
+    callback = TaskSelectionCallback(
+        warmup=4, projection_dim=16, estimator=GradExLogistic(), clusters=3
+    )
+    trainer = tiny.plain_trainer(output / "clusters", callback)
+    trainer.train()
+    result["clusters"] = {
+        "tasks": callback.report.weights,
+        "weights": digest(tiny.weights(trainer)),
+    }
 
     # Without a learning rate the weights at the switch do not depend on the number of processes.
-    callback = TaskSelectionCallback(warmup=4, projection_dim=16)
-    tiny.sft_trainer(output / "selection", callback, learning_rate=0).train()
+    # A group does not change what is chosen for the target.
+    callback = TaskSelectionCallback(
+        target="target", groups=["letters"], warmup=4, projection_dim=16
+    )
+    sets = {"target": tiny.sums(16, 9), "letters": tiny.sums(11, 7, letters=True)}
+    trainer = tiny.sft_trainer(output / "selection", callback, learning_rate=0, eval_dataset=sets)
+    trainer.train()
     result["selection"] = {
         "weights": callback.report.weights,
         "rows": [row.loss for row in callback.report.rows],
+        "group": [row.group_losses["letters"] for row in callback.report.rows],
     }
+    result["logged of the group"] = trainer.evaluate()["eval_letters_loss"]
 
     # Evaluation batches that differ in label tokens, and a part of one.
     result["estimated"], result["logged"] = {}, {}

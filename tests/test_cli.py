@@ -387,9 +387,10 @@ print("ended with", trainer.evaluate()["eval_loss"])
         assert main(command) == 0
         before = (directory / "report" / "report.json").read_bytes()
         monkeypatch.setattr(
-            "hf_auxselect.trainer.trial_runs.RestOfRun.fine_tune",
-            lambda self, shares, progress: (_ for _ in ()).throw(OSError("disk full")),
+            "hf_auxselect.trainer.trial_runs.TrialRun.train_to",
+            lambda self, step, progress: (_ for _ in ()).throw(OSError("disk full")),
         )
+        command[3] = "2"  # the first run is known
         assert main(command) == 1
         text = script.read_text()
         script.write_text(text.replace("warmup=4,", "warmup=4, estimator=GradExLogistic(),"))

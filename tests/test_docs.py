@@ -23,7 +23,7 @@ DOCUMENTS = sorted(
     for path in (ROOT / folder).glob("**/*.md" if folder != "." else "*.md")
 )
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
 def named(path):
@@ -61,6 +61,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(path, run_dir, capsys):
         "alpaca": tiny.sums(12, 2, letters=True),
         "code": tiny.sums(12, 3, shuffled=True),
         "target": tiny.sums(8, 9),
+        "other_target": tiny.sums(6, 8, letters=True),
         "model": tiny.llama(),
         "args": SFTConfig(str(run_dir), **arguments),
         "lora": tiny.lora(),

@@ -64,7 +64,12 @@ def lora(family: str) -> dict[str, Any]:
 
 
 def make_trainer(
-    family: str, directory: Path, callbacks: list[TrainerCallback], **options: Any
+    family: str,
+    directory: Path,
+    callbacks: list[TrainerCallback],
+    *,
+    eval_dataset: Any = None,
+    **options: Any,
 ) -> SFTTrainer:
     """The trainer of a family; the adapter's initial values are the same in every run."""
     # Where TRL has Triton it leaves out the logits at positions without a label; on a CPU it does
@@ -77,7 +82,7 @@ def make_trainer(
         model=own.model(),
         args=SFTConfig(output_dir=str(directory), **arguments),
         train_dataset=concatenate_tasks(own.training_tasks()),
-        eval_dataset=own.make_target(0),
+        eval_dataset=own.make_target(0) if eval_dataset is None else eval_dataset,
         peft_config=LoraConfig(**lora(family)),
         callbacks=callbacks,
     )

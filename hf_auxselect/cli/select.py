@@ -68,7 +68,9 @@ def choose_again(report: SelectionReport, selector: AbstractSelector, keep: list
     """
     fitted = report.fitted()
     names = [*report.weights]
-    problem = selection_problem(fitted, report.gradients(), keep=keep)
+    problem = selection_problem(
+        fitted, report.gradients(), keep=keep, rows_to_read=_rows_to_read(report)
+    )
     selection = selector.select(problem)
     chosen = np.array([[selection.weights[name] for name in names]])
     everything = np.ones(len(names), bool)
@@ -87,10 +89,23 @@ def choose_again(report: SelectionReport, selector: AbstractSelector, keep: list
             "low": float(difference.low[0]),
             "high": float(difference.high[0]),
         },
+        "shadow_prices": selection.shadow_prices,
+        "notes": list(selection.notes),
         "keep": list(keep),
         "estimator": report.estimator,
         "selector": strategy_record(selector),
     }
+
+
+def _rows_to_read(report: SelectionReport) -> int | None:
+    """Rows that the steps after the switch read; None if the report does not tell.
+
+    Earlier releases wrote only how often each row is read.
+    """
+    if "rows_to_read" in report.run or not report.tasks:
+        return report.run.get("rows_to_read")
+    reads = report.run.get("reads_per_row", {})
+    return round(sum(reads.get(task.name, 0.0) * task.rows for task in report.tasks)) or None
 
 
 def _in_words(choice: JsonDict, selector: AbstractSelector) -> str:
@@ -105,6 +120,11 @@ def _in_words(choice: JsonDict, selector: AbstractSelector) -> str:
     )
     difference = Row(name="chosen minus all tasks", **choice["difference"])
     lines.append(comparison_sentence(SelectionReport(weights=weights, difference=difference)))
+    lines += [
+        f"Shadow price of {printable(name)}: {price:.4g}"
+        for name, price in choice["shadow_prices"].items()
+    ]
+    lines += [printable(note) for note in choice["notes"]]
     return "\n".join(lines)
 
 

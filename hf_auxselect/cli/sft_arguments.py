@@ -24,6 +24,8 @@ _PASSED_ON: tuple[str, ...] = (
     "one_by_one",
     "verify",
     "calibrate",
+    "confirm",
+    "clusters",
 )
 """Options that the callback takes as they are."""
 
@@ -91,6 +93,19 @@ class SelectionArguments:
     )
     calibrate: int = field(
         default=0, metadata={"help": "Number of ground-truth runs before the choice."}
+    )
+    confirm: int = field(
+        default=0,
+        metadata={
+            "help": "Number of finalists that are trained at the switch; the best measured goes on."
+        },
+    )
+    clusters: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of clusters of all training rows, by gradient, that are the tasks "
+            "instead of the entries of `datasets:`."
+        },
     )
     report_to_hub: str | None = field(
         default=None,

@@ -51,10 +51,13 @@ def compare(
     everything = np.ones((1, num_tasks), bool)
     left_out = everything & ~np.eye(num_tasks, dtype=bool)
 
-    def rows(names: Sequence[str], weights: np.ndarray) -> list[Row]:
-        return _rows(names, fitted.estimate(weights))
+    groups = [*store.groups]
 
-    losses = fitted.estimate(random).loss
+    def rows(names: Sequence[str], weights: np.ndarray) -> list[Row]:
+        return _rows(names, fitted.estimate(weights), groups)
+
+    of_random = fitted.estimate(random)
+    losses = of_random.loss
     low, high = np.quantile(losses, [0.05, 0.95])
     lines = rows(["no further training"], np.zeros((1, num_tasks)))
     lines += rows(["chosen"], chosen) + rows(["all tasks"], everything)
@@ -64,6 +67,7 @@ def compare(
             loss=float(losses.mean()),
             low=float(low),
             high=float(high),
+            group_losses=_by_group(groups, of_random.group_losses, slice(None)),
         )
     )
     own = store.target.task_names[0]
@@ -100,21 +104,36 @@ def _with_task(weights_K: np.ndarray, store: GradientStore, name: str) -> np.nda
 
 
 def compare_with_all_tasks(
-    fitted: FittedEstimator, selection: Selection, task_names: Sequence[str]
+    fitted: FittedEstimator, selection: Selection, store: GradientStore
 ) -> Row:
     """The chosen mixture's loss minus that of all tasks."""
-    chosen = np.array([[selection.weights[name] for name in task_names]])
-    difference = fitted.difference(chosen, np.ones(len(task_names), bool))
-    return _rows(["chosen minus all tasks"], difference)[0]
+    chosen = np.array([[selection.weights[name] for name in store.task_names]])
+    difference = fitted.difference(chosen, np.ones(len(store.task_names), bool))
+    return _rows(["chosen minus all tasks"], difference, [*store.groups])[0]
 
 
-def _rows(names: Sequence[str], estimate: Estimate) -> list[Row]:
+def _rows(names: Sequence[str], estimate: Estimate, groups: Sequence[str]) -> list[Row]:
     return [
-        Row(name=name, loss=float(loss), low=float(low), high=float(high))
-        for name, loss, low, high in zip(
-            names, estimate.loss, estimate.low, estimate.high, strict=True
+        Row(
+            name=name,
+            loss=float(loss),
+            low=float(low),
+            high=float(high),
+            group_losses=_by_group(groups, estimate.group_losses, slice(i, i + 1)),
+        )
+        for i, (name, loss, low, high) in enumerate(
+            zip(names, estimate.loss, estimate.low, estimate.high, strict=True)
         )
     ]
+
+
+def _by_group(
+    groups: Sequence[str], losses_MG: np.ndarray | None, which: slice
+) -> dict[str, float]:
+    """Mean loss of each group over some mixtures; nothing if there are no losses of groups."""
+    if losses_MG is None:
+        return {}
+    return dict(zip(groups, losses_MG[which].mean(0).tolist(), strict=True))
 
 
 def summarize_tasks(

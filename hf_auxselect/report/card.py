@@ -22,7 +22,13 @@ from huggingface_hub.utils import yaml_dump
 
 from hf_auxselect.report.content import ReportContent
 from hf_auxselect.report.markdown import escape_markdown
-from hf_auxselect.report.text import agreement_sentence, comparison_sentence, printable, shortened
+from hf_auxselect.report.text import (
+    agreement_sentence,
+    comparison_sentence,
+    confirmation_sentence,
+    printable,
+    shortened,
+)
 
 BEGIN = "<!-- hf-auxselect: begin (each push writes this section anew) -->"
 END = "<!-- hf-auxselect: end -->"
@@ -78,6 +84,9 @@ def measured_loss(report: ReportContent) -> float | None:
     if "final_loss" in report.run:
         return report.run["final_loss"]
     trained_on = "all tasks" if report.run.get("after") == "observe" else "chosen"
+    race = report.confirmation
+    if race is not None and race.steps and race.steps[-1] == report.run.get("max_steps"):
+        return race.measured("all tasks" if trained_on == "all tasks" else race.winner)
     return next((run.measured for run in report.verification if run.name == trained_on), None)
 
 
@@ -179,7 +188,11 @@ def section(report: ReportContent, files: Collection[str]) -> str:
             row = report.row("all tasks" if run.get("after") == "observe" else "chosen")
             sentence += f" (estimated before: {row.loss:.4f} [{row.low:.4f}, {row.high:.4f}])"
         parts.append(escape_markdown(f"{sentence}."))
-    sentences = (comparison_sentence(report), agreement_sentence(report))
+    sentences = (
+        comparison_sentence(report),
+        confirmation_sentence(report),
+        agreement_sentence(report),
+    )
     parts += [escape_markdown(sentence) for sentence in sentences if sentence]
     parts += [f"> **Warning.** {escape_markdown(warning)}" for warning in report.warnings]
     parts.append(_table(report))

@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
-from hf_auxselect.report.content import Measurement, ReportContent, Row
+from hf_auxselect.report.content import Measurement, Race, ReportContent, Row
 from hf_auxselect.report.text import (
     agreement_sentence,
     calibration_sentence,
     comparison_sentence,
+    confirmation_sentence,
+    nats,
     printable,
     to_text,
 )
@@ -63,6 +65,10 @@ def _in_colour(content: ReportContent, *, width: int) -> str:
     if sentence := comparison_sentence(content):
         console.print(sentence)
     console.print(_tasks(content))
+    if content.confirmation is not None:
+        if content.confirmation.steps:
+            console.print(_race(content.confirmation))
+        console.print(confirmation_sentence(content))
     for title, sentence, runs in [
         ("Ground-truth runs", agreement_sentence(content), content.verification),
         ("Calibration runs", calibration_sentence(content), content.calibration),
@@ -92,7 +98,18 @@ def _runs(title: str, runs: Iterable[Measurement]) -> Table:
     return table
 
 
-def _table(title: str, first: str, *numbers: str) -> Table:
+def _race(race: Race) -> Table:
+    steps = [f"step {step}" for step in race.steps]
+    table = _table("Finalists", "trained on", *steps, interval=False)
+    table.add_column("")
+    for one in race.finalists:
+        cells = [*map(nats, one.losses), *[""] * (len(steps) - len(one.losses))]
+        style = "bold" if one.name == race.winner else ""
+        table.add_row(printable(one.name), *cells, race.verdict(one), style=style)
+    return table
+
+
+def _table(title: str, first: str, *numbers: str, interval: bool = True) -> Table:
     """An empty table of a name and numbers; the interval of the last loss follows it."""
     from rich import box
     from rich.table import Table
@@ -101,7 +118,7 @@ def _table(title: str, first: str, *numbers: str) -> Table:
     table.add_column(first, overflow="fold")
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
-    if numbers[-1] != "share":
+    if interval and numbers[-1] != "share":
         table.add_column(_INTERVAL, justify="right", no_wrap=True)
     return table
 

@@ -29,6 +29,16 @@ class Row:
     loss: float
     low: float
     high: float
+    group_losses: dict[str, float] = field(default_factory=dict)
+    """Estimated loss of each group, nats per its label token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A 90% interval."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +89,77 @@ class Measurement:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupLine:
+    """Losses of one group, nats per its label token, as tables show them."""
+
+    name: str
+    before: float
+    """Without further training."""
+    all_tasks: float
+    chosen: float
+    price: float | None
+    """Shadow price of its ceiling; None if it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finalist:
+    """A mixture that was trained before the switch, to see whether the run should go on with it.
+
+    Losses are of the target, nats per label token; ``low`` and ``high`` bound the estimate's 90%
+    interval. They are None without estimates.
+    """
+
+    name: str
+    weights: dict[str, float]
+    """Task -> fraction of the training examples."""
+    estimated: float | None = None
+    low: float | None = None
+    high: float | None = None
+    losses: list[float | None]
+    """Measured, at the first steps of the race; None: not finite. A finalist that was dropped has
+    fewer than the race has steps."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """The finalists of ``confirm=n``, and which one the run goes on with.
+
+    Attributes:
+        finalists: in the order that decides between equal losses.
+        steps: optimizer steps of the run at which the finalists were measured, ascending; empty if
+            there was one finalist only, which was not trained.
+        winner: name of the finalist that goes on.
+        choice: name of the selector's choice.
+        asked: number of finalists that were asked for.
+        share: of the remaining steps, that the race was about.
+    """
+
+    finalists: list[Finalist]
+    steps: list[int]
+    winner: str
+    choice: str
+    asked: int
+    share: float
+
+    def finalist(self, name: str) -> Finalist:
+        """The finalist of this name."""
+        return next(one for one in self.finalists if one.name == name)
+
+    def measured(self, name: str) -> float | None:
+        """A finalist's loss at the end of the race; None if it was dropped or is not finite."""
+        losses = self.finalist(name).losses
+        return losses[-1] if losses and len(losses) == len(self.steps) else None
+
+    def verdict(self, finalist: Finalist) -> str:
+        """What became of a finalist, in a word or two; empty if it lost at the end."""
+        if finalist.name == self.winner:
+            return "won"
+        last = len(finalist.losses)
+        return f"dropped at step {self.steps[last - 1]}" if 0 < last < len(self.steps) else ""
+
+
 class RunRecord(TypedDict, total=False):
     """What a report tells of the run that it was made in."""
 
@@ -104,7 +185,7 @@ class RunRecord(TypedDict, total=False):
     """Mean number of examples in a row of each task, where rows are packed."""
     gradient_pass_seconds: float
     seconds: float
-    """Of the whole selection, the gradient pass and calibration runs included."""
+    """Of the whole selection: gradient pass, calibration and confirmation included."""
 
 
 @dataclass(kw_only=True)
@@ -113,7 +194,8 @@ class ReportFields:
 
     Attributes:
         weights: task -> fraction of the training examples; 0 for dropped tasks.
-        scores: task -> score, if the selector has scores.
+        scores: task -> score, if the selector has scores; ``score_intervals``: their 90%
+            intervals, about which subsets were drawn.
         rows: estimates of no further training, the chosen mixture, all tasks, random subsets of the
             chosen size, the task with the target's name if there is one, all tasks without each
             one, and the chosen mixture with each dropped one (of more than 60 tasks, with the
@@ -121,12 +203,17 @@ class ReportFields:
         difference: the chosen mixture's loss minus that of all tasks. Its interval is narrower than
             the intervals of the two losses, whose errors are shared.
         tasks: what was captured of each task; ``target``: of the target.
+        groups: what was captured of the groups, further targets whose losses are estimated.
+        shadow_prices: group -> decrease of the target's loss for each nat by which the group's
+            ceiling rises, or its weight in the worst case; empty for other selectors.
         similarity: of the tasks' gradients; None without gradients.
-        history: every mixture the selector tried.
+        history: the mixtures that the selector tried; of searches over more than 64 tasks, the best
+            of each step.
         verification: ground-truth runs after the choice (``verify=n``), the chosen mixture first.
         calibration: ground-truth runs before the choice (``calibrate=n``), next to the estimates
             before calibration.
-        diagnostics: numbers that say how far to trust the estimates.
+        confirmation: the finalists that were trained before the switch (``confirm=n``).
+        diagnostics: numbers that say how far to trust the estimates and the choice.
         estimator, selector: name and options of the strategies.
         run: date, switch step, mode, seed, model, versions, seconds.
         sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
@@ -136,14 +223,18 @@ class ReportFields:
 
     weights: dict[str, float]
     scores: dict[str, float] = field(default_factory=dict)
+    score_intervals: dict[str, Interval] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     difference: Row | None = None
     tasks: list[TaskSummary] = field(default_factory=list)
     target: TaskSummary | None = None
+    groups: list[TaskSummary] = field(default_factory=list)
+    shadow_prices: dict[str, float] = field(default_factory=dict)
     similarity: Similarity | None = None
     history: list[Step] = field(default_factory=list)
     verification: list[Measurement] = field(default_factory=list)
     calibration: list[Measurement] = field(default_factory=list)
+    confirmation: Race | None = None
     diagnostics: dict[str, float] = field(default_factory=dict)
     estimator: JsonDict = field(default_factory=dict)
     selector: JsonDict = field(default_factory=dict)
@@ -167,6 +258,26 @@ class ReportContent(ReportFields):
     def selected(self) -> list[str]:
         """The tasks with a positive weight, in the order of the training set."""
         return [task for task, weight in self.weights.items() if weight > 0]
+
+    @property
+    def group_lines(self) -> list[GroupLine]:
+        """The estimated losses of the groups; empty without groups."""
+        if not self.groups or not self.rows:
+            return []
+        before, everything, chosen = (
+            self.row(name).group_losses for name in ("no further training", "all tasks", "chosen")
+        )
+        return [
+            GroupLine(
+                name=group.name,
+                before=before[group.name],
+                all_tasks=everything[group.name],
+                chosen=chosen[group.name],
+                price=self.shadow_prices.get(group.name),
+            )
+            for group in self.groups
+            if group.name in before
+        ]
 
     def row(self, name: str) -> Row:
         """The line of the comparison called ``name``: ``"chosen"``, ``"all tasks"``, ...

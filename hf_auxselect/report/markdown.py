@@ -11,6 +11,8 @@ from hf_auxselect.report.text import (
     agreement_sentence,
     calibration_sentence,
     comparison_sentence,
+    confirmation_sentence,
+    nats,
     printable,
     shown,
 )
@@ -24,6 +26,7 @@ def to_markdown(content: ReportContent) -> str:
         .render(
             report=content,
             comparison=comparison_sentence(content),
+            confirmation=confirmation_sentence(content),
             agreement=agreement_sentence(content),
             calibration=calibration_sentence(content),
             num_random_subsets=NUM_RANDOM_SUBSETS,
@@ -48,5 +51,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"nats": "{:.4f}".format, "shown": shown}
+    environment.filters |= {"nats": nats, "shown": shown}
     return environment

@@ -56,6 +56,7 @@ def to_html(content: ReportContent, what_if: WhatIf | None) -> str:
             policy=_policy(style, script),
             title=decision_title(content),
             lead=lead_sentences(content),
+            confirmation=text.confirmation_sentence(content),
             agreement=text.agreement_sentence(content),
             calibration=text.calibration_sentence(content),
             leave_one_out=leave_one_out_sentences(content),
@@ -78,6 +79,8 @@ def decision_title(content: ReportContent) -> str:
     """The decision in one sentence."""
     selected, count = content.selected, len(content.weights)
     if len(selected) == count:
+        if content.difference is not None and abs(content.difference.loss) > text.SAME:
+            return f"Keep all {count} tasks, with other shares."
         return f"Keep all {count} tasks." if count > 1 else "Keep the only task."
     if len(selected) == 1:
         return f"Train on {_shortened(selected[0])} alone, 1 of {count} tasks."
@@ -160,7 +163,11 @@ def _data(content: ReportContent, what_if: WhatIf | None) -> Markup:
     data: dict[str, Any] = {
         "weights": content.weights,
         "sizes": {task.name: task.rows for task in content.tasks},
-        "rows": [vars(row) for row in content.rows if not row.left_out and not row.added],
+        "rows": [
+            {key: value for key, value in vars(row).items() if key != "group_losses"}
+            for row in content.rows
+            if not row.left_out and not row.added
+        ],
     }
     if what_if is not None:
         data["whatIf"] = vars(what_if)
@@ -203,7 +210,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "nats": "{:.4f}".format,
+        "nats": text.nats,
         "moment": _moment,
         "name": _name,
         "shown": _shown,

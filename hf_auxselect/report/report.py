@@ -35,7 +35,8 @@ class SelectionReport(ReportContent):
             chosen size, and all tasks without each one.
         difference: the chosen mixture's loss minus that of all tasks, with its own interval.
         verification, calibration: ground-truth runs after and before the choice.
-        diagnostics: numbers that say how far to trust the estimates.
+        confirmation: the finalists that were trained to confirm the choice, or None.
+        diagnostics: numbers that say how far to trust the estimates and the choice.
         warnings: what a reader should know before trusting the choice.
 
     The remaining fields are described in :class:`hf_auxselect.report.content.ReportFields`. Losses
@@ -126,13 +127,14 @@ class SelectionReport(ReportContent):
         directions = analysis.gradient_directions(store)
         shown = analysis.most_relevant(weights, *directions, MAX_TASKS)
         self.rows = analysis.compare(fitted, selection, store, shown, seed=seed)
-        self.difference = analysis.compare_with_all_tasks(fitted, selection, names)
+        self.difference = analysis.compare_with_all_tasks(fitted, selection, store)
         after = fitted.task_losses(np.array([[*weights.values()]]))
         self.tasks = analysis.summarize_tasks(store, None if after is None else after[0])
         self.similarity = analysis.similarity(names, *directions, shown)
         self.what_if = approximate(fitted, names, store.task_sizes.tolist(), shown, seed=seed)
         self.target = analysis.summarize_tasks(store.target)[0]
-        self.diagnostics = fitted.diagnostics()
+        self.groups = [analysis.summarize_tasks(group)[0] for group in store.groups.values()]
+        self.diagnostics = fitted.diagnostics() | selection.diagnostics
         training = store.remaining_training
         restarts = training is not None and training.restarts
         self.warnings += reliability_warnings(self.diagnostics, restarts=restarts)
@@ -146,6 +148,12 @@ class SelectionReport(ReportContent):
         if self.rows:
             metrics["auxselect/estimated_loss"] = self.row("chosen").loss
             metrics["auxselect/estimated_loss_all"] = self.row("all tasks").loss
+        if (race := self.confirmation) is not None:
+            measured = {
+                "auxselect/measured_loss": race.measured(race.winner),
+                "auxselect/measured_loss_all": race.measured("all tasks"),
+            }
+            metrics |= {name: loss for name, loss in measured.items() if loss is not None}
         return metrics
 
     def compared_with_all_tasks(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
-from hf_auxselect.report.content import Measurement, ReportContent, Row
+from hf_auxselect.report.content import Measurement, Race, ReportContent, Row
 
 TableRow = dict[str, str | float | bool]
 """Column -> value; losses are nats per label token, as exact as the report shows them."""
@@ -14,7 +15,7 @@ def table_rows(content: ReportContent) -> dict[str, list[TableRow]]:
     """The tables of a report that have rows, by name.
 
     ``estimates`` compares mixtures, ``tasks`` has each task's share and the loss of all tasks
-    without it, ``ground_truth_runs`` and ``calibration_runs`` have measured losses.
+    without it, ``ground_truth_runs``, ``calibration_runs`` and ``finalists`` have measured losses.
     """
     without = {row.left_out: row for row in content.rows if row.left_out is not None}
     tasks: list[TableRow] = [
@@ -34,6 +35,7 @@ def table_rows(content: ReportContent) -> dict[str, list[TableRow]]:
         "tasks": tasks,
         "ground_truth_runs": _runs(content.verification),
         "calibration_runs": _runs(content.calibration),
+        "finalists": _finalists(content.confirmation),
     }
     return {name: rows for name, rows in found.items() if rows}
 
@@ -44,6 +46,23 @@ def _loss(row: Row, suffix: str = "") -> TableRow:
         "low": round(row.low, 4),
         "high": round(row.high, 4),
     }
+
+
+def _finalists(race: Race | None) -> list[TableRow]:
+    """The losses at the steps of a race; cells of finalists that were dropped are empty."""
+    if race is None or not race.steps:
+        return []
+    return [
+        {
+            "trained on": one.name,
+            **{
+                f"step {step}": "" if loss is None else round(loss, 4)
+                for step, loss in zip_longest(race.steps, one.losses)
+            },
+            "result": race.verdict(one),
+        }
+        for one in race.finalists
+    ]
 
 
 def _runs(runs: Sequence[Measurement]) -> list[TableRow]:

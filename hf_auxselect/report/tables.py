@@ -18,6 +18,8 @@ _SCHEMAS = {
             ("task", pa.string()),
             ("share", pa.float64()),
             ("score", pa.float64()),
+            ("score_low", pa.float64()),
+            ("score_high", pa.float64()),
             ("rows", pa.int64()),
             ("captured", pa.int64()),
             ("label_tokens", pa.int64()),
@@ -63,11 +65,14 @@ def _rows(report: ReportContent) -> dict[str, list[dict[str, Any]]]:
     tasks: list[dict[str, Any]] = []
     for name, share in report.weights.items():
         task, source = captured.get(name), report.sources.get(name)
+        interval = report.score_intervals.get(name)
         tasks.append(
             {
                 "task": name,
                 "share": share,
                 "score": report.scores.get(name),
+                "score_low": interval and interval.low,
+                "score_high": interval and interval.high,
                 "rows": task and task.rows,
                 "captured": task and task.captured,
                 "label_tokens": task and task.label_tokens,
@@ -89,5 +94,23 @@ def _rows(report: ReportContent) -> dict[str, list[dict[str, Any]]]:
             }
             for purpose, runs in purposes.items()
             for run in runs
-        ],
+        ]
+        + _finalists(report),
     }
+
+
+def _finalists(report: ReportContent) -> list[dict[str, Any]]:
+    """The finalists that were trained to the end of their race."""
+    race = report.confirmation
+    if race is None:
+        return []
+    return [
+        vars(one)
+        | {
+            "purpose": "confirmation",
+            "measured": measured,
+            "mixture": [{"task": task, "share": one.weights[task]} for task in one.weights],
+        }
+        for one in race.finalists
+        if (measured := race.measured(one.name)) is not None
+    ]

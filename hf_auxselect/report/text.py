@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from hf_auxselect.report.content import ReportContent
+from hf_auxselect.report.content import Race, ReportContent
 
-_SAME = 1e-12
+_LONGEST_NAME = 80
+"""Characters of a finalist's name within a sentence."""
+
+SAME = 1e-12
 """Nats: a smaller difference from all tasks is rounding of the same mixture."""
 
 
@@ -35,7 +38,7 @@ def comparison_sentence(content: ReportContent) -> str:
     difference = content.difference
     if difference is None:
         return ""
-    if abs(difference.loss) < _SAME:
+    if abs(difference.loss) < SAME:
         return "The chosen mixture is that of all tasks."
     if difference.low > 0:
         verdict = "all tasks are significantly better"
@@ -70,6 +73,48 @@ def agreement_sentence(content: ReportContent) -> str:
     return text
 
 
+def confirmation_sentence(content: ReportContent) -> str:
+    """What the race between finalists has decided; empty if there was none."""
+    race = content.confirmation
+    if race is None:
+        return ""
+    if not race.steps:
+        return (
+            "There was nothing to confirm: the choice is that of all tasks, and the selector has "
+            "tried no mixture that differs enough."
+        )
+    names = dict.fromkeys([race.winner, race.choice, "all tasks"])
+    told = [f"{_short(name)} {_measured(race, name)}" for name in names]
+    decision = "confirmed the choice" if race.winner == race.choice else "changed the choice"
+    last = content.run.get("max_steps", race.steps[-1])
+    when = "" if race.steps[-1] == last else f", measured after step {race.steps[-1]} of {last}"
+    return (
+        f"Training on {len(race.finalists)} finalists has {decision}: {', '.join(told)} nats per "
+        f"label token{when}."
+    )
+
+
+def _measured(race: Race, name: str) -> str:
+    """A finalist's last measured loss; of one that was dropped, with the winner's at that step."""
+    losses, winner = race.finalist(name).losses, race.finalist(race.winner).losses
+    last = len(losses) - 1
+    if last < len(race.steps) - 1:
+        return (
+            f"{nats(losses[last])} (dropped at step {race.steps[last]}, where "
+            f"{_short(race.winner)} had {nats(winner[last])})"
+        )
+    return nats(losses[last])
+
+
+def _short(name: str) -> str:
+    return shortened(printable(name), _LONGEST_NAME)
+
+
+def nats(loss: float | None) -> str:
+    """A loss for readers; None is one that was not measured or not finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def calibration_sentence(content: ReportContent) -> str:
     """What the calibration runs are; empty if there are none."""
     if not content.calibration:
@@ -83,7 +128,12 @@ def calibration_sentence(content: ReportContent) -> str:
 
 def summary(content: ReportContent) -> list[str]:
     """The report in a few sentences, without its tables."""
-    sentences = [_title(content), comparison_sentence(content), agreement_sentence(content)]
+    sentences = [
+        _title(content),
+        comparison_sentence(content),
+        confirmation_sentence(content),
+        agreement_sentence(content),
+    ]
     return [text for text in [*sentences, *_warnings(content)] if text]
 
 
@@ -98,6 +148,18 @@ def to_text(content: ReportContent) -> str:
             name = printable(row.name)
             lines.append(f"  {name:<{width}}  {row.loss:7.4f}  [{row.low:.4f}, {row.high:.4f}]")
         lines += [comparison_sentence(content)] if content.difference else []
+    if content.group_lines:
+        lines.append("Estimated losses of the groups, nats per label token: before, all, chosen:")
+        width = max(len(printable(line.name)) for line in content.group_lines)
+        lines += [
+            f"  {printable(line.name):<{width}}  {line.before:7.4f}  {line.all_tasks:7.4f}  "
+            f"{line.chosen:7.4f}"
+            + ("" if line.price is None else f"  shadow price {line.price:.3g}")
+            for line in content.group_lines
+        ]
+    if content.confirmation is not None:
+        lines += _race(content.confirmation)
+        lines.append(confirmation_sentence(content))
     if content.verification:
         lines.append("Ground-truth runs: measured loss, estimated loss, 90% interval:")
         width = max(len(printable(run.name)) for run in content.verification)
@@ -108,6 +170,21 @@ def to_text(content: ReportContent) -> str:
         ]
         lines.append(f"  {agreement_sentence(content)}")
     return "\n".join([*lines, *_warnings(content)])
+
+
+def _race(race: Race) -> list[str]:
+    if not race.steps:
+        return []
+    width = max(len(printable(one.name)) for one in race.finalists)
+    at = ", ".join(map(str, race.steps))
+    return [
+        f"Finalists: measured loss after step {at}:",
+        *(
+            f"  {printable(one.name):<{width}}  {'  '.join(map(nats, one.losses))}  "
+            f"{race.verdict(one)}".rstrip()
+            for one in race.finalists
+        ),
+    ]
 
 
 def _title(content: ReportContent) -> str:

@@ -17,15 +17,23 @@ class BackwardElimination(AbstractSelector):
     Choose it where few of many tasks do harm. It stops when no absence lowers the loss, or when
     ``min_tasks`` (or only ``keep``) are left.
 
-    Cost: at most K (K + 1) / 2 estimates.
+    Cost: at most K (K + 1) / 2 estimates, those of a step in one call. With hundreds of tasks use
+    ``lazy=True``: a step then leaves out the tasks that lower bounds rule out, as
+    ``ForwardSelection`` describes. Of a loss that is convex in the weights the result is the same;
+    of other losses it need not be.
+
+    The history has every try, or with more than 64 tasks the ten best of each step; if these are
+    more than 100,000 names of tasks, accepted ones at even distances.
 
     Args:
         min_tasks: smallest number of selected tasks.
         min_improvement: nats per label token by which dropping a task must lower the estimate.
+        lazy: leave out tasks by their bounds.
     """
 
     min_tasks: int = 1
     min_improvement: float = 0.0
+    lazy: bool = False
 
     def __post_init__(self) -> None:
         if self.min_tasks < 1:
@@ -34,15 +42,14 @@ class BackwardElimination(AbstractSelector):
     def select(self, problem: SelectionProblem) -> Selection:
         search = SubsetSearch(problem)
         mask = np.ones(len(problem.task_names), bool)
-        best = search.try_masks(mask[None])[0]
+        loss = float(search.try_masks(mask[None])[0])
         while mask.sum() > self.min_tasks and (mask & ~search.kept).any():
-            candidates = np.flatnonzero(mask & ~search.kept)
-            masks = np.repeat(mask[None], len(candidates), 0)
-            masks[np.arange(len(candidates)), candidates] = False
-            losses = search.try_masks(masks)
-            first = int(np.argmin(losses))
-            if not losses[first] < best - self.min_improvement:
+            goal = loss - self.min_improvement
+            fewer, lower = search.best_change(
+                mask, loss, np.flatnonzero(mask & ~search.kept), goal=goal, lazy=self.lazy
+            )
+            if not lower < goal:
                 break
-            mask, best = masks[first], losses[first]
+            mask, loss = fewer, lower
             search.accept(mask)
         return search.selection(mask)

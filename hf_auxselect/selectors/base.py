@@ -9,7 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -57,6 +57,7 @@ class SelectionProblem:
         groups: names of further targets, in the order of an estimate's group losses.
         gram: inner products of the tasks' mean gradients [K, K], in the optimizer's coordinates
             where they were captured. None: there are no gradients.
+        rows_to_read: number of training rows that the remaining steps read. None: not known.
 
     Raises:
         ValueError: there are no tasks, a name occurs twice, ``task_sizes`` has another length, or
@@ -73,6 +74,7 @@ class SelectionProblem:
     keep: Sequence[str] = ()
     groups: Sequence[str] = ()
     gram: Array | None = None
+    rows_to_read: int | None = None
 
     def __post_init__(self) -> None:
         names = list(self.task_names)
@@ -103,6 +105,8 @@ class Step:
     low: float
     high: float
     accepted: bool
+    weights: dict[str, float] | None = None
+    """Task -> weight, of those with a positive one; None: weights as the tasks' sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +116,23 @@ class Selection:
     Attributes:
         weights: task -> weight in the training mixture; sums to 1, 0 for dropped tasks.
         estimate: the estimate of the chosen mixture (M = 1); None if none was made.
-        history: every mixture tried, in order.
+        history: the mixtures tried, in order; searches over more than 64 tasks leave some out.
         scores: task -> score, where the method has scores (their meaning is the selector's).
+        score_intervals: task -> low and high of the score's 90% interval, where the method has one.
         shadow_prices: group -> decrease of the target's loss, in nats per label token, for each nat
             by which the group's ceiling rises; only for methods with ceilings.
+        notes: sentences on the choice for the report, such as what of an option could not hold.
+        diagnostics: numbers that say how far to trust the choice, where the method has some.
     """
 
     weights: dict[str, float]
     estimate: LossEstimate | None = None
     history: tuple[Step, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
+    score_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     shadow_prices: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
     @property
     def selected(self) -> list[str]:
@@ -135,6 +145,10 @@ class AbstractSelector(ABC):
 
     Every search is deterministic. Among equal estimates the first one wins.
     """
+
+    asks_for_target_only: ClassVar[bool] = True
+    """Whether a lower loss of the target is always better, so that ``confirm=`` may overrule the
+    choice by it. False for methods that promise something of other losses."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

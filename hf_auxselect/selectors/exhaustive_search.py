@@ -31,7 +31,7 @@ class ExhaustiveSearch(AbstractSelector):
             masks = np.repeat(search.kept[None], len(codes), 0)
             masks[:, free] = (codes[:, None] >> np.arange(len(free))) & 1 == 1
             masks = masks[masks.any(1)]
-            losses = search.try_masks(masks, record=False)
+            losses = search.try_masks(masks, record=0)
             if len(losses) and losses.min() < best:
                 best, best_mask = losses.min(), masks[int(np.argmin(losses))]
         search.try_masks(best_mask[None])

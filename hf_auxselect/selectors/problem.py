@@ -10,7 +10,11 @@ from hf_auxselect.store.arrays import GradientStore
 
 
 def selection_problem(
-    fitted: FittedEstimator, store: GradientStore, *, keep: Sequence[str] = ()
+    fitted: FittedEstimator,
+    store: GradientStore,
+    *,
+    keep: Sequence[str] = (),
+    rows_to_read: int | None = None,
 ) -> SelectionProblem:
     """The problem of choosing among the tasks of a store by the estimates of ``fitted``.
 
@@ -18,6 +22,7 @@ def selection_problem(
         fitted: an estimator, fitted to ``store``; it may be calibrated.
         store: the captured gradients.
         keep: names of tasks that must be selected.
+        rows_to_read: number of training rows that the remaining steps read; None: not known.
 
     Raises:
         ValueError: ``keep`` names an unknown task.
@@ -33,4 +38,5 @@ def selection_problem(
         keep=keep,
         groups=[*store.groups],
         gram=means_KD @ means_KD.T,
+        rows_to_read=rows_to_read,
     )

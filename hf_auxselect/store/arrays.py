@@ -144,6 +144,16 @@ class GradientStore:
         return self.scalar(self.scalars[0])[1]
 
     @property
+    def loss_gradients(self) -> np.ndarray:
+        """float32 [N, D]: the projected gradient of each example's loss.
+
+        In the optimizer's coordinates if it was captured in them, else in the model's parameters;
+        that of the first scalar if the loss was not captured.
+        """
+        wanted = (name for name in ("loss@optimizer", "loss") if name in self.scalars)
+        return self.scalar(next(wanted, self.scalars[0]))[1]
+
+    @property
     def target(self) -> GradientStore:
         """The target's examples: a store of the same form with one task."""
         if self._target is None:
@@ -227,8 +237,7 @@ class GradientStore:
 
         In the optimizer's coordinates if it was captured in them, else in the model's parameters.
         """
-        wanted = (name for name in ("loss@optimizer", "loss") if name in self.scalars)
-        gradients_ND = self.scalar(next(wanted, self.scalars[0]))[1]
+        gradients_ND = self.loss_gradients
         means_KD = np.zeros((len(self.task_names), gradients_ND.shape[1]))
         for k in range(len(means_KD)):
             examples = self.task_ids == k

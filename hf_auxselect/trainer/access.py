@@ -70,6 +70,22 @@ def preserved_rng() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+def random_states() -> Any:
+    """Python's, NumPy's and PyTorch's global random states."""
+    devices = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())]
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
+
+
+def set_random_states(states: Any) -> None:
+    """Put back what :func:`random_states` has returned."""
+    python, numpy, torch_state, devices = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(torch_state)
+    for i, device_state in enumerate(devices):
+        torch.cuda.set_rng_state(device_state, i)
+
+
 @contextlib.contextmanager
 def preserved_counters(trainer: Trainer) -> Iterator[None]:
     """Put back what a trainer counts and gathers for its log (SFTTrainer: in ``_metrics``)."""

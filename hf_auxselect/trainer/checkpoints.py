@@ -11,22 +11,40 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_auxselect.clusters import cluster_rows
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
+from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer.access import callers, preserved_rng
 
 logger = logging.getLogger(__name__)
 
 DECISION_FILE = "task_selection.json"
 """In each checkpoint from the switch on."""
+CLUSTERS_FILE = "task_selection_clusters.json"
+"""Beside it, where the tasks are clusters."""
 STATE_FILE = "trainer_state.json"
 _GUARDED = "_auxselect_resumes_from_whole_checkpoints"
 
 
-class Decision(TypedDict):
-    """What is written to ``selection.json``, and into each checkpoint from the switch on."""
+class ConfirmationRecord(TypedDict):
+    """What a race has measured; losses of the target, nats per label token."""
+
+    finalists: int
+    """The number that was asked for."""
+    share: float
+    winner: str
+    measured_loss: float | None
+    """Of the mixture that has won; None if it was not trained or is not finite."""
+    measured_loss_all: float | None
+    """Of all tasks; None also if they were dropped before the end."""
+
+
+class _Decision(TypedDict):
+    """What every decision has."""
 
     selected: list[str]
     weights: dict[str, float]
@@ -41,6 +59,27 @@ class Decision(TypedDict):
     seed: int
     estimator: JsonDict
     selector: JsonDict
+
+
+class Decision(_Decision, total=False):
+    """What is written to ``selection.json``, and into each checkpoint from the switch on."""
+
+    confirmation: ConfirmationRecord
+    """Of ``confirm=n``."""
+    shadow_prices: dict[str, float]
+    """Group -> shadow price of its ceiling, which a later selection may start from."""
+
+
+class Clusters(TypedDict):
+    """What is written of tasks that are clusters: to ``clusters.json``, and into checkpoints."""
+
+    cluster_of_row: list[int]
+    """Of each row of the training set, from 1 on, numbered by first appearance."""
+
+
+def clusters_of(tasks: TaskRows) -> Clusters:
+    """What is written of clusters."""
+    return {"cluster_of_row": (tasks.ids + 1).tolist()}
 
 
 def guard_resumption(trainer: Trainer) -> None:
@@ -146,6 +185,47 @@ def save_decision(trainer: Trainer, decision: Decision) -> None:
     folder = Path(trainer._get_output_dir(trial=None))
     path = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}" / DECISION_FILE
     write_atomically(path, to_json(decision))
+
+
+def save_clusters(trainer: Trainer, tasks: TaskRows) -> None:
+    """Put a copy of the rows' clusters into the checkpoint that has just been saved."""
+    folder = Path(trainer._get_output_dir(trial=None))
+    path = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}" / CLUSTERS_FILE
+    write_atomically(path, to_json(clusters_of(tasks)))
+
+
+def read_clusters(trainer: Trainer, of_run: Path, tasks: TaskRows) -> TaskRows:
+    """The clusters that belong to the resumed checkpoint: its own copy, or else the run's.
+
+    Args:
+        trainer: whose ``train()`` is running.
+        of_run: path of the run's clusters.
+        tasks: of the training set before it was split; what is returned where no clusters have
+            been found yet.
+
+    Raises:
+        ValueError: the file is damaged, or about another training set; names it.
+    """
+    checkpoint = resumed_checkpoint(trainer)
+    for path in [*([checkpoint / CLUSTERS_FILE] if checkpoint else []), of_run]:
+        if path.is_file():
+            return load_clusters(path, len(tasks.ids))
+    return tasks
+
+
+def load_clusters(path: Path, num_rows: int) -> TaskRows:
+    """Clusters of so many rows as tasks.
+
+    Raises:
+        ValueError: the file is damaged, or about another training set; names it.
+    """
+    numbers = read_json(path, Clusters)["cluster_of_row"]
+    if len(numbers) != num_rows:
+        raise ValueError(f"{path}: holds {len(numbers)} rows, but the training set has {num_rows}.")
+    tasks = cluster_rows(np.array(numbers, np.int64) - 1)
+    if clusters_of(tasks)["cluster_of_row"] != numbers:
+        raise ValueError(f"{path}: damaged (clusters are not numbered by first appearance).")
+    return tasks
 
 
 def read_decision(trainer: Trainer, of_run: Path, task_names: Sequence[str]) -> Decision | None:

@@ -105,7 +105,7 @@ def _no_task_column(column: str, columns: Sequence[str], row: int | None = None)
     return ValueError(
         f"{where} has no column {column!r} (it has {list(columns)}). Join the tasks "
         "with concatenate_tasks({name: dataset, ...}), keep that column when you map the "
-        "dataset, or pass task_column=... if it has another name."
+        "dataset, or pass task_column=... if it has another name; clusters=n does without."
     )
 
 
@@ -198,13 +198,45 @@ def target_dataset(trainer: Trainer, target: str | None) -> Any:
         )
     else:
         dataset = datasets
+    return _with_rows(dataset, "the target's eval_dataset")
+
+
+def group_dataset(trainer: Trainer, group: str, target: str | None) -> Any:
+    """The evaluation set of a group: one of the ``eval_dataset`` dict, other than the target's.
+
+    Args:
+        trainer: a trainer.
+        group: a key of its ``eval_dataset`` dict.
+        target: from :func:`target_key`.
+
+    Raises:
+        ValueError: there is none of this name, or it is the target.
+    """
+    datasets = trainer.eval_dataset
+    if not isinstance(datasets, Mapping):
+        raise ValueError(
+            f"groups names {group!r}, a key of eval_dataset, which is not a dict. Pass "
+            "eval_dataset={name: dataset, ...} with the target and the groups, and target=..."
+        )
+    if group not in datasets:
+        raise ValueError(
+            f"groups names {group!r}, which is not a key of eval_dataset; it has "
+            f"{sorted(datasets)}."
+        )
+    if group == target:
+        raise ValueError(f"groups names the target {group!r}; leave it out of groups.")
+    return _with_rows(datasets[group], f"the eval_dataset of the group {group!r}")
+
+
+def _with_rows(dataset: Any, name: str) -> Any:
+    """The dataset; raises ValueError if it cannot be read twice or is empty."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
-            "the target's eval_dataset is an iterable dataset, of which no example can be read "
-            "twice. Pass its first rows: Dataset.from_list(list(stream.take(n)))."
+            f"{name} is an iterable dataset, of which no example can be read twice. Pass its first "
+            "rows: Dataset.from_list(list(stream.take(n)))."
         )
     if len(dataset) == 0:
-        raise ValueError("the target's eval_dataset has no rows.")
+        raise ValueError(f"{name} has no rows.")
     return dataset
 
 

@@ -108,13 +108,16 @@ def evaluation_loss(trainer: Trainer, target: Any) -> float:
     return float(output.metrics["eval_loss"])
 
 
-def compare_evaluation(trainer: Trainer, dataset: Any, loss: TrainerLoss) -> list[str]:
+def compare_evaluation(
+    trainer: Trainer, dataset: Any, loss: TrainerLoss, what: str = "the target"
+) -> list[str]:
     """Evaluate some rows with the trainer, and compare with the weighted losses of the examples.
 
     Args:
         trainer: during its training; all processes must call this.
         dataset: the evaluation set whose loss is estimated.
         loss: from :func:`settle_loss`.
+        what: whose examples these are, for the sentence.
 
     Returns:
         A sentence for the report, with both numbers, if they differ; else nothing.
@@ -138,7 +141,7 @@ def compare_evaluation(trainer: Trainer, dataset: Any, loss: TrainerLoss) -> lis
     if loss.notes or np.isclose(ours, own, rtol=tolerance(trainer), atol=tolerance(trainer)):
         return []
     note = (
-        f"the trainer's evaluation of {size} rows of the target gives {own:.4f}, the weighted mean "
+        f"the trainer's evaluation of {size} rows of {what} gives {own:.4f}, the weighted mean "
         f"of the losses of their examples {ours:.4f} ({likely_reason(trainer)}?). The estimates "
         "differ from the logged loss by about as much."
     )

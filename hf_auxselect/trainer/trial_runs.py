@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from hf_auxselect.capture.optimizer_state import copy_of_state
 from hf_auxselect.capture.schedule import follows_metrics
+from hf_auxselect.distributed import gather
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer import access
 from hf_auxselect.trainer.batches import MixtureBatches, consumed_batches
 from hf_auxselect.trainer.evaluation import evaluation_loss
 from hf_auxselect.trainer.schedule import restart
+from hf_auxselect.trainer.snapshot import Snapshot, digest_of_training
 
 
 @dataclass(frozen=True)
@@ -41,39 +41,90 @@ class RestOfRun:
     seed: int
     initial: Mapping[str, Tensor] | None = None
 
-    def fine_tune(self, shares: np.ndarray, progress: tqdm | None = None) -> float:
-        """The target's loss after the remaining steps on a mixture, as the trainer logs it.
+    @property
+    def first_step(self) -> int:
+        """Number of optimizer steps before the switch."""
+        return self.trainer.state.global_step
+
+    @property
+    def last_step(self) -> int:
+        """Number of optimizer steps of the whole run."""
+        return self.trainer.state.max_steps
+
+    def digest(self) -> str:
+        """A hash of all that rules these steps but rows and mixture; every process must ask."""
+        digest = digest_of_training(self.trainer, self.initial, (self.seed, self.target))
+        return "-".join(gather(digest))
+
+
+class TrialRun:
+    """One ground-truth run: the remaining steps on one mixture, in one part or in several.
+
+    A run that goes on with this mixture has the same losses, bit by bit, since it starts from the
+    same random states. Between two parts the state is kept in the memory of the CPU: trainable
+    parameters and optimizer.
+
+    Args:
+        rest: the remaining steps.
+        shares: float [K], summing to 1.
+    """
+
+    def __init__(self, rest: RestOfRun, shares: np.ndarray) -> None:
+        self._rest = rest
+        self._shares = shares
+        self._paused: tuple[Snapshot, Any] | None = None
+        self.step = rest.first_step
+        """Number of optimizer steps of the run that are done."""
+
+    def train_to(self, step: int, progress: tqdm | None = None) -> float:
+        """The target's loss after this step of the run, as the trainer logs it.
 
         Restores the trainer: parameters, optimizer, schedule, random states and logs. No callback
-        is called. A run that goes on with this mixture ends with the same loss, bit by bit, since
-        it starts from the same random states.
+        is called.
 
         Args:
-            shares: float [K], summing to 1.
+            step: of the whole run; not before ``self.step``.
             progress: is told of every step.
 
         Returns:
             Nats per label token.
         """
-        trainer = self.trainer
+        rest, trainer = self._rest, self._rest.trainer
         batches = MixtureBatches(trainer)
         with _preserved(trainer):
-            if self.initial is not None:
-                restart(trainer, self.initial)
+            if self._paused is not None:
+                snapshot, random_states = self._paused
+                snapshot.put_back(trainer)
+                access.set_random_states(random_states)
+            elif rest.initial is not None:
+                restart(trainer, rest.initial)
             try:
-                self._train(batches, shares, progress)
+                self._train(batches, step, progress)
             finally:
                 batches.close()
-            return evaluation_loss(trainer, self.target)
+            random_states = access.random_states()
+            loss = evaluation_loss(trainer, rest.target)
+            is_over = step >= rest.last_step
+            self._paused = None if is_over else (Snapshot.parked(trainer), random_states)
+        self.step = step
+        return loss
 
-    def _train(self, batches: MixtureBatches, shares: np.ndarray, progress: tqdm | None) -> None:
-        trainer, args = self.trainer, self.trainer.args
+    def _train(self, batches: MixtureBatches, last: int, progress: tqdm | None) -> None:
+        rest, trainer, args = self._rest, self._rest.trainer, self._rest.trainer.args
         per_epoch = len(trainer.callback_handler.train_dataloader)
-        steps = range(trainer.state.global_step, trainer.state.max_steps + 1)
-        consumed = [
-            consumed_batches(step, per_epoch, args.gradient_accumulation_steps) for step in steps
-        ]
-        batches.start(self.tasks, shares, self.seed, consumed=0, total=consumed[-1] - consumed[0])
+        first, *consumed = (
+            consumed_batches(step, per_epoch, args.gradient_accumulation_steps)
+            for step in (rest.first_step, *range(self.step, last + 1))
+        )
+        if self.step == last:
+            return
+        batches.start(
+            rest.tasks,
+            self._shares,
+            rest.seed,
+            consumed=consumed[0] - first,
+            total=consumed[-1] - consumed[0],
+        )
         for num_batches in np.diff(consumed).tolist():
             samples, num_items = trainer.get_batch_samples(
                 batches.iterator, num_batches, args.device
@@ -84,7 +135,7 @@ class RestOfRun:
 
     def _step(self, samples: list[object], num_items: Tensor | int | None) -> None:
         """One optimizer step, as in ``Trainer._run_epoch``."""
-        trainer, accelerator = self.trainer, self.trainer.accelerator
+        trainer, accelerator = self._rest.trainer, self._rest.trainer.accelerator
         model = trainer.model_wrapped
         trainer.current_gradient_accumulation_steps = len(samples)
         for i, inputs in enumerate(samples):
@@ -110,20 +161,7 @@ class RestOfRun:
 def _preserved(trainer: Trainer) -> Iterator[None]:
     """Put everything back that training and evaluating change."""
     model, state = trainer.model, trainer.state
-    optimizer = access.torch_optimizer(trainer)
-    scaler = trainer.accelerator.scaler
-    tensors = {
-        name: tensor.detach().clone()
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
-    }
-    moments = copy_of_state(optimizer)
-    groups = [
-        {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
-    schedule = copy.deepcopy(trainer.lr_scheduler.state_dict())
-    scale = copy.deepcopy(scaler.state_dict()) if scaler is not None else None
+    snapshot = Snapshot.copied(trainer)
     best = state.best_metric, state.best_global_step, state.best_model_checkpoint
     training = [module for module in model.modules() if module.training]
     try:
@@ -131,21 +169,7 @@ def _preserved(trainer: Trainer) -> Iterator[None]:
             yield
     finally:
         state.best_metric, state.best_global_step, state.best_model_checkpoint = best
-        if scaler is not None and scale is not None:
-            scaler.load_state_dict(scale)
-        trainer.lr_scheduler.load_state_dict(schedule)
-        for group, values in zip(optimizer.param_groups, groups, strict=True):
-            for name, value in values.items():
-                if isinstance(group[name], Tensor):  # compiled steps refer to it
-                    group[name].copy_(value)
-                else:
-                    group[name] = value
-        optimizer.state.clear()
-        optimizer.state.update(moments)
-        with torch.no_grad():
-            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                if name in tensors:
-                    tensor.copy_(tensors[name])
+        snapshot.put_back(trainer)
         model.zero_grad()
         model.eval()
         for module in training:

@@ -10,14 +10,16 @@ import tiny
 
 from hf_auxselect import (
     BackwardElimination,
+    BeamSearch,
     FixedSelection,
     ForwardSelection,
+    GradientCoreset,
     RandomEnsemble,
-    SelectionProblem,
     SelectionReport,
     TaskSelectionCallback,
 )
 from hf_auxselect.cli import main
+from hf_auxselect.selectors import selection_problem
 
 RECORDED = Path(__file__).parent.parent / "recorded"
 
@@ -38,8 +40,7 @@ def select(directory, capsys, *arguments):
 def chosen_by(selector, directory, keep=()):
     report = SelectionReport.load(directory)
     fitted = report.fitted()
-    rows = [task.rows for task in report.tasks]
-    problem = SelectionProblem(fitted.estimate, [*report.weights], rows, keep=keep)
+    problem = selection_problem(fitted, report.gradients(), keep=keep)
     return selector.select(problem), fitted
 
 
@@ -53,6 +54,17 @@ def chosen_by(selector, directory, keep=()):
             ["RandomEnsemble", "--option", "num_subsets=20", "--option", "top_k=2"],
             RandomEnsemble(num_subsets=20, top_k=2),
         ),
+        (
+            ["RandomEnsemble", "--option", "num_subsets=none", "--option", "threshold=2"],
+            RandomEnsemble(num_subsets=None, threshold=2.0),
+        ),
+        (
+            ["RandomEnsemble", "--option", "threshold=cross-validation"],
+            RandomEnsemble(threshold="cross-validation"),
+        ),
+        (["BeamSearch", "--option", "width=2"], BeamSearch(width=2)),
+        (["BackwardElimination", "--option", "lazy=true"], BackwardElimination(lazy=True)),
+        (["GradientCoreset", "--option", "size=2"], GradientCoreset(size=2)),
         (["FixedSelection", "--option", "tasks=a,c"], FixedSelection(["a", "c"])),
         (["FixedSelection", "--option", "tasks=a=1,c=3"], FixedSelection({"a": 1, "c": 3})),
         (
@@ -169,7 +181,7 @@ class TestARunThatFollows:
     ("arguments", "code", "reason"),
     [
         (["Forward"], 2, "--selector 'Forward' is unknown; known are ForwardSelection, "),
-        (["ForwardSelection", "--option", "max=1"], 2, "--option max: unknown option. ForwardSelection has the options max_tasks: integer or none; min_improvement: number."),
+        (["ForwardSelection", "--option", "max=1"], 2, "--option max: unknown option. ForwardSelection has the options max_tasks: integer or none; min_improvement: number; lazy: true or false."),
         (["ForwardSelection", "--option", "max_tasks=1.5"], 2, "--option max_tasks=1.5: expected integer or none."),
         (["ForwardSelection", "--option", "max_tasks"], 2, "--option 'max_tasks': give an option as name=value."),
         (["ForwardSelection", "--option", "max_tasks=0"], 2, "--option: max_tasks must be at least 1, got 0."),
@@ -193,3 +205,14 @@ def _renamed(value, names):
     if isinstance(value, list):
         return [_renamed(v, names) for v in value]
     return names.get(value, value) if isinstance(value, str) else value
+
+
+def test_a_cap_uses_the_rows_that_the_run_goes_on_to_read(directory, capsys):
+    options = ["--selector", "MixtureOptimization", "--option", "shrinkage=0"]
+    choice = select(directory, capsys, *options, "--option", "max_repetitions=1.5")
+    report = SelectionReport.load(directory)
+    rows = {task.name: task.rows for task in report.tasks}
+    read = sum(report.run["reads_per_row"][name] * rows[name] for name in rows)
+    reads = [read * weight / rows[name] for name, weight in choice["weights"].items()]
+    assert max(reads) <= 1.5 + 0.01
+    assert choice["shadow_prices"] == {} and choice["notes"] == []

@@ -296,10 +296,17 @@ class TestWithoutABrowser:
         def title(**weights):
             return decision_title(
                 SimpleNamespace(
-                    weights=weights, selected=[name for name, w in weights.items() if w]
+                    weights=weights,
+                    selected=[name for name, w in weights.items() if w],
+                    difference=difference,
                 )
             )
 
+        difference = None
+        assert title(a=0.5, b=0.5) == "Keep all 2 tasks."
+        difference = SimpleNamespace(loss=-0.2)
+        assert title(a=0.7, b=0.3) == "Keep all 2 tasks, with other shares."
+        difference = SimpleNamespace(loss=0.0)
         assert title(a=0.5, b=0.5) == "Keep all 2 tasks."
         assert title(a=1.0, b=0.0) == "Train on a alone, 1 of 2 tasks."
         assert title(a=0.5, b=0.5, c=0.0) == "Train on 2 of 3 tasks: a and b."

@@ -2,6 +2,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from reference import random_store
 
@@ -18,8 +20,9 @@ from hf_auxselect import (
 )
 from hf_auxselect.estimators.reliability import RELIABILITY_CHECKS, RESTART_WARNING
 from hf_auxselect.report.analysis import estimator_from, strategy_record
-from hf_auxselect.report.content import Row
+from hf_auxselect.report.content import Interval, Row
 from hf_auxselect.report.markdown import escape_markdown
+from hf_auxselect.report.tables import parquet_tables
 from hf_auxselect.report.text import printable
 from hf_auxselect.selectors import SelectionProblem
 
@@ -36,6 +39,10 @@ def report_of(store, selector=None):
     report = SelectionReport(
         weights=selection.weights,
         scores=selection.scores,
+        score_intervals={
+            name: Interval(low=low, high=high)
+            for name, (low, high) in selection.score_intervals.items()
+        },
         history=list(selection.history),
         estimator=strategy_record(GradExLogistic()),
         selector=strategy_record(ForwardSelection()),
@@ -48,6 +55,19 @@ def report_of(store, selector=None):
 @pytest.fixture
 def report():
     return report_of(random_store(1))
+
+
+def test_scores_have_their_intervals(tmp_path):
+    report = report_of(random_store(1), RandomEnsemble(num_subsets=20, subset_size=2))
+    name, interval = next(iter(report.score_intervals.items()))
+    shown = f"{report.scores[name]:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+    assert "score, 90% interval |" in report.to_markdown() and shown in report.to_markdown()
+    assert "score, 90% interval</th>" in report.to_html() and shown in report.to_html()
+    report.save(tmp_path)
+    assert SelectionReport.load(tmp_path).score_intervals == report.score_intervals
+    table = pq.read_table(pa.BufferReader(parquet_tables(report)["tasks"]))
+    row = table.to_pylist()[0]
+    assert (row["score_low"], row["score_high"]) == (interval.low, interval.high)
 
 
 class TestTheComparison:

@@ -7,10 +7,15 @@ from hypothesis import strategies as st
 
 from hf_auxselect import (
     BackwardElimination,
+    BeamSearch,
+    ConstrainedSelection,
     ExhaustiveSearch,
     FixedSelection,
     ForwardSelection,
+    GradientCoreset,
+    MixtureOptimization,
     RandomEnsemble,
+    WorstGroupSelection,
 )
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.selectors import SELECTORS, AbstractSelector, Selection, SelectionProblem
@@ -53,6 +58,7 @@ def table(seed, num_tasks=5):
 ALL = [
     ForwardSelection(),
     BackwardElimination(),
+    BeamSearch(),
     RandomEnsemble(num_subsets=40, subset_size=2),
     ExhaustiveSearch(),
 ]
@@ -343,4 +349,7 @@ class TestFixedSelectionFromFile:
 
 
 def test_all_selectors_are_known_by_name():
-    assert set(SELECTORS) == {type(s).__name__ for s in [*ALL, FixedSelection(["a"])]}
+    others = [FixedSelection(["a"]), MixtureOptimization(), WorstGroupSelection()]
+    others.append(ConstrainedSelection(ceilings={"a": 1}))
+    others.append(GradientCoreset(size=1))
+    assert set(SELECTORS) == {type(s).__name__ for s in [*ALL, *others]}

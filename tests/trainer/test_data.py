@@ -24,6 +24,7 @@ from transformers import BatchEncoding, BatchFeature, DataCollatorWithFlattening
 from hf_auxselect import (
     FixedSelection,
     concatenate_tasks,
+    leaked_target,
     plan,
 )
 from hf_auxselect.capture.hooks import GradientHooks
@@ -48,7 +49,7 @@ def said(trainer, caplog, cb=None):
     """What is said of the target before the run."""
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        plan.warn_of_leaked_target(planned(trainer, cb), "task")
+        leaked_target.warn_of_leaked_target(planned(trainer, cb), "task")
     return caplog.text
 
 
@@ -243,9 +244,9 @@ class TestALeakedTarget:
         assert "2 of task 'b'" in caplog.text
 
     def test_of_a_huge_training_set_a_part_is_read(self, run_dir, caplog, monkeypatch):
-        monkeypatch.setattr(plan, "SECONDS_TO_COMPARE", -1.0)
+        monkeypatch.setattr(leaked_target, "SECONDS_TO_COMPARE", -1.0)
         trainer = tiny.plain_trainer(run_dir)
-        monkeypatch.setattr(plan, "_CHUNK", 10)
+        monkeypatch.setattr(leaked_target, "_CHUNK", 10)
         seed = planned(trainer).seed
         chunk = random_permutation(9, seed, "rows compared with the target")[0]
         trainer.eval_dataset = trainer.train_dataset.select(range(chunk * 10, chunk * 10 + 2))

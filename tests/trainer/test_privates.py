@@ -58,7 +58,6 @@ OF_PYTHON = {"_getframe"}  # sys._getframe
 
 # Outside of `trainer/`, by file, and why.
 ALLOWED = {
-    "callback.py": {"_fitted"},  # saves the report a second fit
     "script.py": {"_verify_again"},  # of our callback; no option of the public class
     "capture/memory.py": {"_C", "_are_functorch_transforms_active", "_cdata"},  # torch has no other
 }

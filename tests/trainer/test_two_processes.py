@@ -70,6 +70,12 @@ class TestTwoProcesses:
             [row.loss for row in callback.report.rows], abs=tiny.ACROSS_PROCESSES
         )
 
+    def test_losses_of_a_group_are_those_that_are_logged(self, two_processes):
+        one, other = (run["selection"]["group"] for run in two_processes)
+        assert one == other
+        for run in two_processes:
+            assert one[0] == pytest.approx(run["logged of the group"], rel=1e-5)
+
     def test_the_store_is_that_of_one_process(self, two_processes):
         for run in two_processes:
             assert run["largest_difference"] < 1e-6
@@ -79,10 +85,20 @@ class TestTwoProcesses:
         for run in two_processes:
             assert run["measured at the switch"] == run["measured at the end"]
 
+    def test_both_see_the_same_race(self, two_processes):
+        one, other = (run["race"] for run in two_processes)
+        assert one == other
+        assert sorted(map(len, one)) == [1, 1, 2, 2]
+
     @pytest.mark.parametrize("kind", tiny.TRAINERS)
     def test_estimate_at_the_switch_is_the_logged_loss(self, two_processes, kind):
         for run in two_processes:
             assert run["estimated"][kind] == pytest.approx(run["logged"][kind], rel=1e-5)
+
+    def test_clusters_are_the_same_for_both(self, two_processes):
+        one, other = (run["clusters"] for run in two_processes)
+        assert one == other
+        assert set(one["tasks"]) == {"cluster 1", "cluster 2", "cluster 3"}
 
     def test_weights_stay_in_step(self, two_processes):
         one, other = (run["weights"] for run in two_processes)

@@ -1,0 +1,118 @@
+"""Shrink a mixture towards all tasks, so that a choice does not rest on the noise of estimates.
+
+Shapes: K tasks, M mixtures, E ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from hf_auxselect.selectors.base import Array, SelectionProblem
+from hf_auxselect.selectors.simplex import Box, checked
+
+LEAST_SHRINKAGE = 0.1
+"""The default never goes farther from all tasks than to 1 minus this. A convention: no interval
+knows all errors of an estimate, and of a convex loss it costs at most a tenth of the gain."""
+
+FRACTIONS = np.linspace(0, 1 - LEAST_SHRINKAGE, 19)[1:]
+"""How much of the way from all tasks to an end is tried; a convention."""
+
+_MISSED = 0.05
+"""An interval of 90% misses on one side as often."""
+
+KEPT_ALL = (
+    "No mixture is estimated to be significantly better than all tasks, so all tasks were kept, by "
+    "their sizes."
+)
+
+
+def is_shrinkage(value: float | None) -> bool:
+    """Whether it is a share, or None for the default."""
+    return value is None or (not isinstance(value, bool) and 0 <= value <= 1)
+
+
+def shrink(weights_K: Array, shares_K: Array, shrinkage: float) -> Array:
+    """A mixture moved by a share of the way towards all tasks."""
+    return (1 - shrinkage) * weights_K + shrinkage * shares_K
+
+
+@dataclass(frozen=True)
+class GainBounds:
+    """Upper bounds of the loss of mixtures minus that of all tasks, for a choice among many.
+
+    The upper end of the interval of the difference holds for one mixture. The best of many looks
+    better than it is, so that its distance from the estimate is made longer by the factor
+
+        z(1 - 0.05 / n) / z(0.95),
+
+    z being quantiles of the normal distribution, and n the number of single tasks with different
+    estimates. Where errors are linear in the weights, a bound that holds for all single tasks at
+    once (Bonferroni) holds for all mixtures. Tasks with equal estimates count once.
+    """
+
+    problem: SelectionProblem
+    shares_K: Array
+    factor: float
+
+    @classmethod
+    def of(cls, problem: SelectionProblem, box: Box, singles_KK: Array) -> GainBounds:
+        """Count the single tasks that differ.
+
+        Args:
+            problem: what is chosen among.
+            box: the bounds of the weights.
+            singles_KK: from :meth:`Box.singles`.
+        """
+        loss, high = _difference(problem, singles_KK, box.shares_K)
+        number = len(np.unique(np.round(np.column_stack([loss, high]), 9), axis=0))
+        normal = NormalDist()
+        factor = normal.inv_cdf(1 - _MISSED / number) / normal.inv_cdf(1 - _MISSED)
+        return cls(problem, box.shares_K, factor)
+
+    def upper(self, weights_MK: Array) -> Array:
+        """The bounds [M], nats per label token; 0 for all tasks themselves."""
+        loss, high = _difference(self.problem, weights_MK, self.shares_K)
+        return loss + self.factor * (high - loss)
+
+    def best_on_the_way(self, ends_EK: Array, usable: Array | None = None) -> tuple[Array, float]:
+        """The mixture with the lowest bound on the ways from all tasks to some ends.
+
+        Args:
+            ends_EK: where the ways lead; ``FRACTIONS`` of each are tried.
+            usable: bool [E, len(FRACTIONS)]: which of these mixtures may be chosen; None: all.
+
+        Returns:
+            The mixture [K] and its bound.
+        """
+        ways_MK = on_the_way(ends_EK, self.shares_K)
+        upper_M = self.upper(ways_MK)
+        if usable is not None:
+            upper_M = np.where(usable.ravel(), upper_M, np.inf)
+        first = int(np.argmin(upper_M))
+        return ways_MK[first], float(upper_M[first])
+
+
+def on_the_way(ends_EK: Array, shares_K: Array) -> Array:
+    """The mixtures at ``FRACTIONS`` of the way from all tasks to each end: [E * fractions, K]."""
+    ways = shares_K + FRACTIONS[:, None] * (ends_EK - shares_K)[:, None]
+    return ways.reshape(-1, len(shares_K))
+
+
+def _difference(
+    problem: SelectionProblem, weights_MK: Array, reference_K: Array
+) -> tuple[Array, Array]:
+    """Estimated differences of losses and their upper ends [M].
+
+    Without a ``difference`` the errors of the two losses count as independent.
+    """
+    if problem.difference is not None:
+        found = problem.difference(weights_MK, reference_K)
+        loss, high = found.loss, found.high
+    else:
+        ours, other = problem.estimate(weights_MK), problem.estimate(reference_K[None])
+        loss = ours.loss - other.loss
+        high = loss + np.hypot(ours.high - ours.loss, other.loss - other.low)
+    return checked(loss, weights_MK, problem), high

@@ -1,0 +1,193 @@
+"""The state of a training loop between two optimizer steps: kept, put back, and hashed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from hf_auxselect.capture.optimizer_state import copy_of_state
+from hf_auxselect.trainer import access
+
+
+class _Parked(NamedTuple):
+    """A tensor on the CPU, and the device that it belongs to."""
+
+    tensor: Tensor
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Parameters, buffers, optimizer, schedule and gradient scaler of a trainer at one moment.
+
+    It can be put back once.
+    """
+
+    _tensors: dict[str, Tensor]
+    _moments: dict[Any, dict[str, Any]]
+    _groups: list[dict[str, Any]]
+    _schedule: dict[str, Any]
+    _scale: dict[str, Any] | None
+
+    @classmethod
+    def copied(cls, trainer: Trainer) -> Snapshot:
+        """A copy of the present state, on the devices that it is on."""
+        tensors = {name: tensor.detach().clone() for name, tensor in _changing(trainer)}
+        return cls(tensors, copy_of_state(access.torch_optimizer(trainer)), *_plain(trainer))
+
+    @classmethod
+    def parked(cls, trainer: Trainer) -> Snapshot:
+        """The present state on the CPU; takes the optimizer's own state, which it then lacks."""
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True) for name, tensor in _changing(trainer)
+        }
+        state = access.torch_optimizer(trainer).state
+        moments = {
+            parameter: {name: _parked(value) for name, value in own.items()}
+            for parameter, own in state.items()
+        }
+        state.clear()
+        return cls(tensors, moments, *_plain(trainer))
+
+    def put_back(self, trainer: Trainer) -> None:
+        """Let the trainer be in this state again."""
+        optimizer, scaler = access.torch_optimizer(trainer), trainer.accelerator.scaler
+        if scaler is not None and self._scale is not None:
+            scaler.load_state_dict(self._scale)
+        trainer.lr_scheduler.load_state_dict(self._schedule)
+        for group, values in zip(optimizer.param_groups, self._groups, strict=True):
+            for name, value in values.items():
+                if isinstance(group[name], Tensor):  # compiled steps refer to it
+                    group[name].copy_(value)
+                else:
+                    group[name] = value
+        optimizer.state.clear()
+        for parameter, own in self._moments.items():
+            optimizer.state[parameter] = {
+                name: value.tensor.to(value.device) if isinstance(value, _Parked) else value
+                for name, value in own.items()
+            }
+        with torch.no_grad():
+            for name, tensor in _changing(trainer):
+                tensor.copy_(self._tensors[name])
+
+
+def _changing(trainer: Trainer) -> list[tuple[str, Tensor]]:
+    """Trainable parameters and buffers, by name."""
+    return [
+        (name, tensor)
+        for name, tensor in (
+            *trainer.model.named_parameters(),
+            *trainer.model.named_buffers(),
+        )
+        if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
+    ]
+
+
+def _plain(trainer: Trainer) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any] | None]:
+    """Parameter groups, schedule and gradient scaler."""
+    scaler = trainer.accelerator.scaler
+    groups = [
+        {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+        for group in access.torch_optimizer(trainer).param_groups
+    ]
+    return (
+        groups,
+        copy.deepcopy(trainer.lr_scheduler.state_dict()),
+        copy.deepcopy(scaler.state_dict()) if scaler is not None else None,
+    )
+
+
+def _parked(value: Any) -> Any:
+    # A subclass, or a tensor with attributes of its own (paged states), may not survive the way.
+    if type(value) is Tensor and value.device.type != "cpu" and not vars(value):
+        return _Parked(value.cpu(), value.device)
+    return value
+
+
+def digest_of_training(
+    trainer: Trainer, initial: Mapping[str, Tensor] | None, options: tuple[object, ...]
+) -> str:
+    """A hash of what rules the steps that follow, data aside: state and training arguments.
+
+    Bit for bit: a resumed run has the hash of the unbroken one if it is in the same state.
+
+    Args:
+        trainer: between two optimizer steps.
+        initial: parameters that training restarts from, which then count instead of the state.
+        options: what else counts; plain values.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    arguments = {
+        name: value
+        for name, value in trainer.args.to_dict().items()
+        if not name.startswith(_UNRELATED)
+    }
+    steps = trainer.state.global_step, trainer.state.max_steps, *options
+    groups, schedule, scale = _plain(trainer)
+    _feed(state, [steps, arguments, access.random_states(), groups, schedule, scale])
+    if initial is not None:
+        _feed(state, initial)
+    else:
+        moments = access.torch_optimizer(trainer).state
+        _feed(state, [dict(_changing(trainer)), [moments.get(p) for p in _trained(trainer)]])
+    return state.hexdigest()
+
+
+_UNRELATED = (
+    "disable_tqdm",
+    "do_",
+    "eval_on_start",
+    "eval_steps",
+    "eval_strategy",
+    "hub_",
+    "load_best",
+    "local_rank",
+    "logging_",
+    "output_dir",
+    "overwrite",
+    "project",
+    "push_to_hub",
+    "report_to",
+    "resume_from",
+    "run_name",
+    "save_",
+    "trackio",
+)
+"""Beginnings of training arguments that change no step."""
+
+
+def _trained(trainer: Trainer) -> list[Tensor]:
+    return [p for group in access.torch_optimizer(trainer).param_groups for p in group["params"]]
+
+
+def _feed(state: Any, value: Any) -> None:
+    """Feed a value to a hash: tensors and arrays by their bytes, others by their ``repr``."""
+    if hasattr(value, "__tensor_flatten__"):  # quantized: by what it is made of
+        names, _ = value.__tensor_flatten__()
+        value = {name: getattr(value, name) for name in names}
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        _feed(state, (str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy()))
+    elif isinstance(value, np.ndarray):
+        state.update(f"{value.dtype}{value.shape}".encode())
+        state.update(np.ascontiguousarray(value))
+    elif isinstance(value, Mapping):
+        state.update(f"mapping {len(value)}:".encode())
+        # A file may have its entries in another order than what was written to it.
+        for key, item in sorted(value.items(), key=lambda entry: str(entry[0])):
+            _feed(state, (str(key), item))
+    elif isinstance(value, list | tuple):
+        state.update(f"list {len(value)}:".encode())
+        for item in value:
+            _feed(state, item)
+    else:
+        state.update(f"{value!r};".encode())
