@@ -20,6 +20,7 @@ import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -122,7 +123,7 @@ STRATEGIES: dict[str, Callable[[Case], np.ndarray]] = {
     "all tasks, equal shares": lambda case: np.full(
         len(case.store.task_names), 1 / len(case.store.task_names)
     ),
-    **{f"random {n}": lambda case, n=n: _random(case, n) for n in (1, 2, 3)},
+    **{f"random {seed}": partial(_random, seed=seed) for seed in (1, 2, 3)},
     "nearest length": _nearest_length,
     "cosine of mean gradients": lambda case: case.best(MeanCosine()),
     "LESS": lambda case: case.best(MeanCosine(preconditioned=True)),
@@ -224,7 +225,9 @@ def run_family(family: str, seeds: list[int], *, only_choose: bool) -> None:
                 of_tasks = dict(zip(names, weights, strict=True))
                 record["runs"].append(train_on(family, of_tasks, "continue", seed))
                 run = record["runs"][-1]
-                print(f"{family} seed {seed} {strategy}: {run['loss']:.4f} ({run['seconds']:.0f} s)")
+                print(
+                    f"{family} seed {seed} {strategy}: {run['loss']:.4f} ({run['seconds']:.0f} s)"
+                )
                 write_atomically(path, to_json(record))
     record["summary"] = summarize(record, seeds)
     write_atomically(path, to_json(record))

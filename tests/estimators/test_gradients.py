@@ -12,6 +12,7 @@ from hf_auxselect import (
     RidgeSurrogate,
 )
 from hf_auxselect.estimators import FittedCalibrated
+from hf_auxselect.estimators.matrix_functions import derivative, turned
 
 
 def along_the_simplex(fitted, mixture, change, loss, step=1e-5):
@@ -97,3 +98,48 @@ def test_an_estimator_without_a_gradient_says_so(store):
     assert not fitted.has_gradient
     with pytest.raises(NotImplementedError, match="FittedGradExLogistic has no gradient"):
         fitted.gradient([[1, 1, 1]])
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.0, 3.0], [1.0, 1.0, 3.0], [2.0, 2.0, 2.0]])
+def test_a_function_of_a_matrix_is_differentiated(values):
+    """Against finite differences, with eigenvalues that are equal, too."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+    matrix = basis * values @ basis.T
+    x, y, change = rng.standard_normal((3, 3))[0], rng.standard_normal(3), np.zeros((3, 3))
+    change[0, 1] = change[1, 0] = 1.0
+
+    def decomposed(at):
+        values_R, vectors_RR = np.linalg.eigh(at)
+        return values_R[None], vectors_RR[None]
+
+    def value(at):
+        values_MR, vectors_MRR = decomposed(at)
+        return y @ (vectors_MRR[0] * np.exp(-values_MR[0])) @ vectors_MRR[0].T @ x
+
+    values_MR, vectors_MRR = decomposed(matrix)
+    f_MR = np.exp(-values_MR)
+    found = derivative(
+        values_MR,
+        vectors_MRR,
+        f_MR[None],
+        -f_MR[None],
+        turned(vectors_MRR, y[None]),
+        turned(vectors_MRR, x[None])[None],
+    )[0]
+    expected = (value(matrix + 1e-5 * change) - value(matrix - 1e-5 * change)) / 2e-5
+    assert (found * change).sum() == pytest.approx(expected, rel=1e-6)
+    assert found == pytest.approx(found.T, abs=1e-12)
+
+
+@pytest.mark.parametrize("options", ESTIMATORS[:4], ids=repr)
+def test_mixtures_of_few_tasks_are_estimated_as_among_few(options):
+    """Tasks that a mixture leaves out are left out of the work, and change no estimate of it."""
+    store = random_store(3, counts=(4,) * 9)
+    store = rebuilt(store, task_sizes=[40] * 9)
+    fitted = options.fit(store)
+    few = np.zeros((2, 9))
+    few[0, [1, 7]], few[1, 4] = [0.3, 0.7], 1.0
+    alone, together = fitted.estimate(few), fitted.estimate(np.vstack([few, np.ones((1, 9))]))
+    for name in ("loss", "low", "high"):
+        assert getattr(alone, name) == pytest.approx(getattr(together, name)[:2], rel=1e-12)
