@@ -54,13 +54,13 @@ def lazy_searches() -> str:
 
 @table
 def tangents() -> str:
-    """How often the demo's estimates fall below their tangents."""
-    found = read("search_regret")["tangents"]["demo"]
+    """How often losses fall below their tangents."""
+    found = read("search_regret")["tangents"]["random"]
     return bullets(
-        "The loss of `LinearizedTraining` is **not convex**: of the subsets of `make demo` that "
-        f"differ in one task, {percent(found['below_share'])} are below the tangent of the other. "
-        "The bounds are then lowered, by twice the largest curvature of this kind that the search "
-        "has seen. So its result may differ from that of the full search."
+        "The loss after training is **not convex**: of the subsets in a random quadratic model of "
+        f"training that differ in one task, {percent(found['below_share'])} are below the tangent "
+        "of the other. The bounds are then lowered, by twice the largest curvature of this kind "
+        "that the search has seen. So its result may differ from that of the full search."
     )
 
 

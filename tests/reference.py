@@ -93,22 +93,54 @@ def logistic_estimate(store: GradientStore, mask: np.ndarray, regularization: fl
     return total
 
 
-def clipping_factor(store: GradientStore, pooled: np.ndarray) -> float:
-    """By how much clipping shortens gradients of the root-mean-square length of drawn batches."""
-    training = store.metadata["training"]
-    limit, size = training["max_grad_norm"], training["examples_per_step"]
+def drawn_batches(store: GradientStore, pooled: np.ndarray) -> list[np.ndarray]:
+    """Rows of the batches by which ``LinearizedTraining`` sees how gradients are clipped."""
+    size = store.metadata["training"]["examples_per_step"]
+    num_rows = size * max(8, 2048 // size)
+    rng = np.random.default_rng(0)
+    which_task = (rng.permutation(num_rows) + rng.random(num_rows)) / num_rows
+    which_row = rng.random(num_rows)
+    names = sorted(range(len(pooled)), key=lambda k: store.task_names[k])
+    rows = []
+    for u, v in zip(which_task, which_row, strict=True):
+        end = 0.0
+        for task in names:
+            end += pooled[task]
+            if u < end:
+                break
+        own = np.flatnonzero(store.task_ids == task)
+        rows.append(own[int(v * len(own))])
+    return np.split(np.array(rows), num_rows // size)
+
+
+def clipping_factors(store: GradientStore, pooled: np.ndarray) -> np.ndarray:
+    """Mean factor by which clipping shortens the gradients of each task [K], batch by batch."""
+    limit = store.metadata["training"]["max_grad_norm"]
+    num_tasks = len(pooled)
     if not limit:
-        return 1.0
-    chances = (pooled / np.bincount(store.task_ids))[store.task_ids]
-    gradients = store.scalar("loss")[1].astype(np.float64)
-    # Of each row to the sum over a batch, divided by the label tokens that a row has in the mean.
-    rows = store.num_label_tokens[:, None] * gradients / (chances @ store.num_label_tokens)
-    mean = chances @ rows
-    variance = sum(
-        chance * (row - mean) @ (row - mean) for chance, row in zip(chances, rows, strict=True)
+        return np.ones(num_tasks)
+    g, tokens = store.scalar("loss")[1].astype(np.float64), store.num_label_tokens
+    task_ids = store.task_ids
+    b = [
+        np.average(g[task_ids == k], axis=0, weights=tokens[task_ids == k])
+        for k in range(num_tasks)
+    ]
+    factors, shares = [], []
+    for batch in drawn_batches(store, pooled):
+        square = 0.0
+        for i, row in enumerate(batch):
+            for j, other in enumerate(batch):
+                mean = b[task_ids[row]] @ b[task_ids[other]]
+                product = g[row] @ g[row] if i == j else mean
+                square += tokens[row] * tokens[other] * product
+        total = tokens[batch].sum()
+        norm = np.sqrt(max(square, 0.0)) / total
+        factors.append(min(1.0, limit / norm) if norm > 0 else 1.0)
+        shares.append([tokens[batch][task_ids[batch] == k].sum() / total for k in range(num_tasks)])
+    totals = np.sum(shares, axis=0)
+    return np.where(
+        totals > 0, factors @ np.array(shares) / np.maximum(totals, 1e-300), np.mean(factors)
     )
-    norm = np.sqrt(mean @ mean + variance / size)
-    return float(min(1.0, limit / norm)) if norm > 0 else 1.0
 
 
 def krylov_axes(starts: Sequence[np.ndarray], matrix: np.ndarray, rank: int) -> np.ndarray:
@@ -125,6 +157,25 @@ def krylov_axes(starts: Sequence[np.ndarray], matrix: np.ndarray, rank: int) -> 
         axes = np.hstack([axes, new])
         block = list((matrix @ new).T)
     return axes if axes.size else np.eye(len(matrix))[:, :1]
+
+
+def gradient_covariances(store: GradientStore, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Covariance [D, D] of a batch's gradient, and of the mean gradient by what was captured."""
+    counts, dim = np.bincount(store.task_ids), store.gradients.shape[1]
+    gradients = store.scalar("loss@optimizer")[1].astype(np.float64)
+    contributions = store.num_label_tokens[:, None] * gradients  # of each row to a batch's sum
+    tokens = np.array(
+        [store.num_label_tokens[store.task_ids == k].mean() for k in range(len(counts))]
+    )
+    chance = (pooled / counts)[store.task_ids]
+    rows = contributions / (pooled @ tokens)
+    batch = (chance[:, None] * rows).T @ rows - np.outer(chance @ rows, chance @ rows)
+    capture = np.zeros((dim, dim))
+    for k, share in enumerate(pooled * tokens / (pooled @ tokens)):
+        own = contributions[store.task_ids == k] / tokens[k]
+        missing = 1 - len(own) / store.task_sizes[k]
+        capture += share**2 * missing * np.cov(own.T) / len(own)
+    return batch / store.metadata["training"]["examples_per_step"], capture
 
 
 def symmetric_basis(size: int) -> list[np.ndarray]:
@@ -197,7 +248,7 @@ def linearized_training(
 
     ``pooled`` [K] are the shares of the tasks' rows in the mixture; they sum to 1.
     """
-    optimizer = store.metadata["optimizer"]
+    optimizer, training = store.metadata["optimizer"], store.metadata["training"]
     target = store.target
     dim = store.gradients.shape[1]
 
@@ -237,7 +288,8 @@ def linearized_training(
     rank = axes.shape[1]
     outside = np.eye(dim) - axes @ axes.T
 
-    w = w * clipping_factor(store, pooled)
+    w = w * clipping_factors(store, pooled)
+    clip = w.sum()
     beta, decay = optimizer["momentum_coefficient"], optimizer["weight_decay"]
     rates = np.array(learning_rates) * optimizer["learning_rate_factor"]
     # Training has just begun to converge along this curvature.
@@ -274,7 +326,32 @@ def linearized_training(
     if looks_ahead:
         target_H = target_H + ends_correction(target_H, axes, target, store.vectors)
 
-    bend = delta @ target_H @ delta / 2
+    # Displacement after the last step per unit of gradient in each step alone.
+    responses = []
+    for first in range(len(rates)):
+        moved, momentum = np.zeros((dim, dim)), np.zeros((dim, dim))
+        for t, rate in enumerate(rates):
+            gradient = np.eye(dim) * (t == first) + H @ moved
+            momentum = beta * momentum + (1 - beta) * gradient
+            divisor = 1 if steps_taken is None else 1 - beta ** (steps_taken + t + 1)
+            moved = moved - rate * (momentum / divisor + decay * moved)
+        responses.append(moved)
+    noise, capture = gradient_covariances(store, pooled)
+
+    def bend_by(response: np.ndarray, covariance: np.ndarray) -> float:
+        return float(np.trace(target_H @ response @ covariance @ response.T)) / 2
+
+    random_bend = sum(bend_by(response, noise) for response in responses)
+    steps_per_pass = store.task_sizes[pooled > 0].sum() / training["examples_per_step"]
+    for start in np.arange(0, len(rates), steps_per_pass):
+        end = start + steps_per_pass
+        within = sum(
+            max(min(t + 1, end) - max(t, start), 0.0) * response
+            for t, response in enumerate(responses)
+        )
+        random_bend -= bend_by(within, noise) / steps_per_pass
+    random_bend -= bend_by(sum(responses), capture)
+    bend = delta @ target_H @ delta / 2 + clip**2 * random_bend
     if not looks_ahead:
         bend = max(bend, 0.0)
     return max(float(target.example_weights @ target.losses + target_b @ delta + bend), 0.0)

@@ -2,8 +2,7 @@
 
 The stores are synthetic: 38 tasks with 100 examples each, and 1,729 tasks (as many as a collection
 of instruction data has) with 20 each; 512 numbers per gradient, 256 target examples. A forward
-selection of 1,729 tasks adds 20 tasks, and a backward elimination drops 20, whether it helps or
-not.
+selection of 1,729 tasks adds 20 tasks, whether it helps or not.
 
     python -m benchmarks.cost.search_time [--tasks 38,1729]
 """
@@ -39,9 +38,7 @@ SEARCHES: dict[int, tuple[int, list[AbstractSelector]]] = {
         100,
         [
             ForwardSelection(),
-            ForwardSelection(lazy=True),
             BackwardElimination(),
-            BackwardElimination(lazy=True),
             BeamSearch(),
             RandomEnsemble(),
             RandomEnsemble(num_subsets=None),
@@ -51,8 +48,6 @@ SEARCHES: dict[int, tuple[int, list[AbstractSelector]]] = {
         20,
         [
             ForwardSelection(max_tasks=20, min_improvement=ALWAYS),
-            ForwardSelection(max_tasks=20, min_improvement=ALWAYS, lazy=True),
-            BackwardElimination(min_tasks=1709, min_improvement=ALWAYS, lazy=True),
         ],
     ),
 }

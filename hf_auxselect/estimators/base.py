@@ -88,7 +88,7 @@ def normalize_mixtures(weights: ArrayLike, task_sizes: ArrayLike) -> Array:
 def used_columns(weights_MK: Array) -> Array | slice:
     """The columns that are not 0 in all rows; all of them unless leaving out others is faster."""
     columns = np.flatnonzero(weights_MK.any(0))
-    return columns if 2 * len(columns) < weights_MK.shape[1] else slice(None)
+    return columns if 0 < 2 * len(columns) < weights_MK.shape[1] else slice(None)
 
 
 def all_tasks_pooled(task_sizes: ArrayLike) -> Array:

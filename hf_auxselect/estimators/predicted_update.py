@@ -50,9 +50,8 @@ class PredictedUpdate:
     complement of the basis, H is a number.
 
     Attributes:
-        u_MK: weight of each task in the gradient; 0 without training.
-        factor_M, of_factor_MK: by which u is less than the shares of label tokens, as where
-            gradients are clipped; its derivatives with respect to the shares of rows.
+        w_MK: share of each task in the label tokens; 0 without training.
+        u_MK: weight of each task in the gradient: less than w where gradients are clipped.
         values_MR, vectors_MRR: eigenvalues of H in the basis, and their vectors in columns.
         complement_M: H in the complement.
         x_CMR: the vectors x_c, in the eigenvectors.
@@ -62,9 +61,8 @@ class PredictedUpdate:
             vectors.
     """
 
+    w_MK: Array
     u_MK: Array
-    factor_M: Array
-    of_factor_MK: Array
     values_MR: Array
     vectors_MRR: Array
     complement_M: Array
@@ -125,15 +123,19 @@ class FittedQuadratic(FittedEstimator):
     def _response_slope(self, values: Array) -> Array:
         """The derivatives of the functions f_c [C, ...]."""
 
-    def _clip(self, shares_MK: Array) -> tuple[Array, Array]:
-        """The factor by which clipping shortens gradients [M], and its derivatives [M, K]."""
-        return np.ones(len(shares_MK)), np.zeros(shares_MK.shape)
+    def _clip(self, shares_MK: Array, w_MK: Array) -> Array:
+        """The weights of the tasks in clipped gradients [M, K], given their shares of tokens."""
+        return w_MK
+
+    def _noise(self, target: TargetQuadratic, shares_MK: Array, update: PredictedUpdate) -> Array:
+        """What random gradients add to the quadratic term of a target's loss [M]."""
+        return np.zeros(len(shares_MK))
 
     def _predict(self, shares_MK: Array) -> PredictedUpdate:
         """The update by training on mixtures, given the share of each task in their rows."""
         model, is_idle_M = self._model, ~shares_MK.any(1)
-        factor_M, of_factor_MK = self._clip(shares_MK)
-        u_MK = factor_M[:, None] * model.counts.token_weights(shares_MK)
+        w_MK = model.counts.token_weights(shares_MK)
+        u_MK = self._clip(shares_MK, w_MK)
         values_MR, vectors_MRR, complement_M = model.tasks.eigendecomposition(u_MK)
         used = used_columns(u_MK)
         b_MR = u_MK[:, used] @ model.tasks.b_KR[used]
@@ -148,9 +150,8 @@ class FittedQuadratic(FittedEstimator):
         sources_MS = np.hstack([complement_f_CM[0][:, None] * u_MK, complement_f_CM[1:].T])
         delta_MR[is_idle_M] = sources_MS[is_idle_M] = 0.0
         return PredictedUpdate(
+            w_MK=w_MK,
             u_MK=u_MK,
-            factor_M=factor_M,
-            of_factor_MK=of_factor_MK,
             values_MR=values_MR,
             vectors_MRR=vectors_MRR,
             complement_M=complement_M,
@@ -178,6 +179,8 @@ class FittedQuadratic(FittedEstimator):
         target, groups = self._model.target, self._model.groups
         shares_MK = normalize_mixtures(weights, self._store.task_sizes)
         reference = None if reference_K is None else self._side(reference_K[None])
+        if reference is not None and reference_K is not None:
+            of_reference_1G = self._group_changes(reference_K[None], reference.update)
 
         def terms(side: _Side) -> Array:  # linear, quadratic, warm-up gain: [3, M]
             gain_M = side.update.u_MK.any(1) * self._model.warm_up_gain
@@ -186,7 +189,7 @@ class FittedQuadratic(FittedEstimator):
 
         def work(shares: Array) -> tuple[Array, Array, Array]:
             side = self._side(shares)
-            terms_3M, group_change_MG = terms(side), self._group_changes(side.update)
+            terms_3M, group_change_MG = terms(side), self._group_changes(shares, side.update)
             unlike_M: Array | float = 0.0
             if reference is not None:
                 others_31 = terms(reference)
@@ -196,7 +199,7 @@ class FittedQuadratic(FittedEstimator):
                 unlike_M = np.minimum((apart_MR**2).sum(1) / 2, 1.0)
                 unlike_M *= 2 * (terms_3M * others_31).sum(0)
                 terms_3M = terms_3M - others_31
-                group_change_MG = group_change_MG - self._group_changes(reference.update)
+                group_change_MG = group_change_MG - of_reference_1G
             variance_M = self._model_error**2 * ((terms_3M**2).sum(0) + unlike_M)
             variance_M += self._target_variance(side, reference)
             variance_M += self._task_variance(side, reference)
@@ -221,14 +224,20 @@ class FittedQuadratic(FittedEstimator):
 
     def _side(self, shares_MK: Array) -> _Side:
         update = self._predict(shares_MK)
-        change = self._model.target.change(update.delta_MR, update.sources_MS)
-        return _Side(update=update, change=change)
+        return _Side(update=update, change=self._change(self._model.target, shares_MK, update))
 
-    def _group_changes(self, update: PredictedUpdate) -> Array:
+    def _change(
+        self, target: TargetQuadratic, shares_MK: Array, update: PredictedUpdate
+    ) -> TargetChange:
+        noise_M = self._noise(target, shares_MK, update)
+        change = target.change(update.delta_MR, update.sources_MS, noise_M)
+        return change._replace(quadratic_M=np.where(shares_MK.any(1), change.quadratic_M, 0.0))
+
+    def _group_changes(self, shares_MK: Array, update: PredictedUpdate) -> Array:
         """Change of the mean loss of each of the store's groups [M, G]."""
-        result_MG = np.empty((len(update.delta_MR), len(self._model.groups)))
+        result_MG = np.empty((len(shares_MK), len(self._model.groups)))
         for g, group in enumerate(self._model.groups):
-            change = group.change(update.delta_MR, update.sources_MS)
+            change = self._change(group, shares_MK, update)
             result_MG[:, g] = change.linear_MT @ group.weights_T + change.quadratic_M
         return result_MG
 
@@ -248,13 +257,15 @@ class FittedQuadratic(FittedEstimator):
         By the adjoint: backwards from the loss through the displacement, its functions of H, and
         the weights u. It costs about as much as the estimate, for all K tasks together.
         """
+        if not self.has_gradient:
+            super().gradient(weights)  # raises
         shares_MK = normalize_mixtures(weights, self._store.task_sizes)
 
         def work(shares: Array) -> tuple[Array]:
             update = self._predict(shares)
             of_MGK = np.empty((len(shares), len(targets), shares.shape[1]))
             for g, target in enumerate(targets):
-                change = target.change(update.delta_MR, update.sources_MS)
+                change = self._change(target, shares, update)
                 of_MGK[:, g] = self._pull_back(update, change, shares)
                 # An estimate of less than 0 is one of 0.
                 loss_M = target.loss + change.linear_MT @ target.weights_T + change.quadratic_M
@@ -283,13 +294,10 @@ class FittedQuadratic(FittedEstimator):
         of_complement_M += (slope_CM[1:].T * change.of_sources_MS[:, num_tasks:]).sum(1)
         of_u_MK = of_b_MR @ tasks.b_KR.T + update.complement_f_CM[0][:, None] * of_task_sources_MK
         of_u_MK += tasks.pull_back(of_H_MRR, of_complement_M)
-        # u = factor * w, and w_k is in proportion to the shares of the rows times t_k tokens.
-        counts, factor_M1 = self._model.counts, update.factor_M[:, None]
-        w_MK = counts.token_weights(shares_MK)
-        mean_M1 = (of_u_MK * w_MK).sum(1, keepdims=True)
-        total_M1 = (shares_MK @ counts.tokens_per_row_K)[:, None]
-        of_tokens_MK = factor_M1 * (of_u_MK - mean_M1) / np.maximum(total_M1, TINY)
-        of_shares_MK = of_tokens_MK * counts.tokens_per_row_K + mean_M1 * update.of_factor_MK
+        # The weights u are in proportion to the shares of the rows times their label tokens.
+        tokens_K = self._model.counts.tokens_per_row_K
+        of_u_MK -= (of_u_MK * update.u_MK).sum(1, keepdims=True)
+        of_shares_MK = of_u_MK * tokens_K / np.maximum(shares_MK @ tokens_K, TINY)[:, None]
         of_shares_MK[~shares_MK.any(1)] = 0.0
         return of_shares_MK - of_shares_MK.mean(1, keepdims=True)
 

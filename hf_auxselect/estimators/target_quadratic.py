@@ -1,11 +1,12 @@
 """The target's loss as a quadratic function of the displacement.
 
 Shapes: T examples of the target, M mixtures, E endpoints, D projection_dim, R vectors of the basis,
-S sources of a displacement.
+S sources of a displacement, Q random displacements.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from hf_auxselect.estimators.base import TINY, Array, used_columns
 from hf_auxselect.estimators.captured_gradients import WeightedGradients
 from hf_auxselect.estimators.curvature_corrections import fit_to_endpoint_losses
 from hf_auxselect.estimators.krylov_basis import KrylovBasis
+from hf_auxselect.estimators.task_curvature import Covariance
 from hf_auxselect.store.records import Probes
 
 
@@ -106,12 +108,15 @@ class TargetQuadratic:
         rows = self._gradients.store.rows_of(example_ids)
         return rows, self.weights_T[rows] / max(self.weights_T[rows].sum(), TINY)
 
-    def change(self, delta_MR: Array, sources_MS: Array) -> TargetChange:
+    def change(
+        self, delta_MR: Array, sources_MS: Array, added_M: Array | float = 0.0
+    ) -> TargetChange:
         """How the loss answers to displacements.
 
         Args:
             delta_MR: their coordinates in the basis.
             sources_MS: coefficients of their sources.
+            added_M: what else the quadratic term has.
         """
         linear_MT = delta_MR @ self.g_TR.T + sources_MS @ self._source_gradients_TS.T
         H_delta_MR = delta_MR @ self._H_RR
@@ -119,7 +124,7 @@ class TargetQuadratic:
         gram_MS = sources_MS[:, used] @ self._source_gram_SS[used]
         complement_M = (gram_MS[:, used] * sources_MS[:, used]).sum(1)
         quadratic_M = (delta_MR * H_delta_MR).sum(1) + self._complement_curvature * complement_M
-        quadratic_M /= 2
+        quadratic_M = quadratic_M / 2 + added_M
         is_free_M1 = quadratic_M[:, None] > self.lower_bound
         of_sources_S = self.weights_T @ self._source_gradients_TS
         return TargetChange(
@@ -129,3 +134,29 @@ class TargetQuadratic:
             of_sources_MS=of_sources_S
             + np.where(is_free_M1, self._complement_curvature * gram_MS, 0.0),
         )
+
+    def mean_quadratic_changes(
+        self, vectors_MRR: Array, randoms: Iterable[tuple[Covariance, Array]]
+    ) -> list[Array]:
+        """Mean quadratic terms E[epsilon^T H_T epsilon] / 2 of random displacements, [M, Q] each.
+
+        Args:
+            vectors_MRR: eigenvectors of the mixtures' curvature, in columns.
+            randoms: covariance of a random gradient, and Q displacements per unit of it along each
+                of these vectors and last in the orthogonal complement, [M, R + 1, Q].
+        """
+        turned_MRR = vectors_MRR.transpose(0, 2, 1)
+        H_MRR = turned_MRR @ self._H_RR @ vectors_MRR
+        changes = []
+        for covariance, displacement_MRQ in randoms:
+            both_MRR = H_MRR * (turned_MRR @ covariance.basis_MRR @ vectors_MRR)
+            basis_MRQ, complement_MQ = displacement_MRQ[:, :-1], displacement_MRQ[:, -1]
+            complement_M = self._complement_curvature * covariance.complement_M
+            changes.append(
+                (
+                    (basis_MRQ * (both_MRR @ basis_MRQ)).sum(1)
+                    + complement_M[:, None] * complement_MQ**2
+                )
+                / 2
+            )
+        return changes

@@ -626,8 +626,10 @@ class TestUnrolledOptimizer:
             weight_decay=0.25,
             decay_is_coupled=True,
         ).response(np.array([curvature]))
-        foreseen = response[:, 0] @ [slope, momentum, anchor]
-        assert foreseen == pytest.approx(float(parameter.detach()) - anchor, rel=1e-5)
+        foreseen = (
+            response.momentum * momentum - response.gradient * slope - response.parameters * anchor
+        )
+        assert foreseen[0] == pytest.approx(float(parameter.detach()) - anchor, rel=1e-5)
 
     def test_momentum_that_a_scheduler_changes(self):
         """Adam's own, with a preconditioner of 1."""
@@ -645,17 +647,22 @@ class TestUnrolledOptimizer:
             momentum_coefficients=betas,
         )
         response = recursion.response(np.array([curvature]))
-        foreseen = response[:, 0] @ [slope, momentum, start]
-        assert foreseen == pytest.approx(delta, rel=1e-5)
+        foreseen = (
+            response.momentum * momentum - response.gradient * slope - response.parameters * start
+        )
+        assert foreseen[0] == pytest.approx(delta, rel=1e-5)
+        # One step's gradient alone, and the sum over all steps of those is that of a constant one.
+        impulses = list(recursion._impulses(np.array([curvature])))
+        assert sum(impulses)[0] == pytest.approx(-response.gradient[0], rel=1e-5)
 
     def test_slopes_are_those_of_finite_differences(self):
         unrolled = UnrolledOptimizer(
             np.linspace(0.2, 0.02, 12), momentum_coefficient=0.9, steps_taken=4, weight_decay=0.1
         )
         values, step = np.array([-0.05, 0.0, 0.3, 5.0, 1e9]), 1e-7
-        rise = unrolled.response(values + step) - unrolled.response(values - step)
-        slopes = unrolled.response_slope(values)
-        assert slopes == pytest.approx(rise / (2 * step), rel=1e-5, abs=1e-8)
+        up, down = (np.stack(unrolled.response(values + sign * step)) for sign in (1, -1))
+        slopes = np.stack(unrolled.response_slope(values))
+        assert slopes == pytest.approx((up - down) / (2 * step), rel=1e-5, abs=1e-8)
         assert not slopes[:, -1].any()
 
     def test_momentum_coefficients_that_do_not_change_change_nothing(self):

@@ -12,6 +12,7 @@ from reference import (
     linearized_training,
     logistic_displacement,
     logistic_estimate,
+    of_rows,
     random_store,
     rebuilt,
     store_of_few_rows,
@@ -31,6 +32,8 @@ from hf_auxselect.estimators.base import NORMAL_95, NUM_ENDPOINTS, random_subset
 from hf_auxselect.estimators.diagnostics import kernel_distance, rank_correlation
 from hf_auxselect.estimators.quadratic_model import QuadraticModel
 from hf_auxselect.estimators.unrolled_optimizer import UnrolledOptimizer
+from hf_auxselect.sampler import MixtureSampler
+from hf_auxselect.tasks import TaskRows
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-1, 1)), min_size=2, max_size=12))
@@ -213,6 +216,32 @@ class TestGradExLogistic:
             GradExLogistic().tolerance = 1
 
 
+def without_curvature(seed, counts):
+    """Rows of one token in 4 of 60 dimensions; gradients alone move, and only the target bends."""
+    store = random_store(seed, counts=counts, dim=60, max_grad_norm=0.0)
+    few = (np.arange(60) < 4).astype(np.float32)
+
+    def scalars(part, bend):
+        gradients = {"loss@optimizer": 0.3, "sampled_loss@optimizer": bend}
+        return part._scalars | {
+            name: (part.outputs, factor * few * (1 + part.scalar(name)[1]))
+            for name, factor in gradients.items()
+        }
+
+    return rebuilt(
+        store,
+        scalars=scalars(store, 0.0),
+        num_label_tokens=np.ones_like(store.num_label_tokens),
+        example_weights=None,
+        metadata={
+            "optimizer": store.metadata["optimizer"] | {"steps_taken": None, "weight_decay": 0.0},
+            "training": store.metadata["training"],
+        },
+        vectors={name: np.zeros(60, np.float32) for name in store.vectors},
+        target=rebuilt(store.target, scalars=scalars(store.target, 1.0)),
+    )
+
+
 def at(model, displacements):
     """Displacements in the basis of a model, with no sources in its complement."""
     coordinates = model.basis.coordinates(displacements)
@@ -347,24 +376,59 @@ class TestLinearizedTraining:
         drift = LinearizedTraining().fit(store).diagnostics()["kernel_drift"]
         assert drift == pytest.approx(kernel_distance(before, after), rel=1e-6)
 
-    def test_clipping_is_that_of_the_typical_length_of_many_batches(self):
+    def test_clipping_is_that_of_many_batches(self):
+        # Of as many dimensions as inner products of different rows need to be much alike.
         store = random_store(2, counts=(40, 60, 50), dim=200, max_grad_norm=6.0)
         shares = np.array([[0.5, 0.3, 0.2]])
         fitted = LinearizedTraining().fit(store)
         g, tokens = store.scalar("loss")[1].astype(np.float64), store.num_label_tokens
         rng = np.random.default_rng(0)
-        squares, factors = [], []
+        factors, of_tasks = [], []
         for _ in range(4000):
             task = rng.choice(3, 4, p=shares[0])
             rows = np.array([rng.choice(np.flatnonzero(store.task_ids == k)) for k in task])
-            squares.append(np.sum((tokens[rows] @ g[rows] / tokens[rows].sum()) ** 2))
-            factors.append(min(1.0, 6.0 / squares[-1] ** 0.5))
-        found = fitted._clipping.factor(shares)[0][0]
-        assert found == pytest.approx(6 / np.sqrt(np.mean(squares)), rel=0.02)
-        assert found == pytest.approx(np.mean(factors), rel=0.05)
+            norm = np.linalg.norm(tokens[rows] @ g[rows] / tokens[rows].sum())
+            factors.append(min(1.0, 6.0 / norm))
+            of_tasks.append(np.bincount(task, tokens[rows], minlength=3) / tokens[rows].sum())
+        expected = np.array(factors) @ np.array(of_tasks) / np.sum(of_tasks, axis=0)
+        assert fitted._clipping.factors(shares)[0] == pytest.approx(expected, rel=0.05)
 
     def test_no_mixtures(self):
         assert len(LinearizedTraining().fit(random_store(2)).estimate(np.zeros((0, 3)))) == 0
+
+    @pytest.mark.parametrize("num_steps", [6, 20])
+    def test_the_noise_of_minibatches_is_that_of_many_runs(self, num_steps):
+        """Steps of 4 of the rows, as the sampler draws them, in the quadratic model itself."""
+        store = without_curvature(11, (27, 33))
+        gradients, target = store.scalar("loss@optimizer")[1], store.target
+        phi = target.scalar("sampled_loss@optimizer")[1]
+        target_H = (phi.T * target.example_weights) @ phi
+        target_H -= np.trace(target_H) / 60 * np.eye(60)  # what a projection would have added
+        tasks, bends = TaskRows(("a", "b"), store.task_ids), []
+        noise = gradients - gradients.mean(0)
+        for seed in range(2000):
+            sampler = MixtureSampler(tasks, [27 / 60, 33 / 60], seed, length=4 * num_steps)
+            epsilon, momentum = np.zeros((2, 60))
+            for rows in np.reshape(list(sampler), (num_steps, 4)):
+                momentum = 0.9 * momentum + 0.1 * noise[rows].mean(0)
+                epsilon = epsilon - 0.5 * momentum
+            bends.append(epsilon @ target_H @ epsilon / 2)
+        options = LinearizedTraining(learning_rates=[0.5] * num_steps)
+        noisy = options.fit(store).estimate([[True, True]]).loss[0]
+        store.metadata["training"]["examples_per_step"] = 10**6
+        added = noisy - options.fit(store).estimate([[True, True]]).loss[0]
+        assert added == pytest.approx(np.mean(bends), abs=4 * np.std(bends) / 2000**0.5)
+
+    def test_few_captured_rows_do_not_bend_the_loss_in_the_mean(self):
+        store = without_curvature(12, (40, 40))
+        store.metadata["training"]["examples_per_step"] = 10**6
+        options = LinearizedTraining(learning_rates=[0.5] * 9)
+        rng, losses = np.random.default_rng(0), []
+        for _ in range(500):
+            rows = np.concatenate([40 * k + rng.choice(40, 10, replace=False) for k in (0, 1)])
+            losses.append(options.fit(of_rows(store, rows)).estimate([[True, True]]).loss[0])
+        everything = options.fit(store).estimate([[True, True]]).loss[0]
+        assert np.mean(losses) == pytest.approx(everything, abs=4 * np.std(losses) / 500**0.5)
 
     def test_rates_come_from_the_trainer_unless_given(self):
         store = random_store(1)
@@ -390,7 +454,7 @@ class TestLinearizedTraining:
         stable = 2 * 1.9 / (0.1 * 2.0)  # heavy-ball momentum diverges above
         response = unrolled.response(np.array([0.1, 0.5 * stable, 2 * stable, 1e9]))
         expected = 1 / np.array([0.1, 0.5 * stable, 0.9 * stable, 0.9 * stable])
-        assert response[0] == pytest.approx(-expected, rel=1e-3)
+        assert response.gradient == pytest.approx(expected, rel=1e-3)
 
     def test_it_predicts_short_real_training(self, tmp_path):
         """A few steps of SGD with momentum on a tiny model, in the range of its first order."""
@@ -644,25 +708,26 @@ class TestPackedRows:
         weights = model.counts.token_weights(np.array([[0.5, 0.3, 0.2]]))
         assert weights[0] == pytest.approx(share / share.sum(), rel=1e-12)
 
-    def test_a_row_is_as_long_as_a_sum_of_examples(self, store):
+    def test_a_row_varies_as_a_sum_of_examples_does(self, store):
         """Against all rows that could be made of the captured examples."""
-        store.metadata["training"]["max_grad_norm"] = 1e-3
-        fitted = LinearizedTraining().fit(store)
+        model = QuadraticModel(store, _read_loss, rank=6)
         gradients = store.scalar("loss")[1].astype(float)
-        shares = np.array([[0.5, 0.3, 0.2]])
-        means, squares = [], []
+        rows = np.array([[0.5, 0.3, 0.2]])
+        moments = []
         for k, m in enumerate(self.PER_ROW):
             own = np.flatnonzero(store.task_ids == k)
             sums = [
                 (store.num_label_tokens[list(row), None] * gradients[list(row)]).sum(0)
                 for row in itertools.product(own, repeat=m)
             ]
-            means.append(np.mean(sums, 0))
-            squares.append(np.mean([s @ s for s in sums]))
-        mean, square = shares[0] @ means, shares[0] @ squares
-        square = mean @ mean + (square - mean @ mean) / 4
-        norm = np.sqrt(square) / (shares[0] @ fitted._model.counts.tokens_per_row_K)
-        assert fitted._clipping.factor(shares)[0][0] == pytest.approx(1e-3 / norm, rel=1e-6)
+            moments.append(np.mean([np.outer(s, s) for s in sums], 0))
+        tokens = rows[0] @ model.counts.tokens_per_row_K
+        w = model.counts.token_weights(rows)
+        b = w[0] @ model.tasks.b_KD
+        expected = np.tensordot(rows[0], moments, 1) / tokens**2 - np.outer(b, b)
+        covariance = model.tasks.row_covariance(rows, w).basis_MRR[0]
+        basis = model.basis.vectors_DR
+        assert basis @ covariance @ basis.T == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
     def test_nothing_is_missing_where_all_examples_of_the_rows_were_captured(self, store):
         model = QuadraticModel(store, _read_loss, rank=None)
@@ -670,6 +735,13 @@ class TestPackedRows:
         half = rebuilt(store, task_sizes=[4, 10, 2])
         model = QuadraticModel(half, _read_loss, rank=None)
         assert model.counts.missing_K.tolist() == [0.5, 0.5, 0.5]
+        plain = random_store(3, counts=(4, 5, 3))
+        unpacked = QuadraticModel(rebuilt(plain, task_sizes=[8, 10, 6]), _read_loss, rank=None)
+        w = np.array([[0.2, 0.5, 0.3]])
+        for one, other in zip(
+            model.tasks.capture_covariance(w), unpacked.tasks.capture_covariance(w), strict=True
+        ):
+            assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
 
     def test_the_logistic_model_weighs_examples_not_rows(self, store):
         fitted = GradExLogistic(regularization=0.05).fit(store)
@@ -678,6 +750,14 @@ class TestPackedRows:
         assert fitted.estimate([[0.5, 0.3, 0.2]]).loss == pytest.approx(
             plain.estimate([shares]).loss, rel=1e-9
         )
+
+    def test_clipping_is_that_of_batches_of_all_examples_of_their_rows(self, store):
+        fitted = LinearizedTraining().fit(store)
+        assert fitted._clipping._batch_size == round(4 * (2 * 2 + 5 * 1 + 1 * 3) / 8)
+        rows = normalize_mixtures([[True, True, True]], store.task_sizes)
+        drawn = fitted._clipping._batches(rows)[1]
+        share = np.bincount(drawn.ravel(), minlength=3) / drawn.size
+        assert share == pytest.approx(np.array([4, 5, 3]) / 12, abs=0.01)
 
 
 def _read_loss(store, rows):

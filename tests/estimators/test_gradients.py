@@ -24,7 +24,15 @@ def along_the_simplex(fitted, mixture, change, loss, step=1e-5):
 
 @pytest.fixture
 def store():
-    return rebuilt(random_store(3), groups={"one": random_store(11).target})
+    """Captured without a trainer: nothing is known of batches and of clipping."""
+    store = random_store(3, max_grad_norm=0.0)
+    training = store.metadata["training"] | {"examples_per_step": 0}
+    return rebuilt(
+        store,
+        groups={"one": random_store(11).target},
+        task_sizes=np.bincount(store.task_ids),
+        metadata=store.metadata | {"training": training},
+    )
 
 
 ESTIMATORS = [
@@ -42,17 +50,21 @@ class TestGradient:
     def test_it_is_that_of_finite_differences(self, options, store):
         fitted = options.fit(store)
         rng = np.random.default_rng(0)
-        mixtures = rng.dirichlet(np.ones(3), 5)
+        mixtures = rng.dirichlet(np.full(3, 5.0), 5)
         gradients, of_groups = fitted.gradient(mixtures), fitted.group_gradients(mixtures)
         assert gradients.shape == (5, 3) and of_groups.shape == (5, 1, 3)
         assert gradients.sum(1) == pytest.approx(0, abs=1e-12)
         for mixture, gradient, of_group in zip(mixtures, gradients, of_groups, strict=True):
             change = rng.standard_normal(3)
             change -= change.mean()
-            expected = along_the_simplex(fitted, mixture, change, lambda e: e.loss)
-            assert gradient @ change == pytest.approx(expected, rel=1e-5, abs=1e-9)
-            expected = along_the_simplex(fitted, mixture, change, lambda e: e.group_losses[:, 0])
-            assert of_group[0] @ change == pytest.approx(expected, rel=1e-5, abs=1e-9)
+            # A regression adds up large numbers of both signs, whose rounding short steps magnify.
+            step = 1e-2 if isinstance(options, RidgeSurrogate | KernelSurrogate) else 1e-5
+            expected = along_the_simplex(fitted, mixture, change, lambda e: e.loss, step)
+            assert gradient @ change == pytest.approx(expected, rel=1e-5, abs=2e-7)
+            expected = along_the_simplex(
+                fitted, mixture, change, lambda e: e.group_losses[:, 0], step
+            )
+            assert of_group[0] @ change == pytest.approx(expected, rel=1e-5, abs=2e-7)
 
     def test_no_training_has_no_derivative(self, options, store):
         assert not options.fit(store).gradient(np.zeros((1, 3))).any()
@@ -64,23 +76,31 @@ class TestGradient:
 
 
 def test_a_subset_has_the_derivatives_of_its_shares(store):
-    store = rebuilt(store, task_sizes=[10, 20, 30])
-    fitted = LinearizedTraining().fit(store)
+    fitted = GaussNewton().fit(rebuilt(store, task_sizes=[10, 20, 30]))
     of_mask, of_shares = fitted.gradient([[True, False, True]]), fitted.gradient([[1, 0, 3]])
     assert of_mask == pytest.approx(of_shares, rel=1e-12)
 
 
-def test_clipping_and_packing_are_differentiated(store):
-    training = store.metadata["training"] | {
-        "max_grad_norm": 0.5,
-        "examples_per_row": {"task0": 2.0, "task1": 3.0},
-    }
-    store = rebuilt(store, metadata=store.metadata | {"training": training})
-    fitted = LinearizedTraining().fit(store)
+def test_packed_rows_are_differentiated(store):
+    training = store.metadata["training"] | {"examples_per_row": {"task0": 2.0, "task1": 3.0}}
+    fitted = LinearizedTraining().fit(
+        rebuilt(store, metadata=store.metadata | {"training": training}, task_sizes=[1, 1, 1])
+    )
     mixture, change = np.array([0.2, 0.5, 0.3]), np.array([0.7, -0.9, 0.2])
-    assert fitted._clipping.factor(mixture[None])[0][0] < 1
     expected = along_the_simplex(fitted, mixture, change, lambda e: e.loss)
     assert fitted.gradient(mixture[None])[0] @ change == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("known", [{"examples_per_step": 4}, {"max_grad_norm": 1.0}, {}])
+def test_drawn_batches_have_no_derivative(store, known):
+    """What clipping and noise add to an estimate is that of drawn batches, or of a sample."""
+    training = {"max_grad_norm": 0.0, "examples_per_step": 4 * ("max_grad_norm" in known)} | known
+    metadata = store.metadata | {"training": store.metadata["training"] | training}
+    sizes = [10**6] * 3 if not known else store.task_sizes
+    fitted = LinearizedTraining().fit(rebuilt(store, metadata=metadata, task_sizes=sizes))
+    assert not fitted.has_gradient
+    with pytest.raises(NotImplementedError, match="FittedLinearizedTraining has no gradient"):
+        fitted.gradient([[1, 1, 1]])
 
 
 def test_calibrated_estimates_are_differentiated(store):
