@@ -22,12 +22,15 @@ BIN := $(VENV)/bin
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 100000000000
 
+# Tests run side by side, one thread each: threads of NumPy that wait for each other take their time.
+test test-fast test-oldest test-newest: export OMP_NUM_THREADS := 1
+
 # What touches Trainer, PEFT or autograd. Where runs are killed matters to files, how much memory is
 # predicted to PyTorch, and estimates to NumPy alone: none depends on versions of those. That processes
-# are launched is part of test_two_processes.py.
+# are launched is part of test_two_processes.py, and options of the Trainer go through what is here.
 CORE_TESTS ?= --deselect tests/test_resume.py::TestKills --deselect tests/test_callback.py::TestPreview \
 	$(addprefix tests/,test_versions.py test_callback.py test_resume.py trainer/test_batches.py \
-	trainer/test_two_processes.py trainer/test_privates.py trainer/test_options.py \
+	trainer/test_two_processes.py trainer/test_privates.py \
 	capture/test_examples.py capture/test_adapters.py)
 
 .PHONY: demo test test-fast check docs wheel-check clean test-versions test-oldest test-newest
