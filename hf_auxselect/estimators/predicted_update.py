@@ -230,8 +230,7 @@ class FittedQuadratic(FittedEstimator):
         self, target: TargetQuadratic, shares_MK: Array, update: PredictedUpdate
     ) -> TargetChange:
         noise_M = self._noise(target, shares_MK, update)
-        change = target.change(update.delta_MR, update.sources_MS, noise_M)
-        return change._replace(quadratic_M=np.where(shares_MK.any(1), change.quadratic_M, 0.0))
+        return target.change(update.delta_MR, update.sources_MS, noise_M)
 
     def _group_changes(self, shares_MK: Array, update: PredictedUpdate) -> Array:
         """Change of the mean loss of each of the store's groups [M, G]."""
