@@ -239,8 +239,12 @@ def of_clusters(directory, cb, resume=None, **options):
         cb,
         model=tiny.llama(hidden_size=32, intermediate_size=48),
         train_dataset=dataset,
-        eval_dataset=tiny.tokenize(string_task("digits", 20).select(range(12, 20))),
-        **{"max_steps": 8, "learning_rate": 1e-3} | options,
+        **{
+            "eval_dataset": tiny.tokenize(string_task("digits", 20).select(range(12, 20))),
+            "max_steps": 8,
+            "learning_rate": 1e-3,
+        }
+        | options,
     )
     trainer.model.register_forward_pre_hook(look, with_kwargs=True)
     trainer.train(resume_from_checkpoint=resume)
@@ -279,6 +283,19 @@ class TestClustersOfARun:
         assert cb.report.run["rows_per_task"] == {
             f"cluster {k}": int((of_row == k).sum()) for k in (1, 2, 3)
         }
+
+    @pytest.mark.slow
+    def test_they_have_groups_and_run_a_race(self, tmp_path):
+        sets = {
+            "target": tiny.tokenize(string_task("digits", 20).select(range(12, 20))),
+            "other": tiny.tokenize(string_task("digits", 20).select(range(4))),
+        }
+        cb = clustering(target="target", groups=["other"], confirm=2, warmup=4)
+        trainer, _ = of_clusters(tmp_path, cb, eval_dataset=sets)
+        report, race = cb.report, cb.report.confirmation
+        assert {name for one in race.finalists for name in one.weights} == set(report.weights)
+        assert all(row.group_losses is not None for row in report.rows)
+        assert trainer.evaluate()["eval_target_loss"] == race.measured(race.winner)
 
     @pytest.mark.slow
     def test_a_resumed_run_is_bitwise_the_same(self, tmp_path):
