@@ -6,6 +6,7 @@ D projection_dim, R vectors of the basis, S sources of a displacement.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -206,15 +207,22 @@ class FittedLinearizedTraining(FittedQuadratic):
         """The weights of the tasks in clipped gradients [M, K]."""
         return w_MK if self._clipping is None else self._clipping.factors(shares_MK) * w_MK
 
-    def _noise(self, target: TargetQuadratic, shares_MK: Array, update: PredictedUpdate) -> Array:
+    def _noise(
+        self, targets: Sequence[TargetQuadratic], shares_MK: Array, update: PredictedUpdate
+    ) -> list[Array]:
         values_MR = np.column_stack([update.values_MR, update.complement_M])
         randoms, signs = self._randoms(shares_MK, update.w_MK, values_MR)
-        changes = target.mean_quadratic_changes(update.vectors_MRR, randoms)
-        noise_M = sum(
-            (change_MQ @ sign_Q for change_MQ, sign_Q in zip(changes, signs, strict=True)),
-            start=np.zeros(len(shares_MK)),
-        )
-        return update.u_MK.sum(1) ** 2 * noise_M
+        clipped_M = update.u_MK.sum(1) ** 2
+
+        def added(target: TargetQuadratic) -> Array:
+            changes = target.mean_quadratic_changes(update.vectors_MRR, randoms)
+            noise_M = sum(
+                (change_MQ @ sign_Q for change_MQ, sign_Q in zip(changes, signs, strict=True)),
+                start=np.zeros(len(shares_MK)),
+            )
+            return clipped_M * noise_M
+
+        return [added(target) for target in targets]
 
     def _randoms(
         self, shares_MK: Array, w_MK: Array, values_MR: Array

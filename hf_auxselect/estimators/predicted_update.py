@@ -83,6 +83,8 @@ class _Side:
 
     update: PredictedUpdate
     change: TargetChange
+    group_change_MG: Array
+    """Change of the mean loss of each of the store's groups."""
 
     @property
     def sensitivity_MR(self) -> Array:
@@ -127,9 +129,11 @@ class FittedQuadratic(FittedEstimator):
         """The weights of the tasks in clipped gradients [M, K], given their shares of tokens."""
         return w_MK
 
-    def _noise(self, target: TargetQuadratic, shares_MK: Array, update: PredictedUpdate) -> Array:
-        """What random gradients add to the quadratic term of a target's loss [M]."""
-        return np.zeros(len(shares_MK))
+    def _noise(
+        self, targets: Sequence[TargetQuadratic], shares_MK: Array, update: PredictedUpdate
+    ) -> list[Array]:
+        """What random gradients add to the quadratic term of each target's loss [M]."""
+        return [np.zeros(len(shares_MK)) for _ in targets]
 
     def _predict(self, shares_MK: Array) -> PredictedUpdate:
         """The update by training on mixtures, given the share of each task in their rows."""
@@ -179,8 +183,6 @@ class FittedQuadratic(FittedEstimator):
         target, groups = self._model.target, self._model.groups
         shares_MK = normalize_mixtures(weights, self._store.task_sizes)
         reference = None if reference_K is None else self._side(reference_K[None])
-        if reference is not None and reference_K is not None:
-            of_reference_1G = self._group_changes(reference_K[None], reference.update)
 
         def terms(side: _Side) -> Array:  # linear, quadratic, warm-up gain: [3, M]
             gain_M = side.update.u_MK.any(1) * self._model.warm_up_gain
@@ -189,7 +191,7 @@ class FittedQuadratic(FittedEstimator):
 
         def work(shares: Array) -> tuple[Array, Array, Array]:
             side = self._side(shares)
-            terms_3M, group_change_MG = terms(side), self._group_changes(shares, side.update)
+            terms_3M, group_change_MG = terms(side), side.group_change_MG
             unlike_M: Array | float = 0.0
             if reference is not None:
                 others_31 = terms(reference)
@@ -199,7 +201,7 @@ class FittedQuadratic(FittedEstimator):
                 unlike_M = np.minimum((apart_MR**2).sum(1) / 2, 1.0)
                 unlike_M *= 2 * (terms_3M * others_31).sum(0)
                 terms_3M = terms_3M - others_31
-                group_change_MG = group_change_MG - of_reference_1G
+                group_change_MG = group_change_MG - reference.group_change_MG
             variance_M = self._model_error**2 * ((terms_3M**2).sum(0) + unlike_M)
             variance_M += self._target_variance(side, reference)
             variance_M += self._task_variance(side, reference)
@@ -223,22 +225,21 @@ class FittedQuadratic(FittedEstimator):
         )
 
     def _side(self, shares_MK: Array) -> _Side:
-        update = self._predict(shares_MK)
-        return _Side(update=update, change=self._change(self._model.target, shares_MK, update))
+        update, groups = self._predict(shares_MK), self._model.groups
+        change, *of_groups = self._changes([self._model.target, *groups], shares_MK, update)
+        group_change_MG = np.empty((len(shares_MK), len(groups)))
+        for g, (group, of_group) in enumerate(zip(groups, of_groups, strict=True)):
+            group_change_MG[:, g] = of_group.linear_MT @ group.weights_T + of_group.quadratic_M
+        return _Side(update=update, change=change, group_change_MG=group_change_MG)
 
-    def _change(
-        self, target: TargetQuadratic, shares_MK: Array, update: PredictedUpdate
-    ) -> TargetChange:
-        noise_M = self._noise(target, shares_MK, update)
-        return target.change(update.delta_MR, update.sources_MS, noise_M)
-
-    def _group_changes(self, shares_MK: Array, update: PredictedUpdate) -> Array:
-        """Change of the mean loss of each of the store's groups [M, G]."""
-        result_MG = np.empty((len(shares_MK), len(self._model.groups)))
-        for g, group in enumerate(self._model.groups):
-            change = self._change(group, shares_MK, update)
-            result_MG[:, g] = change.linear_MT @ group.weights_T + change.quadratic_M
-        return result_MG
+    def _changes(
+        self, targets: Sequence[TargetQuadratic], shares_MK: Array, update: PredictedUpdate
+    ) -> list[TargetChange]:
+        noises = self._noise(targets, shares_MK, update)
+        return [
+            target.change(update.delta_MR, update.sources_MS, noise_M)
+            for target, noise_M in zip(targets, noises, strict=True)
+        ]
 
     @property
     def has_gradient(self) -> bool:
@@ -263,8 +264,8 @@ class FittedQuadratic(FittedEstimator):
         def work(shares: Array) -> tuple[Array]:
             update = self._predict(shares)
             of_MGK = np.empty((len(shares), len(targets), shares.shape[1]))
-            for g, target in enumerate(targets):
-                change = self._change(target, shares, update)
+            changes = self._changes(targets, shares, update)
+            for g, (target, change) in enumerate(zip(targets, changes, strict=True)):
                 of_MGK[:, g] = self._pull_back(update, change, shares)
                 # An estimate of less than 0 is one of 0.
                 loss_M = target.loss + change.linear_MT @ target.weights_T + change.quadratic_M
