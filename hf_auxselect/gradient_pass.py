@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor
 from transformers import Trainer
 
+from hf_auxselect.capture.batching import TaskExamples
 from hf_auxselect.capture.check import compare_with_autograd
-from hf_auxselect.capture.cost import predict_pass, predict_probes
+from hf_auxselect.capture.cost import PassCost, predict_pass, predict_probes
 from hf_auxselect.capture.example_gradients import warn_of_one_by_one
 from hf_auxselect.capture.examples import capture_examples
 from hf_auxselect.capture.memory import checkpointing_enabled
@@ -133,18 +134,7 @@ class GradientPass:
                 self.trainer.model, self.trainer.args.gradient_checkpointing or False
             ),
         ):
-            cost = predict_pass(
-                self.trainer.model,
-                plan.examples,
-                plan.target,
-                self._collate_fn,
-                groups=plan.groups,
-                projection_dim=self.options.projection_dim,
-                batch_size=self._batch_size,
-                scalars=self.options.estimator.scalars,
-                one_by_one=self.options.one_by_one,
-                loss=plan.loss.of_example,
-            )
+            cost = self._predicted(plan.examples, self.options.estimator.scalars, plan.groups)
             seconds, memory = cost.seconds, cost.memory
             if self.options.estimator.needs_probes:
                 cost = predict_probes(
@@ -165,17 +155,7 @@ class GradientPass:
                     host = sources
                 seconds, memory = seconds + cost.seconds, max(memory, probe_memory)
             if clusters is not None:
-                cost = predict_pass(
-                    self.trainer.model,
-                    [plan.all_rows()],
-                    plan.target,
-                    self._collate_fn,
-                    projection_dim=self.options.projection_dim,
-                    batch_size=self._batch_size,
-                    scalars=self._scalars_to_cluster,
-                    one_by_one=self.options.one_by_one,
-                    loss=plan.loss.of_example,
-                )
+                cost = self._predicted([plan.all_rows()], self._scalars_to_cluster)
                 seconds, memory = seconds + cost.seconds, max(memory, cost.memory)
         bytes_per_gradient = 4 * (1 + self.options.projection_dim)
         bytes_per_example = 28 + len(self.options.estimator.scalars) * bytes_per_gradient
@@ -200,29 +180,9 @@ class GradientPass:
             initial: trainable parameters at step 0 if training restarts there, else None.
         """
         trainer, plan = self.trainer, self.plan
-        training = training_to_come(
-            trainer, trainer.state.global_step, restarts=initial is not None
-        )
-        if plan.examples_per_row:
-            training = replace(training, examples_per_row=plan.examples_per_row)
-        progress = not trainer.args.disable_tqdm
         with trainer.compute_loss_context_manager():
-            store = capture_examples(
-                trainer.model,
-                plan.examples,
-                plan.target,
-                self._collate_fn,
-                groups=plan.groups,
-                directory=directory,
-                projection_dim=self.options.projection_dim,
-                batch_size=self._batch_size,
-                seed=plan.seed,
-                scalars=self.options.estimator.scalars,
-                optimizer=trainer.optimizer if needs_optimizer(self.options.estimator) else None,
-                training=training,
-                one_by_one=self.options.one_by_one,
-                loss=plan.loss.of_example,
-                progress=progress,
+            store = self._captured(
+                plan.examples, self.options.estimator.scalars, directory, initial, plan.groups
             )
             if initial is not None:
                 losses = losses_at(
@@ -249,7 +209,7 @@ class GradientPass:
                 optimizer=trainer.optimizer,
                 batch_size=self._batch_size,
                 loss=plan.loss.of_example,
-                progress=progress,
+                progress=self._shows_progress,
             )
 
     def find_clusters(
@@ -262,31 +222,71 @@ class GradientPass:
             directory: where the store of these gradients is written.
             initial: trainable parameters at step 0 if training restarts there, else None.
         """
-        trainer, plan, options = self.trainer, self.plan, self.options
-        with trainer.compute_loss_context_manager():
-            store = capture_examples(
-                trainer.model,
-                [plan.all_rows()],
-                plan.target,
-                self._collate_fn,
-                directory=directory,
-                projection_dim=options.projection_dim,
-                batch_size=self._batch_size,
-                seed=plan.seed,
-                scalars=self._scalars_to_cluster,
-                optimizer=trainer.optimizer if needs_optimizer(options.estimator) else None,
-                training=training_to_come(
-                    trainer, trainer.state.global_step, restarts=initial is not None
-                ),
-                one_by_one=options.one_by_one,
-                loss=plan.loss.of_example,
-                progress=not trainer.args.disable_tqdm,
-            )
+        plan = self.plan
+        with self.trainer.compute_loss_context_manager():
+            store = self._captured([plan.all_rows()], self._scalars_to_cluster, directory, initial)
         order = np.argsort(store.example_ids)
         labels_N = on_main_process(
             lambda: cluster_gradients(store.loss_gradients[order], number, seed=plan.seed)
         )
         return cluster_rows(labels_N)
+
+    def _predicted(
+        self,
+        tasks: Sequence[TaskExamples],
+        scalars: Sequence[str],
+        groups: Sequence[TaskExamples] = (),
+    ) -> PassCost:
+        """What capturing some tasks, the target and groups will cost."""
+        return predict_pass(
+            self.trainer.model,
+            tasks,
+            self.plan.target,
+            self._collate_fn,
+            groups=groups,
+            projection_dim=self.options.projection_dim,
+            batch_size=self._batch_size,
+            scalars=scalars,
+            one_by_one=self.options.one_by_one,
+            loss=self.plan.loss.of_example,
+        )
+
+    def _captured(
+        self,
+        tasks: Sequence[TaskExamples],
+        scalars: Sequence[str],
+        directory: Path,
+        initial: Mapping[str, Tensor] | None,
+        groups: Sequence[TaskExamples] = (),
+    ) -> GradientStore:
+        """The gradients of some tasks, the target and groups at theta_0."""
+        trainer, plan, options = self.trainer, self.plan, self.options
+        training = training_to_come(
+            trainer, trainer.state.global_step, restarts=initial is not None
+        )
+        if plan.examples_per_row:
+            training = replace(training, examples_per_row=plan.examples_per_row)
+        return capture_examples(
+            trainer.model,
+            tasks,
+            plan.target,
+            self._collate_fn,
+            groups=groups,
+            directory=directory,
+            projection_dim=options.projection_dim,
+            batch_size=self._batch_size,
+            seed=plan.seed,
+            scalars=scalars,
+            optimizer=trainer.optimizer if needs_optimizer(options.estimator) else None,
+            training=training,
+            one_by_one=options.one_by_one,
+            loss=plan.loss.of_example,
+            progress=self._shows_progress,
+        )
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not self.trainer.args.disable_tqdm
 
     @property
     def _scalars_to_cluster(self) -> tuple[str, ...]:
