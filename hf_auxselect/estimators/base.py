@@ -85,6 +85,12 @@ def normalize_mixtures(weights: ArrayLike, task_sizes: ArrayLike) -> Array:
     return np.divide(shares, totals, out=np.zeros_like(shares), where=totals > 0)
 
 
+def unit_vectors(vectors: Array) -> Array:
+    """Vectors [., D] divided by their lengths; zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+
+
 def used_columns(weights_MK: Array) -> Array | slice:
     """The columns that are not 0 in all rows; all of them unless leaving out others is faster."""
     columns = np.flatnonzero(weights_MK.any(0))

@@ -23,6 +23,7 @@ from hf_auxselect.estimators.base import (
     FittedEstimator,
     normalize_mixtures,
     random_subsets,
+    unit_vectors,
     used_columns,
 )
 from hf_auxselect.estimators.diagnostics import outlier_share, rank_correlation
@@ -197,7 +198,8 @@ class FittedQuadratic(FittedEstimator):
                 others_31 = terms(reference)
                 # Errors of two mixtures are correlated by the cosine of their displacements, if it
                 # is positive. This is one less their cosine, and exactly 0 where they are the same.
-                apart_MR = _unit(side.update.delta_MR) - _unit(reference.update.delta_MR)
+                apart_MR = unit_vectors(side.update.delta_MR)
+                apart_MR -= unit_vectors(reference.update.delta_MR)
                 unlike_M = np.minimum((apart_MR**2).sum(1) / 2, 1.0)
                 unlike_M *= 2 * (terms_3M * others_31).sum(0)
                 terms_3M = terms_3M - others_31
@@ -255,7 +257,7 @@ class FittedQuadratic(FittedEstimator):
         """Derivatives of the losses of some targets with respect to the tasks' shares of the rows.
 
         By the adjoint: backwards from the loss through the displacement, its functions of H, and
-        the weights u. It costs about as much as the estimate, for all K tasks together.
+        the weights u, for all K tasks together.
         """
         if not self.has_gradient:
             super().gradient(weights)  # raises
@@ -408,9 +410,3 @@ class FittedQuadratic(FittedEstimator):
             return u_MK[:, [k]] * (influence_MN - mean_MK[:, [k]])
 
         return influence
-
-
-def _unit(vectors: Array) -> Array:
-    """Vectors [M, R] divided by their lengths; zeros stay."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)

@@ -16,6 +16,7 @@ from hf_auxselect.estimators import (
     FittedCalibrated,
     FittedEstimator,
 )
+from hf_auxselect.estimators.base import unit_vectors
 from hf_auxselect.estimators.registry import RENAMED_OPTIONS
 from hf_auxselect.files import JsonDict
 from hf_auxselect.report.content import (
@@ -157,7 +158,8 @@ def summarize_tasks(
 
 def gradient_directions(store: GradientStore) -> tuple[np.ndarray, np.ndarray]:
     """Mean gradients of the tasks [K, D] and of the target [D], divided by their lengths."""
-    return _unit(store.mean_gradients()), _unit(store.target.mean_gradients())[0]
+    own_KD, target_1D = store.mean_gradients(), store.target.mean_gradients()
+    return unit_vectors(own_KD), unit_vectors(target_1D)[0]
 
 
 def similarity(
@@ -172,12 +174,6 @@ def similarity(
         cosines=np.round(means_KD @ means_KD.T, 4).tolist(),
         target=np.round(means_KD @ target_D, 4).tolist(),
     )
-
-
-def _unit(vectors_KD: np.ndarray) -> np.ndarray:
-    """Vectors divided by their lengths; zeros stay."""
-    lengths_K1 = np.linalg.norm(vectors_KD, axis=1, keepdims=True)
-    return np.divide(vectors_KD, lengths_K1, out=np.zeros_like(vectors_KD), where=lengths_K1 > 0)
 
 
 def clustered(cosines_KK: np.ndarray) -> list[int]:

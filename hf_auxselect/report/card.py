@@ -262,7 +262,7 @@ def _merged(block: str, metadata: Metadata, newline: str = "\n") -> str:
 
 
 def _pieces(block: str, node: yaml.Node | None) -> list[tuple[str, str, str]] | None:
-    """Key, its lines, and the comments and empty lines after them; None if they cannot be told."""
+    """Key, its lines, and comments and empty lines after them; None if keys do not start lines."""
     if node is None:
         return [("", "", block)]
     assert isinstance(node, yaml.MappingNode)
