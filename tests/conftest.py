@@ -54,6 +54,20 @@ def _same_environment():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_rendering(request):
+    """Rendering figures takes a third of a tiny run; tests of reports, and of scripts, do it."""
+    if "report" in request.path.parent.parts:
+        yield
+        return
+
+    def savefig(figure, file, **options):
+        file.write(b"\x89PNG")
+
+    with patch("matplotlib.figure.Figure.savefig", savefig):
+        yield
+
+
 @pytest.fixture
 def run_dir(tmp_path):
     return tmp_path / "run"
