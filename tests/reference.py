@@ -93,54 +93,20 @@ def logistic_estimate(store: GradientStore, mask: np.ndarray, regularization: fl
     return total
 
 
-def drawn_batches(store: GradientStore, pooled: np.ndarray) -> list[np.ndarray]:
-    """Rows of the batches by which ``LinearizedTraining`` sees how gradients are clipped."""
-    size = store.metadata["training"]["examples_per_step"]
-    num_rows = size * max(8, 2048 // size)
-    rng = np.random.default_rng(0)
-    which_task = (rng.permutation(num_rows) + rng.random(num_rows)) / num_rows
-    which_row = rng.random(num_rows)
-    names = sorted(range(len(pooled)), key=lambda k: store.task_names[k])
-    rows = []
-    for u, v in zip(which_task, which_row, strict=True):
-        end = 0.0
-        for task in names:
-            end += pooled[task]
-            if u < end:
-                break
-        own = np.flatnonzero(store.task_ids == task)
-        rows.append(own[int(v * len(own))])
-    return np.split(np.array(rows), num_rows // size)
-
-
-def clipping_factors(store: GradientStore, pooled: np.ndarray) -> np.ndarray:
-    """Mean factor by which clipping shortens the gradients of each task [K], batch by batch."""
-    limit = store.metadata["training"]["max_grad_norm"]
-    num_tasks = len(pooled)
+def clipping_factor(store: GradientStore, pooled: np.ndarray) -> float:
+    """The factor for gradients of batches of the mean square length, from every pair of rows."""
+    limit, size = (store.metadata["training"][n] for n in ("max_grad_norm", "examples_per_step"))
     if not limit:
-        return np.ones(num_tasks)
-    g, tokens = store.scalar("loss")[1].astype(np.float64), store.num_label_tokens
-    task_ids = store.task_ids
-    b = [
-        np.average(g[task_ids == k], axis=0, weights=tokens[task_ids == k])
-        for k in range(num_tasks)
-    ]
-    factors, shares = [], []
-    for batch in drawn_batches(store, pooled):
-        square = 0.0
-        for i, row in enumerate(batch):
-            for j, other in enumerate(batch):
-                mean = b[task_ids[row]] @ b[task_ids[other]]
-                product = g[row] @ g[row] if i == j else mean
-                square += tokens[row] * tokens[other] * product
-        total = tokens[batch].sum()
-        norm = np.sqrt(max(square, 0.0)) / total
-        factors.append(min(1.0, limit / norm) if norm > 0 else 1.0)
-        shares.append([tokens[batch][task_ids[batch] == k].sum() / total for k in range(num_tasks)])
-    totals = np.sum(shares, axis=0)
-    return np.where(
-        totals > 0, factors @ np.array(shares) / np.maximum(totals, 1e-300), np.mean(factors)
-    )
+        return 1.0
+    rows = store.num_label_tokens[:, None] * store.scalar("loss")[1].astype(np.float64)
+    chance = (pooled / np.bincount(store.task_ids))[store.task_ids]
+    total = chance @ store.num_label_tokens
+    square = 0.0
+    for i, one in enumerate(rows):
+        for j, other in enumerate(rows):
+            both = chance[i] * chance[j] * (1 - 1 / size) + chance[i] * (i == j) / size
+            square += both * (one @ other) / total**2
+    return float(min(1.0, limit / np.sqrt(square)))
 
 
 def krylov_axes(starts: Sequence[np.ndarray], matrix: np.ndarray, rank: int) -> np.ndarray:
@@ -159,23 +125,13 @@ def krylov_axes(starts: Sequence[np.ndarray], matrix: np.ndarray, rank: int) -> 
     return axes if axes.size else np.eye(len(matrix))[:, :1]
 
 
-def gradient_covariances(store: GradientStore, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Covariance [D, D] of a batch's gradient, and of the mean gradient by what was captured."""
-    counts, dim = np.bincount(store.task_ids), store.gradients.shape[1]
+def batch_covariance(store: GradientStore, pooled: np.ndarray) -> np.ndarray:
+    """Covariance [D, D] of a batch's gradient."""
     gradients = store.scalar("loss@optimizer")[1].astype(np.float64)
-    contributions = store.num_label_tokens[:, None] * gradients  # of each row to a batch's sum
-    tokens = np.array(
-        [store.num_label_tokens[store.task_ids == k].mean() for k in range(len(counts))]
-    )
-    chance = (pooled / counts)[store.task_ids]
-    rows = contributions / (pooled @ tokens)
+    chance = (pooled / np.bincount(store.task_ids))[store.task_ids]
+    rows = store.num_label_tokens[:, None] * gradients / (chance @ store.num_label_tokens)
     batch = (chance[:, None] * rows).T @ rows - np.outer(chance @ rows, chance @ rows)
-    capture = np.zeros((dim, dim))
-    for k, share in enumerate(pooled * tokens / (pooled @ tokens)):
-        own = contributions[store.task_ids == k] / tokens[k]
-        missing = 1 - len(own) / store.task_sizes[k]
-        capture += share**2 * missing * np.cov(own.T) / len(own)
-    return batch / store.metadata["training"]["examples_per_step"], capture
+    return batch / store.metadata["training"]["examples_per_step"]
 
 
 def symmetric_basis(size: int) -> list[np.ndarray]:
@@ -288,19 +244,21 @@ def linearized_training(
     rank = axes.shape[1]
     outside = np.eye(dim) - axes @ axes.T
 
-    w = w * clipping_factors(store, pooled)
-    clip = w.sum()
+    everything = store.task_sizes / store.task_sizes.sum()
+    clip = clipping_factor(store, everything)
+    w = clip * w
+    w_all = clip * everything * tokens_per_row / (everything @ tokens_per_row)
     beta, decay = optimizer["momentum_coefficient"], optimizer["weight_decay"]
     rates = np.array(learning_rates) * optimizer["learning_rate_factor"]
     # Training has just begun to converge along this curvature.
     slowest = 1 / sum(rate * (1 - beta**t) for t, rate in enumerate(rates, start=1))
 
-    correction = np.zeros((dim, dim))
+    corrections = np.zeros((len(w), dim, dim))
     if looks_ahead:
-        for k, weight in enumerate(w):
+        for k in range(len(w)):
             own = curvature(store, share_in_task * (store.task_ids == k))
             change = store.vectors["gradient_changes"][k].astype(np.float64)
-            correction += weight * secant_correction(own, starts[k], axes, second_points[k], change)
+            corrections[k] = secant_correction(own, starts[k], axes, second_points[k], change)
 
     def denoised(matrix: np.ndarray, *, least: float, correction: Any = 0.0) -> np.ndarray:
         """Full within the axes, isotropic outside; less what the projection adds to each value."""
@@ -313,8 +271,13 @@ def linearized_training(
         return result
 
     b = (w[store.task_ids] * share_in_task) @ gradients
-    overall = curvature(store, w[store.task_ids] * share_in_task)
-    H = denoised(overall, least=-slowest, correction=correction)
+
+    def mixed(weights: np.ndarray) -> np.ndarray:
+        overall = curvature(store, weights[store.task_ids] * share_in_task)
+        correction = np.tensordot(weights, corrections, 1)
+        return denoised(overall, least=-slowest, correction=correction)
+
+    H, H_all = mixed(w), mixed(w_all)
     delta = np.zeros(dim)
     if steps_taken is not None:
         momentum = momentum * (1 - beta**steps_taken)
@@ -326,23 +289,23 @@ def linearized_training(
     if looks_ahead:
         target_H = target_H + ends_correction(target_H, axes, target, store.vectors)
 
-    # Displacement after the last step per unit of gradient in each step alone.
+    # Displacement after the last step per unit of gradient in each step alone, on all tasks.
     responses = []
     for first in range(len(rates)):
         moved, momentum = np.zeros((dim, dim)), np.zeros((dim, dim))
         for t, rate in enumerate(rates):
-            gradient = np.eye(dim) * (t == first) + H @ moved
+            gradient = np.eye(dim) * (t == first) + H_all @ moved
             momentum = beta * momentum + (1 - beta) * gradient
             divisor = 1 if steps_taken is None else 1 - beta ** (steps_taken + t + 1)
             moved = moved - rate * (momentum / divisor + decay * moved)
         responses.append(moved)
-    noise, capture = gradient_covariances(store, pooled)
+    noise = batch_covariance(store, everything)
 
     def bend_by(response: np.ndarray, covariance: np.ndarray) -> float:
         return float(np.trace(target_H @ response @ covariance @ response.T)) / 2
 
     random_bend = sum(bend_by(response, noise) for response in responses)
-    steps_per_pass = store.task_sizes[pooled > 0].sum() / training["examples_per_step"]
+    steps_per_pass = store.task_sizes.sum() / training["examples_per_step"]
     for start in np.arange(0, len(rates), steps_per_pass):
         end = start + steps_per_pass
         within = sum(
@@ -350,7 +313,6 @@ def linearized_training(
             for t, response in enumerate(responses)
         )
         random_bend -= bend_by(within, noise) / steps_per_pass
-    random_bend -= bend_by(sum(responses), capture)
     bend = delta @ target_H @ delta / 2 + clip**2 * random_bend
     if not looks_ahead:
         bend = max(bend, 0.0)

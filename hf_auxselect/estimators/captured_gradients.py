@@ -80,9 +80,15 @@ class CaptureCounts:
         example_weights_N: weight of an example in its task's loss, in proportion to its label
             tokens.
         missing_K: share of a task's examples that were not captured.
+        task_sizes_K: rows of a task.
+        moment_weights_N, pairs_K: a row's contribution to the gradient of a batch, by the mean
+            label tokens of its task's rows, has the second moment
+            ``sum_n moment_weights_n g_n g_n^T + pairs_k b_k b_k^T``. The m examples of a row are
+            taken as independent, each with the mean b / m.
     """
 
     def __init__(self, store: GradientStore) -> None:
+        self.task_sizes_K = store.task_sizes
         self.counts_K = np.bincount(store.task_ids)
         tokens_N = store.num_label_tokens.astype(np.float64)
         tokens_K = np.bincount(store.task_ids, tokens_N)
@@ -92,8 +98,16 @@ class CaptureCounts:
         num_examples_K = store.task_sizes * self.examples_per_row_K
         self.missing_K = 1 - self.counts_K / np.maximum(num_examples_K, self.counts_K)
         self.missing_K[self.counts_K < 2] = 0.0  # one does not tell how they differ
+        per_example_K = self.examples_per_row_K / self.counts_K / self.tokens_per_row_K**2
+        self.moment_weights_N = tokens_N**2 * per_example_K[store.task_ids]
+        self.pairs_K = 1 - 1 / self.examples_per_row_K
 
     def token_weights(self, shares_MK: Array) -> Array:
         """Weight of each task in the label tokens of mixtures of rows; they sum to 1 or are 0."""
         w_MK = shares_MK * self.tokens_per_row_K
         return w_MK / np.where(shares_MK.any(1), w_MK.sum(1), 1.0)[:, None]
+
+    def row_weights(self, shares_K: Array) -> Array:
+        """Weight of each task's rows in the second moment of one row of a mixture [K]."""
+        square_K = shares_K * self.tokens_per_row_K**2
+        return square_K / float(shares_K @ self.tokens_per_row_K) ** 2

@@ -6,7 +6,6 @@ D projection_dim, R vectors of the basis, S sources of a displacement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,16 +21,13 @@ from hf_auxselect.estimators.base import (
     normalize_mixtures,
     random_subsets,
 )
-from hf_auxselect.estimators.clipping import GradientClipping
+from hf_auxselect.estimators.minibatches import add_minibatch_noise, clipping_factor
 from hf_auxselect.estimators.parallel import one_blas_thread
 from hf_auxselect.estimators.predicted_update import (
     FittedQuadratic,
-    PredictedUpdate,
     check_options,
 )
 from hf_auxselect.estimators.quadratic_model import QuadraticModel
-from hf_auxselect.estimators.target_quadratic import TargetQuadratic
-from hf_auxselect.estimators.task_curvature import Covariance
 from hf_auxselect.estimators.unrolled_optimizer import Response, UnrolledOptimizer
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.store.records import RemainingTraining
@@ -171,14 +167,17 @@ class FittedLinearizedTraining(FittedQuadratic):
             vectors_VD=np.stack([optimizer.momentum_D, parameters_D]),
             probes=store.probes if options.probes else None,
         )
-        self._rows_per_step = training.examples_per_step
-        self._clipping: GradientClipping | None = None
+        rows_per_step = training.examples_per_step
         if training.max_grad_norm:
-            self._clipping = GradientClipping(
+            self._clipping = clipping_factor(
                 store,
                 self._model.counts,
                 max_grad_norm=training.max_grad_norm,
-                rows_per_step=training.examples_per_step,
+                rows_per_step=rows_per_step,
+            )
+        if rows_per_step:
+            add_minibatch_noise(
+                self._model, self._unrolled, clipping=self._clipping, rows_per_step=rows_per_step
             )
 
     def displacements(self) -> tuple[Array, Array]:
@@ -188,89 +187,11 @@ class FittedLinearizedTraining(FittedQuadratic):
         with one_blas_thread():
             return shares_MK, self._model.basis.expand(self._predict(shares_MK).delta_MR)
 
-    @property
-    def has_gradient(self) -> bool:
-        """Unless the run's clipping or the noise of its batches and of the captured sample count.
-
-        Clipping is that of drawn batches, and changes in steps.
-        """
-        is_plain = self._clipping is None and not self._rows_per_step
-        return is_plain and not self._model.counts.missing_K.any()
-
     def _response(self, values: Array) -> Array:
         return _components(self._unrolled.response(values))
 
     def _response_slope(self, values: Array) -> Array:
         return _components(self._unrolled.response_slope(values))
-
-    def _clip(self, shares_MK: Array, w_MK: Array) -> Array:
-        """The weights of the tasks in clipped gradients [M, K]."""
-        return w_MK if self._clipping is None else self._clipping.factors(shares_MK) * w_MK
-
-    def _noise(
-        self, targets: Sequence[TargetQuadratic], shares_MK: Array, update: PredictedUpdate
-    ) -> list[Array]:
-        values_MR = np.column_stack([update.values_MR, update.complement_M])
-        randoms, signs = self._randoms(shares_MK, update.w_MK, values_MR)
-        clipped_M = update.u_MK.sum(1) ** 2
-
-        def added(target: TargetQuadratic) -> Array:
-            changes = target.mean_quadratic_changes(update.vectors_MRR, randoms)
-            noise_M = sum(
-                (change_MQ @ sign_Q for change_MQ, sign_Q in zip(changes, signs, strict=True)),
-                start=np.zeros(len(shares_MK)),
-            )
-            return clipped_M * noise_M
-
-        return [added(target) for target in targets]
-
-    def _randoms(
-        self, shares_MK: Array, w_MK: Array, values_MR: Array
-    ) -> tuple[list[tuple[Covariance, Array]], list[Array]]:
-        """Random displacements by the noise of minibatches, less those by the captured sample.
-
-        Real steps see the gradient of a batch of B rows. What it adds to the displacement, epsilon,
-        is 0 in the mean, but adds to the quadratic term
-
-            E[epsilon^T H_T epsilon] / 2 = sum_st u_st trace(H_T A_s C_w A_t^T) / (2 B),
-
-        where A_t is the displacement per unit of gradient in step t alone, C_w the covariance of
-        one row's gradient, and u_st the correlation of the noise of two steps
-        (``UnrolledOptimizer.noise_response``). In the same way the mean gradient of n captured
-        examples of a task's N has an error of covariance (1 - n / N) C_k / n. The real run does not
-        make that error, so that its contribution is subtracted. Both are without clipping.
-
-        Args:
-            shares_MK: shares of the tasks in the rows of the mixtures.
-            w_MK: their weights by label tokens.
-            values_MR: eigenvalues; the last is the curvature in the orthogonal complement.
-
-        Returns:
-            Arguments of ``TargetQuadratic.mean_quadratic_changes``, and the factor of each change.
-
-        Source: Mandt et al., "Stochastic Gradient Descent as Approximate Bayesian Inference" (JMLR
-        2017), section 3, here for finitely many steps and drawing without replacement.
-        """
-        tasks = self._model.tasks
-        randoms, signs = [], []
-        batch_size = self._rows_per_step
-        if batch_size:
-            response = self._unrolled.noise_response(
-                values_MR, self._rows_per_pass(shares_MK) / batch_size
-            )
-            randoms.append((tasks.row_covariance(shares_MK, w_MK), np.dstack(response)))
-            signs.append(np.repeat([1, -1], [part.shape[2] for part in response]) / batch_size)
-        capture = tasks.capture_covariance(w_MK)
-        if capture is not None:
-            randoms.append((capture, self._unrolled.response(values_MR).gradient[..., None]))
-            signs.append(np.array([-1]))
-        return randoms, signs
-
-    def _rows_per_pass(self, shares_MK: Array) -> Array:
-        """How many rows of mixtures are read before they are shuffled anew [M]."""
-        num_rows_M = (shares_MK > 0) @ self._store.task_sizes
-        smallest_M = np.where(shares_MK > 0, shares_MK, 1.0).min(1)
-        return np.maximum(num_rows_M, np.ceil(1 / smallest_M))
 
     def diagnostics(self) -> dict[str, float]:
         """Those of ``FittedQuadratic``, and of training on all tasks pooled.
@@ -283,14 +204,14 @@ class FittedLinearizedTraining(FittedQuadratic):
         ``effective_dimension``: number of directions that hold the curvature.
         """
         shares_1K = all_tasks_pooled(self._store.task_sizes)
-        clipped_1K = self._clip(shares_1K, self._model.counts.token_weights(shares_1K))
+        clipped_1K = self._clipping * self._model.counts.token_weights(shares_1K)
         values_1R, _, _ = self._model.tasks.eigendecomposition(clipped_1K)
         spectrum = np.maximum(values_1R[0], 0.0)
         summed_rate = self._unrolled.summed_learning_rate
         return {
             **super().diagnostics(),
             "summed_learning_rate": summed_rate,
-            "clipping_factor_all_tasks": float(clipped_1K.sum()),
+            "clipping_factor_all_tasks": self._clipping,
             "largest_curvature_times_summed_learning_rate": float(spectrum.max() * summed_rate),
             "largest_curvature_over_stable": float(
                 spectrum.max() / self._unrolled.stable_curvature

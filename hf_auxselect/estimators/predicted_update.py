@@ -115,6 +115,8 @@ class FittedQuadratic(FittedEstimator):
     """See :class:`_Side`."""
     _store: GradientStore
     _model: QuadraticModel
+    _clipping: float = 1.0
+    """The factor by which clipping shortens gradients."""
     _model_error: float
     """Standard error of each term of the predicted change, as a share of the term."""
 
@@ -126,21 +128,11 @@ class FittedQuadratic(FittedEstimator):
     def _response_slope(self, values: Array) -> Array:
         """The derivatives of the functions f_c [C, ...]."""
 
-    def _clip(self, shares_MK: Array, w_MK: Array) -> Array:
-        """The weights of the tasks in clipped gradients [M, K], given their shares of tokens."""
-        return w_MK
-
-    def _noise(
-        self, targets: Sequence[TargetQuadratic], shares_MK: Array, update: PredictedUpdate
-    ) -> list[Array]:
-        """What random gradients add to the quadratic term of each target's loss [M]."""
-        return [np.zeros(len(shares_MK)) for _ in targets]
-
     def _predict(self, shares_MK: Array) -> PredictedUpdate:
         """The update by training on mixtures, given the share of each task in their rows."""
         model, is_idle_M = self._model, ~shares_MK.any(1)
         w_MK = model.counts.token_weights(shares_MK)
-        u_MK = self._clip(shares_MK, w_MK)
+        u_MK = self._clipping * w_MK
         values_MR, vectors_MRR, complement_M = model.tasks.eigendecomposition(u_MK)
         used = used_columns(u_MK)
         b_MR = u_MK[:, used] @ model.tasks.b_KR[used]
@@ -228,20 +220,14 @@ class FittedQuadratic(FittedEstimator):
 
     def _side(self, shares_MK: Array) -> _Side:
         update, groups = self._predict(shares_MK), self._model.groups
-        change, *of_groups = self._changes([self._model.target, *groups], shares_MK, update)
+        change, *of_groups = (
+            target.change(update.delta_MR, update.sources_MS)
+            for target in (self._model.target, *groups)
+        )
         group_change_MG = np.empty((len(shares_MK), len(groups)))
         for g, (group, of_group) in enumerate(zip(groups, of_groups, strict=True)):
             group_change_MG[:, g] = of_group.linear_MT @ group.weights_T + of_group.quadratic_M
         return _Side(update=update, change=change, group_change_MG=group_change_MG)
-
-    def _changes(
-        self, targets: Sequence[TargetQuadratic], shares_MK: Array, update: PredictedUpdate
-    ) -> list[TargetChange]:
-        noises = self._noise(targets, shares_MK, update)
-        return [
-            target.change(update.delta_MR, update.sources_MS, noise_M)
-            for target, noise_M in zip(targets, noises, strict=True)
-        ]
 
     @property
     def has_gradient(self) -> bool:
@@ -266,8 +252,8 @@ class FittedQuadratic(FittedEstimator):
         def work(shares: Array) -> tuple[Array]:
             update = self._predict(shares)
             of_MGK = np.empty((len(shares), len(targets), shares.shape[1]))
-            changes = self._changes(targets, shares, update)
-            for g, (target, change) in enumerate(zip(targets, changes, strict=True)):
+            for g, target in enumerate(targets):
+                change = target.change(update.delta_MR, update.sources_MS)
                 of_MGK[:, g] = self._pull_back(update, change, shares)
                 # An estimate of less than 0 is one of 0.
                 loss_M = target.loss + change.linear_MT @ target.weights_T + change.quadratic_M
@@ -296,10 +282,11 @@ class FittedQuadratic(FittedEstimator):
         of_complement_M += (slope_CM[1:].T * change.of_sources_MS[:, num_tasks:]).sum(1)
         of_u_MK = of_b_MR @ tasks.b_KR.T + update.complement_f_CM[0][:, None] * of_task_sources_MK
         of_u_MK += tasks.pull_back(of_H_MRR, of_complement_M)
-        # The weights u are in proportion to the shares of the rows times their label tokens.
+        # The weights w are in proportion to the shares of the rows times their label tokens.
         tokens_K = self._model.counts.tokens_per_row_K
-        of_u_MK -= (of_u_MK * update.u_MK).sum(1, keepdims=True)
-        of_shares_MK = of_u_MK * tokens_K / np.maximum(shares_MK @ tokens_K, TINY)[:, None]
+        of_w_MK = self._clipping * of_u_MK
+        of_w_MK -= (of_w_MK * update.w_MK).sum(1, keepdims=True)
+        of_shares_MK = of_w_MK * tokens_K / np.maximum(shares_MK @ tokens_K, TINY)[:, None]
         of_shares_MK[~shares_MK.any(1)] = 0.0
         return of_shares_MK - of_shares_MK.mean(1, keepdims=True)
 

@@ -1,12 +1,11 @@
 """The target's loss as a quadratic function of the displacement.
 
 Shapes: T examples of the target, M mixtures, E endpoints, D projection_dim, R vectors of the basis,
-S sources of a displacement, Q random displacements.
+S sources of a displacement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,6 @@ from hf_auxselect.estimators.base import TINY, Array, used_columns
 from hf_auxselect.estimators.captured_gradients import WeightedGradients
 from hf_auxselect.estimators.curvature_corrections import fit_to_endpoint_losses
 from hf_auxselect.estimators.krylov_basis import KrylovBasis
-from hf_auxselect.estimators.task_curvature import Covariance
 from hf_auxselect.store.records import Probes
 
 
@@ -50,6 +48,7 @@ class TargetQuadratic:
         losses_T: losses of the examples at the linearization point, nats per label token.
         loss: their weighted mean.
         g_TR, phi_TR: gradients of the examples in the basis.
+        noise: what the noise of minibatches adds to the quadratic term, in nats, with any training.
         lower_bound: of the quadratic term. A Gauss-Newton matrix makes it 0 at least: what falls
             below is noise. Curvature that was fitted to measured losses has no bound.
     """
@@ -67,6 +66,7 @@ class TargetQuadratic:
         self.weights_T = gradients.weights_N
         self.losses_T = target.losses.astype(np.float64)
         self.loss = float(target.task_losses[0])
+        self.noise = 0.0
         self.lower_bound = 0.0
         self._b_R = basis.coordinates(b_D)
         self._source_gram_SS = complement_SD @ complement_SD.T
@@ -108,15 +108,12 @@ class TargetQuadratic:
         rows = self._gradients.store.rows_of(example_ids)
         return rows, self.weights_T[rows] / max(self.weights_T[rows].sum(), TINY)
 
-    def change(
-        self, delta_MR: Array, sources_MS: Array, added_M: Array | float = 0.0
-    ) -> TargetChange:
+    def change(self, delta_MR: Array, sources_MS: Array) -> TargetChange:
         """How the loss answers to displacements.
 
         Args:
             delta_MR: their coordinates in the basis.
-            sources_MS: coefficients of their sources.
-            added_M: what else the quadratic term has.
+            sources_MS: coefficients of their sources; all 0 without training.
         """
         linear_MT = delta_MR @ self.g_TR.T + sources_MS @ self._source_gradients_TS.T
         H_delta_MR = delta_MR @ self._H_RR
@@ -124,7 +121,7 @@ class TargetQuadratic:
         gram_MS = sources_MS[:, used] @ self._source_gram_SS[used]
         complement_M = (gram_MS[:, used] * sources_MS[:, used]).sum(1)
         quadratic_M = (delta_MR * H_delta_MR).sum(1) + self._complement_curvature * complement_M
-        quadratic_M = quadratic_M / 2 + added_M
+        quadratic_M = quadratic_M / 2 + self.noise * sources_MS.any(1)
         is_free_M1 = quadratic_M[:, None] > self.lower_bound
         of_sources_S = self.weights_T @ self._source_gradients_TS
         return TargetChange(
@@ -135,28 +132,12 @@ class TargetQuadratic:
             + np.where(is_free_M1, self._complement_curvature * gram_MS, 0.0),
         )
 
-    def mean_quadratic_changes(
-        self, vectors_MRR: Array, randoms: Iterable[tuple[Covariance, Array]]
-    ) -> list[Array]:
-        """Mean quadratic terms E[epsilon^T H_T epsilon] / 2 of random displacements, [M, Q] each.
+    def mean_quadratic_term(self, covariance_RR: Array, complement: float) -> float:
+        """E[epsilon^T H_T epsilon] / 2 of a random displacement epsilon.
 
         Args:
-            vectors_MRR: eigenvectors of the mixtures' curvature, in columns.
-            randoms: covariance of a random gradient, and Q displacements per unit of it along each
-                of these vectors and last in the orthogonal complement, [M, R + 1, Q].
+            covariance_RR: its covariance in the basis.
+            complement: the trace of its covariance in the orthogonal complement.
         """
-        turned_MRR = vectors_MRR.transpose(0, 2, 1)
-        H_MRR = turned_MRR @ self._H_RR @ vectors_MRR
-        changes = []
-        for covariance, displacement_MRQ in randoms:
-            both_MRR = H_MRR * (turned_MRR @ covariance.basis_MRR @ vectors_MRR)
-            basis_MRQ, complement_MQ = displacement_MRQ[:, :-1], displacement_MRQ[:, -1]
-            complement_M = self._complement_curvature * covariance.complement_M
-            changes.append(
-                (
-                    (basis_MRQ * (both_MRR @ basis_MRQ)).sum(1)
-                    + complement_M[:, None] * complement_MQ**2
-                )
-                / 2
-            )
-        return changes
+        in_basis = (self._H_RR * covariance_RR).sum()
+        return float(in_basis + self._complement_curvature * complement) / 2

@@ -6,8 +6,6 @@ basis.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from hf_auxselect.estimators.base import TINY, Array, used_columns
@@ -15,15 +13,6 @@ from hf_auxselect.estimators.captured_gradients import CaptureCounts, WeightedGr
 from hf_auxselect.estimators.curvature_corrections import psb_update
 from hf_auxselect.estimators.krylov_basis import KrylovBasis
 from hf_auxselect.store.records import Probes
-
-
-class Covariance(NamedTuple):
-    """Covariance of random gradients of M mixtures."""
-
-    basis_MRR: Array
-    """In the basis."""
-    complement_M: Array
-    """The trace of what is in the orthogonal complement."""
 
 
 class TaskCurvature:
@@ -67,7 +56,6 @@ class TaskCurvature:
         # H, and the second moment of a row's contribution to b.
         self._H_KRR, self._moment_KRR = np.zeros((2, num_tasks, basis.rank, basis.rank))
         self._complement_moment_K = np.zeros(num_tasks)
-        tokens_N = gradients.store.num_label_tokens.astype(np.float64)
         self.phi_NR = np.empty((num_examples, basis.rank), np.float32)
         self.g_NR = np.empty((num_examples, basis.rank), np.float32)
         self.complement_response_N = np.empty(num_examples)
@@ -80,15 +68,11 @@ class TaskCurvature:
             self.g_NR[examples], self.phi_NR[examples] = g, phi
             self.norm_N[examples] = np.linalg.norm(g, axis=1)
             self.complement_response_N[examples] = g_ND @ complement_b_D
-            contribution_N = tokens_N[examples] / counts.tokens_per_row_K[k]
-            weights_N = contribution_N**2 / counts.counts_K[k] * counts.examples_per_row_K[k]
+            weights_N = counts.moment_weights_N[examples]
             self._moment_KRR[k] += (g * weights_N[:, None]).T @ g
             self._complement_moment_K[k] += weights_N @ ((g_ND**2).sum(1) - (g**2).sum(1))
-        # A row is a sum of m examples. They are taken as independent, each with the mean b / m: so
-        # the products of two different ones are (m - 1) / m of b b^T in expectation.
-        pairs_K = 1 - 1 / counts.examples_per_row_K
-        self._moment_KRR += pairs_K[:, None, None] * self.b_KR[:, :, None] * self.b_KR[:, None, :]
-        self._complement_moment_K += pairs_K * ((b_KD**2).sum(1) - (self.b_KR**2).sum(1))
+        self._moment_KRR += np.einsum("k,kr,ks->krs", counts.pairs_K, self.b_KR, self.b_KR)
+        self._complement_moment_K += counts.pairs_K * ((b_KD**2).sum(1) - (self.b_KR**2).sum(1))
         self.complement_response_K = b_KD @ complement_b_D
         self._complement_curvature_K = basis.complement_curvature(self._H_KRR, trace_K)
         self.uncorrected_H_KRR = self._H_KRR
@@ -159,33 +143,15 @@ class TaskCurvature:
         """What a random projection adds to every eigenvalue in expectation: trace(H_w) / D [M]."""
         return w_MK @ self._trace_K / self._basis.dim
 
-    def row_covariance(self, shares_MK: Array, w_MK: Array) -> Covariance:
-        """Covariance of the gradient of one row of a mixture, in the loss of a batch."""
-        tokens_per_row_K = self._counts.tokens_per_row_K
-        w_per_row_MK = w_MK * tokens_per_row_K
-        w_per_row_MK /= np.where(shares_MK.any(1), shares_MK @ tokens_per_row_K, 1.0)[:, None]
-        used = used_columns(w_MK)
-        w_MK, w_per_row_MK = w_MK[:, used], w_per_row_MK[:, used]
-        b_MR, b_MD = w_MK @ self.b_KR[used], w_MK @ self.b_KD[used]
-        moment_MRR = np.tensordot(w_per_row_MK, self._moment_KRR[used], 1)
-        return Covariance(
-            moment_MRR - b_MR[:, :, None] * b_MR[:, None, :],
-            w_per_row_MK @ self._complement_moment_K[used] - (b_MD**2).sum(1) + (b_MR**2).sum(1),
-        )
+    def row_covariance(self, shares_K: Array) -> tuple[Array, float]:
+        """Covariance of the gradient of one row of a mixture, in the loss of a batch.
 
-    def capture_covariance(self, w_MK: Array) -> Covariance | None:
-        """Covariance of b_w over which examples were captured; None if all of them were."""
-        counts = self._counts
-        if not counts.missing_K.any():
-            return None
-        # A row of m independent examples has an m-th of the variance of one.
-        per_example_K = counts.examples_per_row_K / np.maximum(counts.counts_K - 1, 1)
-        w_MK = w_MK**2 * counts.missing_K * per_example_K
-        used = used_columns(w_MK)
-        w_MK, b_KR = w_MK[:, used], self.b_KR[used]
-        complement_K = self._complement_moment_K - (self.b_KD**2).sum(1) + (self.b_KR**2).sum(1)
-        moment_MRR = np.tensordot(w_MK, self._moment_KRR[used], 1)
-        return Covariance(
-            moment_MRR - np.einsum("mk,kr,ks->mrs", w_MK, b_KR, b_KR, optimize=True),
-            w_MK @ complement_K[used],
-        )
+        Returns:
+            In the basis [R, R], and the trace of what is in the orthogonal complement.
+        """
+        row_K = self._counts.row_weights(shares_K)
+        w_K = self._counts.token_weights(shares_K[None])[0]
+        b_R, b_D = w_K @ self.b_KR, w_K @ self.b_KD
+        complement = row_K @ self._complement_moment_K - (b_D**2).sum() + (b_R**2).sum()
+        covariance_RR = np.tensordot(row_K, self._moment_KRR, 1) - np.outer(b_R, b_R)
+        return covariance_RR, float(complement)

@@ -20,21 +20,6 @@ from hf_auxselect.estimators.base import TINY, Array
 _GRID_POINTS = 8192
 """Eigenvalues at which responses to constant sources are tabulated; between, it is interpolated."""
 
-_NOISE_GRID_POINTS = 2048
-"""The same for responses to single steps, which take many numbers each."""
-
-_BASIS_GRID_POINTS = 64
-"""Eigenvalues whose responses to single steps give the basis functions of time."""
-
-_BASIS_TOLERANCE = 1e-6
-"""Basis functions of time are kept down to this share of the largest singular value."""
-
-_MAX_PASSES = 64
-"""If the examples are read more often, what shuffling leaves of their noise is next to nothing."""
-
-_MAX_MOMENTS = 256
-"""Points in time between which the sum of responses is interpolated."""
-
 _STABLE_SHARE = 0.9
 """Larger curvature than this share of ``stable_curvature`` is answered like this much.
 
@@ -51,19 +36,6 @@ class Response(NamedTuple):
     """Per unit of the gradient, with the opposite sign: training goes against the gradient."""
     parameters: Array
     """Per unit of the parameters, by weight decay, with the opposite sign."""
-
-
-class NoiseResponse(NamedTuple):
-    """The covariance of the displacement after the last step, per unit of each step's noise.
-
-    Between the eigenvectors i and j it is ``sum_q drawn_iq drawn_jq - sum_p passes_ip passes_jp``:
-    the covariance of independent draws, less what drawing without replacement takes away.
-    """
-
-    drawn: Array
-    """[M, R, Q]"""
-    passes: Array
-    """[M, R, passes over the examples]"""
 
 
 class UnrolledOptimizer:
@@ -129,7 +101,6 @@ class UnrolledOptimizer:
         largest = _STABLE_SHARE * self.stable_curvature
         self._largest_x = np.log(largest * self.summed_learning_rate + 2)
         self._tabulate_sources()
-        self._tabulate_noise()
 
     def response(self, values: Array) -> Response:
         """The response to sources that are the same in every step; eigenvalues of any shape."""
@@ -151,37 +122,27 @@ class UnrolledOptimizer:
         momentum, gradient, parameters = slopes_3G[:, at] * of_value
         return Response(momentum, -gradient, -parameters)
 
-    def noise_response(self, values_MR: Array, steps_per_pass_M: Array) -> NoiseResponse:
-        """The response to noise of the gradients which is independent between examples.
+    def noise_covariance(self, values_R: Array, steps_per_pass: float) -> Array:
+        """Covariance [R, R] of the displacement after the last step, per unit of each step's noise.
 
-        Rows are drawn without replacement, so that after a whole pass, P steps long, their noise
-        has cancelled out: noise of the steps s and t is correlated by u_st = 1 for s = t, less
-        1 / P for all s, t of the same pass.
+        Along the eigenvectors i and j it is ``sum_st u_st h_si h_tj``, where h_t is the response to
+        step t alone. Noise is independent between examples. Rows are drawn without replacement, so
+        that after a whole pass, P steps long, it has cancelled out: u_st is 1 for s = t, less 1 / P
+        for all s, t of the same pass.
 
         Args:
-            values_MR: eigenvalues.
-            steps_per_pass_M: P, the number of steps after which all rows of a mixture are read.
+            values_R: eigenvalues.
+            steps_per_pass: P, the number of steps after which all rows are read.
         """
-        num_steps = len(self._rates)
-        steps_per_pass_M = np.maximum(steps_per_pass_M, num_steps / _MAX_PASSES)
-        place_MR = self._coordinate(values_MR) / self._largest_x * (_NOISE_GRID_POINTS - 1)
-        at_MR, share_MR = _between(place_MR, _NOISE_GRID_POINTS)
-        share_MR1 = share_MR[..., None]
-        drawn = self._basis_GQ[at_MR] * (1 - share_MR1) + self._basis_GQ[at_MR + 1] * share_MR1
-
-        # Within a pass, noise adds up to 0: the sum over its steps of an unconstrained draw, spread
-        # over them, is taken away. The last pass may be broken off.
-        num_passes = int(np.ceil(num_steps / steps_per_pass_M.min(initial=num_steps)))
-        ends_MP = np.minimum(np.arange(num_passes + 1) * steps_per_pass_M[:, None], num_steps)
-        last = len(self._sums_SG) - 1
-        moment_MP, between_MP = _between(ends_MP / num_steps * last, last + 1)
-        sums_MRP = np.zeros((*values_MR.shape, num_passes + 1))
-        for later, of_time in ((0, 1 - between_MP), (1, between_MP)):
-            for higher, of_value in ((0, 1 - share_MR), (1, share_MR)):
-                sums = self._sums_SG[moment_MP[:, None, :] + later, at_MR[..., None] + higher]
-                sums_MRP += of_time[:, None, :] * of_value[..., None] * sums
-        passes = np.diff(sums_MRP, axis=2) / np.sqrt(steps_per_pass_M)[:, None, None]
-        return NoiseResponse(drawn, passes)
+        num_steps, length = len(self._rates), max(steps_per_pass, 1.0)
+        values_R = (np.exp(self._coordinate(values_R)) - 2) / self.summed_learning_rate
+        h_TR = np.stack(list(self._impulses(values_R))[::-1])
+        # Sums over each pass; one may end within a step, and the last may be broken off.
+        sums_TR = np.vstack([np.zeros_like(values_R), np.cumsum(h_TR, axis=0)])
+        ends_P = np.minimum(np.arange(np.ceil(num_steps / length) + 1) * length, num_steps)
+        step_P = np.minimum(ends_P.astype(np.int64), num_steps - 1)
+        passes_PR = np.diff(sums_TR[step_P] + (ends_P - step_P)[:, None] * h_TR[step_P], axis=0)
+        return h_TR.T @ h_TR - passes_PR.T @ passes_PR / length
 
     def _coordinate(self, values: Array) -> Array:
         """Place of eigenvalues in the tables, whose entries are evenly spaced in it."""
@@ -210,27 +171,6 @@ class UnrolledOptimizer:
             delta_3G -= rate * (momentum_3G / correction + parameters_31)
         self._delta_3G = delta_3G
 
-    def _tabulate_noise(self) -> None:
-        num_steps = len(self._rates)
-        # Responses h_t are smooth in the eigenvalue: few functions of time span them all.
-        few = np.stack(list(self._impulses(self._values(_BASIS_GRID_POINTS))))
-        times_TQ, size_Q, _ = np.linalg.svd(few, full_matrices=False)
-        times_TQ = times_TQ[:, size_Q >= _BASIS_TOLERANCE * size_Q[0]]
-        num_moments = min(num_steps, _MAX_MOMENTS)
-        self._basis_GQ = np.zeros((_NOISE_GRID_POINTS, times_TQ.shape[1]))
-        later_SG = np.zeros((num_moments + 1, _NOISE_GRID_POINTS))
-        total_G = np.zeros(_NOISE_GRID_POINTS)
-        impulses = self._impulses(self._values(_NOISE_GRID_POINTS))
-        for t, own_G in zip(range(num_steps - 1, -1, -1), impulses, strict=True):
-            self._basis_GQ += own_G[:, None] * times_TQ[num_steps - 1 - t]
-            total_G += own_G
-            # Step t is the time from t to t + 1; the responses of the steps since each moment.
-            first = -(-t * num_moments // num_steps)
-            if first * num_steps < (t + 1) * num_moments:
-                share = t + 1 - first * num_steps / num_moments
-                later_SG[first] = total_G - (1 - share) * own_G
-        self._sums_SG = later_SG[0] - later_SG  # since the switch
-
     def _impulses(self, values_G: Array) -> Iterator[Array]:
         """Displacement after the last step per unit of gradient in one step, from the last back."""
         of_delta_G, of_momentum_G = np.ones_like(values_G), np.zeros_like(values_G)
@@ -245,9 +185,3 @@ class UnrolledOptimizer:
     def _steps(self) -> Iterator[tuple[float, float, float]]:
         """Rate, momentum coefficient and correction of its bias, of each step."""
         return zip(self._rates, self._betas, self._corrections, strict=True)
-
-
-def _between(places: Array, length: int) -> tuple[Array, Array]:
-    """The entry before each position in a table, and the share of the one after it."""
-    before = np.clip(places.astype(np.int64), 0, length - 2)
-    return before, places - before

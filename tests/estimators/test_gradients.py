@@ -24,15 +24,7 @@ def along_the_simplex(fitted, mixture, change, loss, step=1e-5):
 
 @pytest.fixture
 def store():
-    """Captured without a trainer: nothing is known of batches and of clipping."""
-    store = random_store(3, max_grad_norm=0.0)
-    training = store.metadata["training"] | {"examples_per_step": 0}
-    return rebuilt(
-        store,
-        groups={"one": random_store(11).target},
-        task_sizes=np.bincount(store.task_ids),
-        metadata=store.metadata | {"training": training},
-    )
+    return rebuilt(random_store(3), groups={"one": random_store(11).target})
 
 
 ESTIMATORS = [
@@ -89,18 +81,6 @@ def test_packed_rows_are_differentiated(store):
     mixture, change = np.array([0.2, 0.5, 0.3]), np.array([0.7, -0.9, 0.2])
     expected = along_the_simplex(fitted, mixture, change, lambda e: e.loss)
     assert fitted.gradient(mixture[None])[0] @ change == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("known", [{"examples_per_step": 4}, {"max_grad_norm": 1.0}, {}])
-def test_drawn_batches_have_no_derivative(store, known):
-    """What clipping and noise add to an estimate is that of drawn batches, or of a sample."""
-    training = {"max_grad_norm": 0.0, "examples_per_step": 4 * ("max_grad_norm" in known)} | known
-    metadata = store.metadata | {"training": store.metadata["training"] | training}
-    sizes = [10**6] * 3 if not known else store.task_sizes
-    fitted = LinearizedTraining().fit(rebuilt(store, metadata=metadata, task_sizes=sizes))
-    assert not fitted.has_gradient
-    with pytest.raises(NotImplementedError, match="FittedLinearizedTraining has no gradient"):
-        fitted.gradient([[1, 1, 1]])
 
 
 def test_calibrated_estimates_are_differentiated(store):
