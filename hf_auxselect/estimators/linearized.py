@@ -62,12 +62,12 @@ class LinearizedTraining(AbstractEstimator):
        H_k = E[phi phi^T] at theta_0, over gradients g of the loss and phi of losses of labels drawn
        from the model, in a basis of R vectors (``KrylovBasis``). Probes correct H_k.
     2. Mix: b_w = sum_k w_k b_k and H_w = sum_k w_k H_k. The weights w_k are shares of label tokens,
-       times the factor by which clipping shortens the task's gradients (``GradientClipping``).
+       times the factor by which clipping shortens gradients (``clipping_factor``).
     3. Eigendecompose H_w = V diag(h) V^T.
     4. Filter each eigenvalue: the remaining steps, with their learning rates, momentum and weight
        decay, turn V^T b_w into the displacement -r(h) V^T b_w (``UnrolledOptimizer``).
     5. Evaluate the target's quadratic, L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2, and
-       add what the noise of minibatches contributes. Probes correct H_T.
+       add what the noise of minibatches contributes (``add_minibatch_noise``). Probes correct H_T.
 
     A restart is estimated as if the run went on from theta_0: that ranks mixtures, but does not
     tell their losses. Cost: two products of R^2 numbers per task, an eigendecomposition and six
