@@ -5,8 +5,8 @@ shuffled answers. All but ``small``, a small model and string tasks, are real: S
 generators of reasoning-gym with options that keep the rows short; boilerplate around the question
 is left out. ``demo`` is the recipe of ``make demo``; ``sparse`` has its tasks, after fewer steps
 and with few of many rows captured. ``sorting`` was held out: no estimate of it was looked at before
-its truth was there. ``sentiment`` is real text, from the folder ``HF_AUXSELECT_DATA``; no constant was
-decided on it.
+its truth was there. ``sentiment`` is real text, from the folder ``HF_AUXSELECT_DATA``; no constant
+was decided on it.
 """
 
 from __future__ import annotations
