@@ -5,17 +5,20 @@ shuffled answers. All but ``small``, a small model and string tasks, are real: S
 generators of reasoning-gym with options that keep the rows short; boilerplate around the question
 is left out. ``demo`` is the recipe of ``make demo``; ``sparse`` has its tasks, after fewer steps
 and with few of many rows captured. ``sorting`` was held out: no estimate of it was looked at before
-its truth was there.
+its truth was there. ``sentiment`` is real text, from the folder ``HF_AUXSELECT_DATA``; no constant
+was decided on it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,9 @@ from benchmarks import small_family as small
 from recipes import arithmetic, demo
 from recipes.arithmetic import TWO_DIGITS, examples, shuffled_answers
 from recipes.models import smollm2
+
+DATA = Path(os.environ.get("HF_AUXSELECT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+"""Folder of the real text, which has licences of its own and is not part of the repository."""
 
 Generator = tuple[str, dict[str, Any]]
 
@@ -173,6 +179,37 @@ def _small(**changes: Any) -> Family:
     )
 
 
+def _read_text(name: str, num_rows: int, skipped: int = 0) -> Dataset:
+    """Rows of a file of prompts and completions, after some that are skipped."""
+    path = DATA / f"{name}.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: set HF_AUXSELECT_DATA to the folder of data.")
+    lines = path.read_text().splitlines()[skipped : skipped + num_rows]
+    rows = [json.loads(line) for line in lines]
+    return Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
+
+
+def _text(*, folder: str, target: str, tasks: tuple[str, ...]) -> Family:
+    """Tasks of real text, and a target: 96 rows of each task, and 64 held-out rows."""
+
+    def make_task(name: str, position: int) -> Dataset:
+        if name == "shuffled":
+            return shuffled_answers(_read_text(f"{folder}/{target}", 96), 0)
+        return _read_text(f"{folder}/{name}", 96)
+
+    def make_target(seed: int) -> Dataset:
+        if seed == 0:
+            return _read_text(f"{folder}/{target}.heldout", 64)
+        return _read_text(f"{folder}/{target}", 64, 96 + 64 * (seed - 1))
+
+    return Family(
+        tasks=(*tasks, "shuffled"),
+        make_task=make_task,
+        make_target=make_target,
+        arguments={"per_device_train_batch_size": 8, "learning_rate": 1.5e-3, **FAST},
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "arithmetic": _real(
         target=_sums(3),
@@ -263,6 +300,21 @@ FAMILIES: dict[str, Family] = {
     "demo": _recipe(num_rows=demo.NUM_ROWS, warm_up_steps=demo.WARM_UP_STEPS, steps=demo.STEPS),
     "sparse": _recipe(num_rows=256, warm_up_steps=16, steps=40, examples_per_task=32),
     "small": _small(),
+    "sentiment": _text(
+        folder="domains",
+        target="phones",
+        tasks=(
+            "cameras",
+            "mp3_players",
+            "dvd_player",
+            "network_router",
+            "household_tools",
+            "antivirus_software",
+            "movies",
+            "pros_and_cons",
+            "subjectivity",
+        ),
+    ),
 }
 
 VARIANTS: dict[str, Family] = {
