@@ -284,6 +284,37 @@ def ablation_errors() -> str:
 
 
 @table
+def clipping_and_noise() -> str:
+    """What clipping and the noise of batches are worth: means over the families measured."""
+    families = read("clipping_and_noise")["families"].values()
+    names = {
+        "of training on all tasks: the default": "default",
+        "of each mixture's own (commit d339d2f)": "of each mixture",
+        "without clipping": "without clipping",
+        "without noise": "without noise",
+    }
+    rows = []
+    for label, name in names.items():
+        for probes, suffix in (("", ""), (", no probes", ", no probes")):
+            lines = [family[name + suffix] for family in families]
+            means = {key: fmean(line[key] for line in lines) for key in lines[0]}
+            rows.append(
+                [
+                    label + probes,
+                    number(means["spearman"]),
+                    number(means["spearman_without_shuffled"]),
+                    percent(means["regret"]),
+                    f"{100 * means['error']:.1f}%",
+                    percent(means["coverage"]),
+                ]
+            )
+    header = ["", "Spearman", "without the shuffled task", "regret", "error", "in intervals"]
+    return f"Means over {', '.join(read('clipping_and_noise')['families'])}:\n\n" + markdown(
+        header, rows
+    )
+
+
+@table
 def restart() -> str:
     """Estimates of runs that restart."""
     rows: dict[str, Callable[[dict[str, Any]], str]] = {

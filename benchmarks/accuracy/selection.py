@@ -184,6 +184,7 @@ def choose(family: str) -> dict[str, list[list[float]]]:
     return {
         name: [weights_K.round(ROUNDED).tolist() for weights_K in of(case)]
         for name, of in STRATEGIES.items()
+        if "margin" in case.store.scalars or not name.startswith("GradEx")
     }
 
 
@@ -245,7 +246,7 @@ def run_family(family: str, seeds: list[int], strategies: list[str], *, only_cho
         (seed, strategy, mixture)
         for seed in seeds
         for strategy in strategies
-        for mixture in record["choices"][strategy]
+        for mixture in record["choices"].get(strategy, [])
     ]
     for seed, strategy, mixture in [] if only_choose else wanted:
         if seed in losses(record, mixture):
