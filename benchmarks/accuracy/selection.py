@@ -76,11 +76,13 @@ class Case:
         selector: AbstractSelector,
         estimator: AbstractEstimator = DEFAULT,
         *,
-        confirm: int = 1,
+        confirm: int | None = None,
     ) -> list[np.ndarray]:
         """Weights [K] that a selector of the package chooses, or those of its finalists."""
         fitted, names = estimator.fit(self.store), self.store.task_names
         selection = selector.select(selection_problem(fitted, self.store))
+        if confirm is None:
+            return [np.array([selection.weights[name] for name in names])]
         tasks = TaskRows(tuple(names), np.repeat(np.arange(len(names)), self.store.task_sizes))
         return list(finalists(selection, tasks, (), confirm).values())
 
