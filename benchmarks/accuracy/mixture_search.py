@@ -51,7 +51,11 @@ def gaps_to_the_grid(number: int, *, convex: bool) -> dict[str, float]:
 
 def kept_of_noise(number: int) -> dict[str, float]:
     """Share of problems without any difference in which all tasks are kept, by the selector."""
-    selectors = {"default": MixtureOptimization(), "shrinkage=0": MixtureOptimization(shrinkage=0)}
+    selectors = {
+        "default": MixtureOptimization(),
+        "risk_aversion=1.75": MixtureOptimization(risk_aversion=1.75),
+        "shrinkage=0": MixtureOptimization(shrinkage=0),
+    }
     kept = dict.fromkeys(selectors, 0.0)
     for seed in range(number):
         noise = 0.1 * np.random.default_rng(seed).normal(size=(1, NUM_NOISY))
@@ -67,6 +71,7 @@ def true_losses_under_noise(number: int) -> dict[str, float]:
     """Mean true loss minus that of all tasks, nats, where estimates err as their intervals say."""
     selectors = {
         "default": MixtureOptimization(),
+        "risk_aversion=1.75": MixtureOptimization(risk_aversion=1.75),
         "shrinkage=0": MixtureOptimization(shrinkage=0),
         "round_to_subset": MixtureOptimization(round_to_subset=True),
     }

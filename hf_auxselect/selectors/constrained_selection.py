@@ -201,7 +201,7 @@ class ConstrainedSelection(AbstractSelector):
         keeps_all = self._keeps(shares_K[None], losses)[0]
         if not usable.any():
             return shares_K if keeps_all else optimum_K
-        bounds = GainBounds.of(problem, box, singles_KK)
+        bounds = GainBounds(problem, shares_K)
         weights_K, upper = bounds.best_on_the_way(optimum_K[None], usable)
         return shares_K if keeps_all and upper >= 0 else weights_K
 

@@ -14,7 +14,13 @@ from hf_auxselect.selectors.base import (
     SelectionProblem,
     normalized_weights,
 )
-from hf_auxselect.selectors.shrinkage import KEPT_ALL, GainBounds, is_shrinkage, shrink
+from hf_auxselect.selectors.shrinkage import (
+    KEPT_ALL,
+    RISK_AVERSION,
+    GainBounds,
+    is_shrinkage,
+    shrink,
+)
 from hf_auxselect.selectors.simplex import (
     Box,
     Minima,
@@ -42,10 +48,9 @@ class MixtureOptimization(AbstractSelector):
     the estimator's gradient, or else with slopes measured from 2 K + 1 estimates. The result is
     then moved towards the mixture of all tasks by their sizes, as far as the estimates are noise:
     of 5%, 10%, ..., 90% of the way from all tasks to each optimum, and to each of the best single
-    tasks, the mixture is taken whose gain over all tasks is largest at the lower end of the
-    interval of ``difference``, made wider for a choice among many (``GainBounds``). If no lower
-    end is above 0, all tasks are kept, and the report says so. Without intervals of the
-    difference, those of the losses are used, which are wider.
+    tasks, the mixture is taken whose gain over all tasks is largest, less ``risk_aversion`` times
+    the half width of its 90% interval. If no gain is left, all tasks are kept, and the report says
+    so. Without intervals of the difference, those of the losses are used, which are wider.
 
     The scores are slopes: by how much the estimated loss would rise for each unit of weight that
     all tasks together give to the task, nats per label token; negative where more of it helps.
@@ -59,15 +64,18 @@ class MixtureOptimization(AbstractSelector):
             None: no cap.
         shrinkage: share of the way from the optimum to all tasks that is gone back: 0 is the
             optimum, 1 is all tasks. None: by the rule above, and at least a tenth.
+        risk_aversion: see above. 0 trusts the estimates alone; with 1, a gain must hold at the end
+            of its 90% interval. It plays no part where ``shrinkage`` is given.
         round_to_subset: choose a subset, whose tasks are weighted by their sizes: the best of those
             that take tasks in the order of their optimal weight over their share in all tasks;
-            with ``shrinkage=None``, the one with the largest gain at the lower end.
+            with ``shrinkage=None``, the one with the largest gain by that rule.
         starts: number of starts: all tasks, then the best single tasks.
         tolerance: nats per label token; how far above the least loss a search may end.
     """
 
     max_repetitions: float | None = None
     shrinkage: float | None = None
+    risk_aversion: float = RISK_AVERSION
     round_to_subset: bool = False
     starts: int = 8
     tolerance: float = 1e-5
@@ -76,6 +84,8 @@ class MixtureOptimization(AbstractSelector):
         require_mixture_options(self.max_repetitions, self.starts, self.tolerance)
         if not is_shrinkage(self.shrinkage):
             raise ValueError(f"shrinkage must be in [0, 1] or None, got {self.shrinkage!r}.")
+        if isinstance(self.risk_aversion, bool) or not 0 <= self.risk_aversion < np.inf:
+            raise ValueError(f"risk_aversion must be 0 or more, got {self.risk_aversion!r}.")
 
     def select(self, problem: SelectionProblem) -> Selection:
         box = Box.of(problem, self.max_repetitions)
@@ -90,7 +100,9 @@ class MixtureOptimization(AbstractSelector):
             tolerance=self.tolerance,
         )
         optimum_K = minima.weights[int(np.argmin(minima.values))]
-        bounds = None if self.shrinkage is not None else GainBounds.of(problem, box, singles_KK)
+        bounds = None
+        if self.shrinkage is None:
+            bounds = GainBounds(problem, box.shares_K, self.risk_aversion)
         notes = box.notes
         if self.round_to_subset:
             weights_K = _best_subset(optimum_K, problem, box, bounds)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from benchmarks.quadratics import Quadratic, grid, weights_of
 from hf_auxselect import Estimate, MixtureOptimization, SelectionProblem
-from hf_auxselect.selectors.shrinkage import FRACTIONS, LEAST_SHRINKAGE, GainBounds
+from hf_auxselect.selectors.shrinkage import FRACTIONS, LEAST_SHRINKAGE
 from hf_auxselect.selectors.simplex import KEPT_SHARE, Box
 
 OPTIMUM = MixtureOptimization(shrinkage=0)
@@ -128,13 +128,12 @@ class TestShrinkage:
             problem = quadratic.problem()
             found = weights_of(MixtureOptimization().select(problem))
             optimum = weights_of(OPTIMUM.select(problem))
-            factor = 1.96 / 1.645  # two tasks: 97.5% instead of 95%
             best, lowest = quadratic.shares, 0.0
             for end in (optimum, *np.eye(2)):
                 for fraction in FRACTIONS:
                     w = quadratic.shares + fraction * (end - quadratic.shares)
                     gain = problem.difference(w[None], quadratic.shares)
-                    upper = gain.loss[0] + factor * (gain.high[0] - gain.loss[0])
+                    upper = gain.loss[0] + 0.5 * (gain.high[0] - gain.loss[0])
                     if upper < lowest - 1e-9:
                         best, lowest = w, upper
             assert found == pytest.approx(best, abs=2e-3)
@@ -146,7 +145,7 @@ class TestShrinkage:
             noise = np.random.default_rng(seed).normal(size=(1, 12))
             quadratic = Quadratic(np.zeros((1, 12, 12)), 0.1 * noise, sizes=(20,) * 12)
             quadratic = replace(quadratic, error=np.full(12, 0.1))
-            selection = MixtureOptimization().select(quadratic.problem())
+            selection = MixtureOptimization(risk_aversion=1.75).select(quadratic.problem())
             is_all = np.allclose(weights_of(selection), quadratic.shares)
             assert is_all == ("all tasks were kept" in " ".join(selection.notes))
             kept += is_all
@@ -170,13 +169,18 @@ class TestShrinkage:
         optimum = OPTIMUM.select(quadratic.problem()).estimate.loss[0]
         assert gain >= 0.85 * (quadratic.losses(quadratic.shares[None])[0, 0] - optimum)
 
-    def test_equal_tasks_count_once_in_the_choice_among_many(self):
-        quadratic = Quadratic.random(4, 4)
-        for problem in (quadratic.problem(), quadratic.split(2, 3).problem()):
-            box = Box.of(problem, None)
-            assert GainBounds.of(problem, box, box.singles()).factor == pytest.approx(
-                2.2414 / 1.6449, abs=1e-3
-            )
+    def test_more_risk_aversion_goes_less_far_from_all_tasks(self):
+        quadratic = replace(Quadratic.random(4, 4), error=np.full(4, 0.1))
+        distances = []
+        for risk_aversion in (0, 0.5, 1, 2, 100):
+            selector = MixtureOptimization(risk_aversion=risk_aversion)
+            selection = selector.select(quadratic.problem())
+            distances.append(np.abs(weights_of(selection) - quadratic.shares).sum())
+            is_kept = np.allclose(weights_of(selection), quadratic.shares)
+            assert is_kept == any("No significant difference" in note for note in selection.notes)
+        assert distances == sorted(distances, reverse=True)
+        assert distances[0] > 0.5
+        assert distances[-1] == 0
 
     def test_without_differences_the_intervals_of_the_losses_count(self):
         quadratic = replace(Quadratic.random(4, 3, scale=0.1), error=np.full(3, 0.3))
@@ -207,6 +211,7 @@ class TestOptions:
             ({"max_repetitions": float("nan")}, "max_repetitions must be a positive"),
             ({"shrinkage": 1.5}, r"shrinkage must be in \[0, 1\] or None, got 1.5"),
             ({"shrinkage": True}, "shrinkage must be in"),
+            ({"risk_aversion": -1}, "risk_aversion must be 0 or more, got -1"),
             ({"starts": 0}, "starts must be a number of starts, 1 or more, got 0"),
             ({"tolerance": 0}, "tolerance must be positive"),
         ],
