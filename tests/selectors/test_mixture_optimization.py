@@ -133,7 +133,7 @@ class TestShrinkage:
                 for fraction in FRACTIONS:
                     w = quadratic.shares + fraction * (end - quadratic.shares)
                     gain = problem.difference(w[None], quadratic.shares)
-                    upper = gain.loss[0] + 0.5 * (gain.high[0] - gain.loss[0])
+                    upper = gain.loss[0] + 0.25 * (gain.high[0] - gain.loss[0])
                     if upper < lowest - 1e-9:
                         best, lowest = w, upper
             assert found == pytest.approx(best, abs=2e-3)
