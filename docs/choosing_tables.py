@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from results import markdown, number, percent, read, table
+from collections.abc import Iterator
+from statistics import fmean
+from typing import Any
+
+from results import RESULTS, markdown, number, percent, read, table
+
+ALL_TASKS = "all tasks"
 
 
 @table
@@ -108,3 +114,73 @@ def cluster_recovery() -> str:
         ["", "clusters", "agreement", "of their cluster's main task", "in the largest cluster"],
         rows,
     )
+
+
+def selections() -> dict[str, dict[str, Any]]:
+    """Family -> what ``benchmarks.accuracy.selection`` measured of it."""
+    paths = sorted((RESULTS / "selection").glob("*.json"))
+    return {path.stem: read(f"selection/{path.stem}") for path in paths}
+
+
+def of_strategy(name: str) -> Iterator[dict[str, float]]:
+    """A strategy's line in every family in which it has been measured."""
+    for record in selections().values():
+        if name in record["summary"]:
+            yield record["summary"][name]
+
+
+@table
+def choices() -> str:
+    """What strategies' mixtures gain over all tasks, by ground truth."""
+    records = selections()
+    names = list(dict.fromkeys(name for r in records.values() for name in r["choices"]))
+    rows = []
+    for name in names:
+        if name == ALL_TASKS:
+            continue
+        cells = []
+        for record in records.values():
+            line = record["summary"].get(name)
+            cells.append("not run" if line is None else gain(line))
+        lines = list(of_strategy(name))
+        runs = sum(line["seeds"] for line in lines)
+        worse = sum(line["seeds"] * line["worse_than_all_tasks"] for line in lines)
+        regret = percent(fmean(line["regret"] for line in lines)) if lines else ""
+        rows.append([name, *cells, f"{worse:.0f} of {runs:.0f}", regret])
+    base = [
+        f"{number(r['summary'][ALL_TASKS]['loss'], 2)} nats, regret "
+        f"{percent(r['summary'][ALL_TASKS]['regret'])}"
+        for r in records.values()
+    ]
+    rows.insert(0, [f"*{ALL_TASKS}: loss*", *base, "", ""])
+    header = ["", *records, "worse than all tasks", "mean regret"]
+    return markdown(header, rows)
+
+
+def gain(line: dict[str, float]) -> str:
+    """Gain, with its standard error over seeds where there are several."""
+    text = f"{line['gain']:+.3f}".replace("-", "\u2212")
+    return text + (f" ± {number(line['gain_se'], 3)}" if line["seeds"] > 1 else "")
+
+
+@table
+def risk_aversion() -> str:
+    """Gain, harm and regret of choices by how much of the interval counts against them."""
+    families = read("risk_aversion")["families"]
+    values = list(next(iter(families.values())))
+    rows = [
+        [
+            value,
+            *(
+                f"{percent(of[value]['gain'])}, {percent(of[value]['worse'])}, "
+                f"{percent(of[value]['regret'])}"
+                for of in families.values()
+            ),
+            ", ".join(
+                percent(fmean(of[value][key] for of in families.values()))
+                for key in ("gain", "worse", "regret")
+            ),
+        ]
+        for value in values
+    ]
+    return markdown(["`risk_aversion`", *families, "mean"], rows)

@@ -1,8 +1,7 @@
 """What batches change, against steps along the mean gradient: clipping and noise.
 
-Both are those of training on all tasks, and count for every mixture. In ground-truth runs, mixtures
-are ranked better that way than by clipping and noise of their own (``docs/accuracy.md``), and the
-estimate stays smooth.
+Both are those of training on all tasks, and count for every mixture: the estimate stays smooth, and
+agrees with ground-truth runs as well as with terms of each mixture's own (``docs/accuracy.md``).
 
 Shapes: N examples of the auxiliary tasks, K tasks, D projection_dim, R vectors of the basis.
 """
