@@ -172,7 +172,7 @@ def risk_aversion() -> str:
         [
             value,
             *(
-                f"{percent(of[value]['gain'])}, {percent(of[value]['worse'])}, "
+                f"{percent(of[value]['gain'] + 0.0)}, {percent(of[value]['worse'])}, "
                 f"{percent(of[value]['regret'])}"
                 for of in families.values()
             ),
