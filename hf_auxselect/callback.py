@@ -31,7 +31,7 @@ from hf_auxselect.plan import CostPreview, Plan, checked_sources, make_plan
 from hf_auxselect.publication import Publication
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory
-from hf_auxselect.selectors import AbstractSelector, ForwardSelection
+from hf_auxselect.selectors import AbstractSelector, MixtureOptimization
 from hf_auxselect.switch import Run, Switch
 from hf_auxselect.trainer import access, checkpoints, support
 from hf_auxselect.trainer.batches import BatchSource
@@ -54,7 +54,7 @@ class TaskSelectionCallback(TrainerCallback):
         task_column: column of the training set with each row's task.
         warmup: steps on all tasks before the selection; a share of the run, or a number (int).
         estimator: predicts the loss of a mixture; None: ``LinearizedTraining()``.
-        selector: searches for a mixture; None: ``ForwardSelection()``.
+        selector: searches for a mixture; None: ``MixtureOptimization()``.
         after: ``"continue"`` goes on from the end of the warm-up. ``"restart"`` resets trainable
             parameters, optimizer and schedule for the remaining steps. ``"observe"`` selects and
             reports, and leaves the run as it is.
@@ -121,7 +121,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.task_column = task_column
         self.warmup = warmup
         self.estimator = LinearizedTraining() if estimator is None else estimator
-        self.selector = ForwardSelection() if selector is None else selector
+        self.selector = MixtureOptimization() if selector is None else selector
         self.after = after
         self.keep = kept_tasks(keep)
         self.groups = named_groups(groups)

@@ -66,7 +66,7 @@ class TestARun:
         assert decision["switch_step"] == 4
         assert decision["after"] == "continue"
         assert decision["estimator"]["name"] == "LinearizedTraining"
-        assert decision["selector"]["name"] == "ForwardSelection"
+        assert decision["selector"]["name"] == "MixtureOptimization"
 
     def test_each_checkpoint_from_the_switch_on_has_a_copy(self, run):
         _, _, files = run

@@ -18,6 +18,7 @@ import tiny
 import torch
 
 from hf_auxselect import (
+    ForwardSelection,
     GaussNewton,
     GradExLogistic,
     GradientStore,
@@ -46,7 +47,8 @@ def train(name, directory):
     """A run whose files are kept."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    tiny.trained(tiny.sft_trainer, directory, tiny.callback(**RUNS[name]))
+    cb = tiny.callback(selector=ForwardSelection(), **RUNS[name])
+    tiny.trained(tiny.sft_trainer, directory, cb)
     return directory / "_task_selection"
 
 
