@@ -245,8 +245,6 @@ class FittedQuadratic(FittedEstimator):
         By the adjoint: backwards from the loss through the displacement, its functions of H, and
         the weights u, for all K tasks together.
         """
-        if not self.has_gradient:
-            super().gradient(weights)  # raises
         shares_MK = normalize_mixtures(weights, self._store.task_sizes)
 
         def work(shares: Array) -> tuple[Array]:
