@@ -240,7 +240,7 @@ class TaskSelectionCallback(TrainerCallback):
     def _end_run(self) -> None:
         """Give the trainer its own batches and steps back."""
         if self._run is not None:
-            self._run.follow_layers(self._current_trainer(), None)
+            self._run.make_steps_whole()
             if self._run.batches is not None:
                 self._run.batches.remove()
         self._run = None

@@ -18,11 +18,15 @@ from hf_auxselect.capture.check import compare_with_autograd
 from hf_auxselect.capture.cost import PassCost, predict_pass, predict_probes
 from hf_auxselect.capture.example_gradients import warn_of_one_by_one
 from hf_auxselect.capture.examples import capture_examples
-from hf_auxselect.capture.layer_gradients import parameter_rates, require_layers
+from hf_auxselect.capture.layer_gradients import (
+    examples_to_score,
+    parameter_rates,
+    require_layers,
+)
 from hf_auxselect.capture.memory import checkpointing_enabled
 from hf_auxselect.capture.optimizer_families import is_changed
 from hf_auxselect.capture.optimizer_state import why_not_modelled
-from hf_auxselect.capture.probes import examples_to_probe, losses_at, measure_probes
+from hf_auxselect.capture.probes import losses_at, measure_probes
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import AT_OPTIMIZER, Batch
 from hf_auxselect.clusters import cluster_gradients, cluster_rows, evenly_split
@@ -123,6 +127,7 @@ class GradientPass:
     def _check_layers(self, layers: LayerSelection) -> None:
         """Refuse a choice of layers that does not fit the model or its optimizer."""
         require_layers(self.trainer.model, layers)
+        layers.require_examples(len(examples_to_score(self.plan.target).example_ids))
         reason = None if layers.training == "all" else why_no_rates(self.trainer)
         if reason is not None:
             raise ValueError(f"layers: training={layers.training!r}: {reason}")
@@ -281,7 +286,7 @@ class GradientPass:
         return predict_pass(
             self.trainer.model,
             [],
-            examples_to_probe(self.plan.target),
+            examples_to_score(self.plan.target),
             self._collate_fn,
             projection_dim=self.options.projection_dim,
             batch_size=1,

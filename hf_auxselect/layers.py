@@ -27,6 +27,10 @@ are fitted. Set on the planted shifts of ``benchmarks/accuracy/layers.py``, wher
 and with 0.001 were about as good."""
 
 
+_ROUNDING = 1e-9
+"""A share of the layers counts as a whole number of them up to this."""
+
+
 def score_layers(
     store: GradientStore, method: ScoreMethod = "cross_validation"
 ) -> dict[str, float]:
@@ -157,7 +161,8 @@ class LayerSelection:
         training: the rest of training. ``"all"``: all layers train; gradients for the estimates are
             those of the kept layers alone. ``"freeze"``: the other layers stay as they are.
             ``"scale"``: also, the steps of a kept layer are multiplied by its score, relative to
-            the highest one; by 0 if the score is negative. The estimates are about such training.
+            the highest one; by 0 if the score is negative, and by 1 if none is positive. The
+            estimates are about such training.
 
     Raises:
         ValueError, TypeError: for the first option that is wrong.
@@ -206,6 +211,14 @@ class LayerSelection:
                 f"{list(layers)}."
             )
 
+    def require_examples(self, count: int) -> None:
+        """Raise ValueError if so few examples of the target have no score of this method."""
+        if count < 2 and self.method != "rgn":
+            raise ValueError(
+                f"layers: method={self.method!r} compares examples of the target, of which only "
+                f"{count} has label tokens. Use method='rgn', or a larger eval_dataset."
+            )
+
     def rates(self, scores: Mapping[str, float]) -> dict[str, float]:
         """By what the steps of each layer are multiplied, from 0 to 1; 0: it is not kept.
 
@@ -217,7 +230,9 @@ class LayerSelection:
         """
         layers = list(scores)
         self.require(layers)
-        number = self.keep if isinstance(self.keep, int) else math.ceil(self.keep * len(layers))
+        number = self.keep
+        if isinstance(number, float):
+            number = max(math.ceil(number * len(layers) - _ROUNDING), 1)
         best = sorted(layers, key=lambda name: -scores[name])[:number]  # stable
         kept = set(self.names or best)
         highest = max(scores[name] for name in kept)

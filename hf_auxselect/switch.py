@@ -63,13 +63,17 @@ class Run:
 
     def follow_layers(self, trainer: Trainer, record: LayersRecord | None) -> None:
         """Let the optimizer's steps be those that a choice of layers asks for; None: whole."""
-        if self.layer_rates is not None:
-            self.layer_rates.remove()
-            self.layer_rates = None
+        self.make_steps_whole()
         if record is not None and (rates := rates_in_training(record)):
             by = record["selection"]["by"]
             of_parameters = parameter_rates(trainer.model, by, rates)
             self.layer_rates = LayerRates(trainer, of_parameters)
+
+    def make_steps_whole(self) -> None:
+        """Let the optimizer's steps be as the optimizer makes them."""
+        if self.layer_rates is not None:
+            self.layer_rates.remove()
+            self.layer_rates = None
 
     def shares(self, switch_step: int) -> np.ndarray:
         """Share of each task in the mixture of a decision: float [K]."""

@@ -216,6 +216,8 @@ class TestChoice:
             assert rates[name] == (share if training == "scale" else 1)
 
     def test_ties_and_numbers(self):
+        hundred = {str(n): float(n) for n in range(100)}
+        assert sum(LayerSelection(keep=0.07).rates(hundred).values()) == 7
         scores = dict.fromkeys("abcd", 1.0)
         assert LayerSelection(keep=2).rates(scores) == {"a": 1, "b": 1, "c": 0, "d": 0}
         assert LayerSelection(names=["d"]).rates(scores) == {"a": 0, "b": 0, "c": 0, "d": 1}
@@ -523,6 +525,18 @@ class TestRefusals:
             [p for p in trainer.model.parameters() if p.requires_grad]
         )
         with pytest.raises(ValueError, match="training='freeze': the steps of Adagrad cannot be"):
+            trainer.train()
+
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_a_target_of_one_example(self, rows, tmp_path):
+        """Of two rows one is masked: only one counts."""
+        target = tiny.tokenize(tiny.sums(2, 9)).select(range(rows))
+        masked = [[-100] * len(row) if i else row for i, row in enumerate(target["labels"])]
+        target = target.remove_columns("labels").add_column("labels", masked)
+        trainer = tiny.plain_trainer(
+            tmp_path, callback(layers=LayerSelection()), eval_dataset=target
+        )
+        with pytest.raises(ValueError, match=r"method='cross_validation' compares .*only 1 has"):
             trainer.train()
 
     def test_weights_that_cannot_be_read(self, tmp_path):

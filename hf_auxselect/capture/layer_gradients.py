@@ -78,6 +78,20 @@ def require_layers(model: nn.Module, selection: LayerSelection) -> None:
         require_weights(_squared_weights(model, layers))
 
 
+def examples_to_score(target: TaskExamples) -> TaskExamples:
+    """At most 64 of the examples that count in the target's loss, spread evenly over all."""
+    if target.example_weights is None:
+        return examples_to_probe(target)
+    counted = np.flatnonzero(target.example_weights)
+    return examples_to_probe(
+        replace(
+            target,
+            example_ids=np.asarray(target.example_ids)[counted].tolist(),
+            example_weights=None,
+        )
+    )
+
+
 def measure_layers(
     model: nn.Module,
     target: TaskExamples,
@@ -108,7 +122,7 @@ def measure_layers(
         NonFiniteError: a gradient is NaN or infinite; names task and row.
         ValueError: fewer than 2 examples have label tokens.
     """
-    chosen = examples_to_probe(target)
+    chosen = examples_to_score(target)
     layers = layers_of(model, selection.by)
     names = tuple(dict.fromkeys(layers.values()))
     parameters = trainable_parameters(model)
@@ -131,7 +145,7 @@ def measure_layers(
         row = chosen.example_ids[int(np.flatnonzero(~finite)[0])]
         raise NonFiniteError.of("gradient of the loss", target.name, row)
     weights_T = tokens_T if target.example_weights is None else _weights(target, chosen)
-    counted = np.flatnonzero((weights_T > 0) & (tokens_T > 0))
+    counted = np.flatnonzero(tokens_T)
     squared_weights = _squared_weights(model, layers)
 
     def measured() -> LayerGradients:
