@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 
+from benchmarks import RESULTS
 from hf_auxselect import (
     FixedSelection,
     GaussNewton,
@@ -171,6 +172,22 @@ class TestScores:
             LayerGradients.read(store.metadata["layers"], vectors)
         with pytest.raises(StoreError, match="do not fit together"):
             LayerGradients.read({"names": ["a"], "rates": {"a": 1.0}}, store.vectors)
+
+
+def test_what_the_page_says_of_planted_shifts():
+    """Measured by ``benchmarks/accuracy/layers.py``; no score finds the best layer of each."""
+    found = json.loads((RESULTS / "layers.json").read_text())
+    rows = [row for by_shift in found.values() for row in by_shift.values()]
+    mean = {m: np.mean([row[m]["rank_correlation"] for row in rows]) for m in METHODS}
+    assert [round(mean[m], 2) for m in ("cross_validation", "snr")] == [0.63, 0.52]
+    assert sum(row["rgn"]["rank_correlation"] < 0 for row in rows) == 5
+    # Of five layers, numbered from 1: permuted labels need later ones than permuted inputs.
+    chain = found["chain"]
+    assert min(chain["output"]["best_layer"]) > np.mean(chain["input"]["best_layer"])
+    late = np.array(chain["output"]["cross_validation"]["layer"])
+    assert np.mean(late) > np.mean(chain["input"]["cross_validation"]["layer"])
+    for shift in ("input", "feature", "output"):
+        assert set(chain[shift]["rgn"]["layer"]) == {5}
 
 
 class TestNames:
