@@ -97,6 +97,35 @@ def coreset_noise() -> str:
 
 
 @table
+def layers() -> str:
+    """Losses after training one layer, by planted shift and by the score that chose it."""
+    kinds = {
+        "chain": "five layers without residual connections",
+        "transformer": "transformer of four blocks, LoRA",
+    }
+    shifts = {"input": "permuted inputs", "feature": "new pairs", "output": "permuted labels"}
+    rows = [
+        [
+            kinds[kind],
+            shifts[shift],
+            ", ".join(map(str, found["best_layer"])),
+            *(number(found[f"loss_{what}"]) for what in ("all_layers", "best_layer")),
+            *(
+                f"{number(found[method]['loss'])} ({number(found[method]['rank_correlation'])})"
+                for method in ("cross_validation", "snr", "rgn")
+            ),
+        ]
+        for kind, by_shift in read("layers").items()
+        if kind in kinds
+        for shift, found in by_shift.items()
+    ]
+    methods = ["cross_validation", "snr", "rgn"]
+    return markdown(
+        ["model", "shift", "best layer, by seed", "all layers", "best layer", *methods], rows
+    )
+
+
+@table
 def cluster_recovery() -> str:
     """Agreement of clusters with the tasks of the demo."""
     names = {"loss": "gradient", "loss@optimizer": "gradient in the optimizer's coordinates"}

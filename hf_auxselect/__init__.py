@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from hf_auxselect.estimators import KernelSurrogate as KernelSurrogate
     from hf_auxselect.estimators import LinearizedTraining as LinearizedTraining
     from hf_auxselect.estimators import RidgeSurrogate as RidgeSurrogate
+    from hf_auxselect.layers import LayerSelection as LayerSelection
+    from hf_auxselect.layers import score_layers as score_layers
     from hf_auxselect.options import Confirmation as Confirmation
     from hf_auxselect.plan import CostPreview as CostPreview
     from hf_auxselect.report import SelectionReport as SelectionReport
@@ -70,6 +72,7 @@ _MODULES = {
         "LinearizedTraining",
         "RidgeSurrogate",
     ),
+    "layers": ("LayerSelection", "score_layers"),
     "options": ("Confirmation",),
     "plan": ("CostPreview",),
     "report": ("SelectionReport",),

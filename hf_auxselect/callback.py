@@ -25,6 +25,7 @@ from hf_auxselect.confirmation import training_steps
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import AbstractEstimator, LinearizedTraining
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
+from hf_auxselect.layers import LayerSelection
 from hf_auxselect.leaked_target import warn_of_leaked_target
 from hf_auxselect.options import Confirmation, Options, kept_tasks, named_groups
 from hf_auxselect.plan import CostPreview, Plan, checked_sources, make_plan
@@ -78,6 +79,8 @@ class TaskSelectionCallback(TrainerCallback):
             gradients of its rows, each of which is captured once more; see
             :func:`hf_auxselect.cluster_tasks`. No task column is needed, and none is read. None:
             tasks are those of the column.
+        layers: which layers count in the estimates, and if asked for which are trained after the
+            switch; a :class:`hf_auxselect.LayerSelection`. None: all.
         sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
             ``name``, ...), for exports and the model card.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
@@ -112,6 +115,7 @@ class TaskSelectionCallback(TrainerCallback):
         calibrate: int = 0,
         confirm: int | Confirmation = 0,
         clusters: int | None = None,
+        layers: LayerSelection | None = None,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
         output_dir: str | Path | None = None,
         seed: int | None = None,
@@ -133,6 +137,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.calibrate = calibrate
         self.confirm = confirm
         self.clusters = clusters
+        self.layers = layers
         self.sources = checked_sources(sources)
         self.output_dir = output_dir
         self.seed = seed
@@ -233,9 +238,11 @@ class TaskSelectionCallback(TrainerCallback):
         self._publication.end(self._current_trainer())
 
     def _end_run(self) -> None:
-        """Give the trainer its own batches back."""
-        if self._run is not None and self._run.batches is not None:
-            self._run.batches.remove()
+        """Give the trainer its own batches and steps back."""
+        if self._run is not None:
+            self._run.make_steps_whole()
+            if self._run.batches is not None:
+                self._run.batches.remove()
         self._run = None
 
     def _select(self, trainer: Trainer, run: Run, step: int) -> None:
@@ -323,6 +330,9 @@ def _made_with(decision: checkpoints.Decision, options: Options) -> bool:
     """Whether a decision was made with the present strategies and finalists."""
     strategies = strategy_record(options.estimator), strategy_record(options.selector)
     asked, had = options.confirmation, decision.get("confirmation")
+    layers = decision.get("layers")
+    if (layers and layers["selection"]) != (options.layers and strategy_record(options.layers)):
+        return False
     return (decision["estimator"], decision["selector"]) == strategies and (
         (had and (had["finalists"], had["share"])) == (asked and (asked.finalists, asked.share))
     )

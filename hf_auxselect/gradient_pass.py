@@ -18,6 +18,11 @@ from hf_auxselect.capture.check import compare_with_autograd
 from hf_auxselect.capture.cost import PassCost, predict_pass, predict_probes
 from hf_auxselect.capture.example_gradients import warn_of_one_by_one
 from hf_auxselect.capture.examples import capture_examples
+from hf_auxselect.capture.layer_gradients import (
+    examples_to_score,
+    parameter_rates,
+    require_layers,
+)
 from hf_auxselect.capture.memory import checkpointing_enabled
 from hf_auxselect.capture.optimizer_families import is_changed
 from hf_auxselect.capture.optimizer_state import why_not_modelled
@@ -28,6 +33,7 @@ from hf_auxselect.clusters import cluster_gradients, cluster_rows, evenly_split
 from hf_auxselect.distributed import on_main_process
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.estimators.base import NUM_ENDPOINTS
+from hf_auxselect.layers import LayerSelection
 from hf_auxselect.options import Options
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.store.arrays import GradientStore
@@ -35,6 +41,7 @@ from hf_auxselect.store.writer import add_vectors
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer import access, data
 from hf_auxselect.trainer.evaluation import compare_evaluation
+from hf_auxselect.trainer.layer_rates import why_no_rates
 from hf_auxselect.trainer.schedule import schedule_after, training_to_come
 
 logger = logging.getLogger(__name__)
@@ -57,6 +64,8 @@ class GradientPass:
         notes = list(self.plan.loss.notes)
         if needs_optimizer(self.options.estimator):
             notes += self._check_optimizer()
+        if self.options.layers is not None:
+            self._check_layers(self.options.layers)
         self.compare_loss()
         if self.options.one_by_one or self.plan.loss.of_example.of_batch is not None:
             return notes
@@ -115,6 +124,14 @@ class GradientPass:
             logger.warning("%s", note)
         return notes
 
+    def _check_layers(self, layers: LayerSelection) -> None:
+        """Refuse a choice of layers that does not fit the model or its optimizer."""
+        require_layers(self.trainer.model, layers)
+        layers.require_examples(len(examples_to_score(self.plan.target).example_ids))
+        reason = None if layers.training == "all" else why_no_rates(self.trainer)
+        if reason is not None:
+            raise ValueError(f"layers: training={layers.training!r}: {reason}")
+
     def preview(self) -> CostPreview:
         """Run a few batches and predict the cost."""
         plan, clusters = self.plan, self.options.clusters
@@ -154,6 +171,9 @@ class GradientPass:
                 else:
                     host = sources
                 seconds, memory = seconds + cost.seconds, max(memory, probe_memory)
+            if self.options.layers is not None:
+                cost = self._predicted_layers()
+                seconds, memory = seconds + cost.seconds, max(memory, cost.memory)
             if clusters is not None:
                 cost = self._predicted([plan.all_rows()], self._scalars_to_cluster)
                 seconds, memory = seconds + cost.seconds, max(memory, cost.memory)
@@ -182,7 +202,12 @@ class GradientPass:
         trainer, plan = self.trainer, self.plan
         with trainer.compute_loss_context_manager():
             store = self._captured(
-                plan.examples, self.options.estimator.scalars, directory, initial, plan.groups
+                plan.examples,
+                self.options.estimator.scalars,
+                directory,
+                initial,
+                plan.groups,
+                self.options.layers,
             )
             if initial is not None:
                 losses = losses_at(
@@ -198,6 +223,10 @@ class GradientPass:
             way = on_main_process(lambda: self.options.estimator.probe_points(store))
             if way is None:
                 return store
+            rates = None
+            if self.options.layers is not None and store.layers is not None:
+                by, of_layers = self.options.layers.by, store.layers.rates
+                rates = parameter_rates(trainer.model, by, of_layers)
             return measure_probes(
                 trainer.model,
                 plan.examples,
@@ -208,6 +237,7 @@ class GradientPass:
                 directory=directory,
                 optimizer=trainer.optimizer,
                 batch_size=self._batch_size,
+                parameter_rates=rates,
                 loss=plan.loss.of_example,
                 progress=self._shows_progress,
             )
@@ -251,6 +281,20 @@ class GradientPass:
             loss=self.plan.loss.of_example,
         )
 
+    def _predicted_layers(self) -> PassCost:
+        """What scoring layers will cost: some examples of the target, each alone."""
+        return predict_pass(
+            self.trainer.model,
+            [],
+            examples_to_score(self.plan.target),
+            self._collate_fn,
+            projection_dim=self.options.projection_dim,
+            batch_size=1,
+            scalars=("loss",),
+            one_by_one=True,
+            loss=self.plan.loss.of_example,
+        )
+
     def _captured(
         self,
         tasks: Sequence[TaskExamples],
@@ -258,6 +302,7 @@ class GradientPass:
         directory: Path,
         initial: Mapping[str, Tensor] | None,
         groups: Sequence[TaskExamples] = (),
+        layers: LayerSelection | None = None,
     ) -> GradientStore:
         """The gradients of some tasks, the target and groups at theta_0."""
         trainer, plan, options = self.trainer, self.plan, self.options
@@ -279,6 +324,7 @@ class GradientPass:
             scalars=scalars,
             optimizer=trainer.optimizer if needs_optimizer(options.estimator) else None,
             training=training,
+            layers=layers,
             one_by_one=options.one_by_one,
             loss=plan.loss.of_example,
             progress=self._shows_progress,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.files import JsonDict
+from hf_auxselect.layers import LayerSelection
 from hf_auxselect.selectors import AbstractSelector, FixedSelection
 
 MODES = ("continue", "restart", "observe")
@@ -72,6 +73,7 @@ class Options:
     calibrate: int
     confirm: int | Confirmation
     clusters: int | None
+    layers: LayerSelection | None
     sources: dict[str, JsonDict]
     output_dir: str | Path | None
     seed: int | None
@@ -112,6 +114,8 @@ class Options:
         _ = self.confirmation
         if self.clusters is not None:
             self._require_clusters(self.clusters)
+        if self.layers is not None:
+            self._require_layers(self.layers)
         if not isinstance(self.estimator, AbstractEstimator):
             raise TypeError(
                 f"estimator must be an object such as LinearizedTraining(), got {self.estimator!r}."
@@ -131,6 +135,20 @@ class Options:
             raise ValueError(
                 f"{option} compares estimates with ground-truth runs, but "
                 "FixedSelection(estimate=False) makes no estimates; leave one of the two out."
+            )
+
+    def _require_layers(self, layers: LayerSelection) -> None:
+        if not isinstance(layers, LayerSelection):
+            raise TypeError(f"layers must be a LayerSelection(...) or None, got {layers!r}.")
+        if not self.needs_estimates:
+            raise ValueError(
+                "layers=LayerSelection(...) scores layers by gradients, but "
+                "FixedSelection(estimate=False) captures none; leave one of the two out."
+            )
+        if self.after == "observe" and layers.training != "all":
+            raise ValueError(
+                f"layers: training={layers.training!r} changes the rest of the run, but "
+                "after='observe' leaves it as it is; pass training='all', or another mode."
             )
 
     def _require_clusters(self, number: int) -> None:

@@ -194,6 +194,8 @@ def decision_of(report: SelectionReport) -> Decision:
     )
     if report.shadow_prices:
         decision["shadow_prices"] = report.shadow_prices
+    if report.layers is not None:
+        decision["layers"] = report.layers
     if (race := report.confirmation) is not None:
         decision["confirmation"] = ConfirmationRecord(
             finalists=race.asked,

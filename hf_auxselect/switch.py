@@ -13,15 +13,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer
 
+from hf_auxselect.capture.layer_gradients import parameter_rates
 from hf_auxselect.confirmation import confirmed, finalists, run_race, rungs
 from hf_auxselect.decision import choose, report_on
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import FittedEstimator
 from hf_auxselect.gradient_pass import GradientPass
 from hf_auxselect.ground_truth import GroundTruthRuns, measure
+from hf_auxselect.layers import LayersRecord, layer_scores, rates_in_training
 from hf_auxselect.options import Confirmation, Options
 from hf_auxselect.plan import Plan
-from hf_auxselect.report import Measurement, SelectionReport, calibrated
+from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.report.console import for_stream
 from hf_auxselect.report.content import Race
 from hf_auxselect.report.table_rows import table_rows
@@ -31,6 +33,7 @@ from hf_auxselect.selectors import Selection
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.trainer import access, checkpoints, data, tracking
 from hf_auxselect.trainer.batches import BatchSource
+from hf_auxselect.trainer.layer_rates import LayerRates
 from hf_auxselect.trainer.schedule import restart
 from hf_auxselect.trainer.trial_runs import RestOfRun
 from hf_auxselect.verification import mixtures_to_calibrate, mixtures_to_verify
@@ -55,6 +58,22 @@ class Run:
     batches: BatchSource | None
     notes: list[str]
     decisions: dict[int, checkpoints.Decision] = field(default_factory=dict)
+    layer_rates: LayerRates | None = None
+    """What shortens the steps of layers, if a decision asks for it."""
+
+    def follow_layers(self, trainer: Trainer, record: LayersRecord | None) -> None:
+        """Let the optimizer's steps be those that a choice of layers asks for; None: whole."""
+        self.make_steps_whole()
+        if record is not None and (rates := rates_in_training(record)):
+            by = record["selection"]["by"]
+            of_parameters = parameter_rates(trainer.model, by, rates)
+            self.layer_rates = LayerRates(trainer, of_parameters)
+
+    def make_steps_whole(self) -> None:
+        """Let the optimizer's steps be as the optimizer makes them."""
+        if self.layer_rates is not None:
+            self.layer_rates.remove()
+            self.layer_rates = None
 
     def shares(self, switch_step: int) -> np.ndarray:
         """Share of each task in the mixture of a decision: float [K]."""
@@ -107,6 +126,7 @@ class Switch:
                 store = self._capture()
                 pass_seconds = time.perf_counter() - start
                 fitted = self._estimate(store)
+        layers = self._choose_layers(store)
         if options.calibrate and fitted is not None:
             fitted, calibration = self._calibrate(fitted)
         with access.preserved_rng():
@@ -117,6 +137,7 @@ class Switch:
         with access.preserved_rng():
             report = self._report(store, fitted, selection)
         report.calibration, report.confirmation = calibration, race
+        report.layers = layers
         report.sources = options.sources
         seconds = on_main_process(lambda: (pass_seconds, time.perf_counter() - start))
         report.run["gradient_pass_seconds"] = round(seconds[0], 3)
@@ -144,6 +165,20 @@ class Switch:
     def _estimate(self, store: GradientStore) -> MainProcessValue[FittedEstimator]:
         """Step 2: the estimator, fitted to the gradients."""
         return MainProcessValue(lambda: self.options.estimator.fit(store))
+
+    def _choose_layers(self, store: GradientStore | None) -> LayersRecord | None:
+        """Which layers were chosen in step 1, if asked for; ground-truth runs train them alone."""
+        selection = self.options.layers
+        if store is None or store.layers is None or selection is None:
+            return None
+        layers = store.layers
+        record = LayersRecord(
+            selection=strategy_record(selection),
+            scores=on_main_process(lambda: layer_scores(layers, selection.method)),
+            rates=layers.rates,
+        )
+        self.run.follow_layers(self.trainer, record)
+        return record
 
     def _calibrate(
         self, fitted: MainProcessValue[FittedEstimator]
@@ -257,7 +292,10 @@ class Switch:
         """Ground-truth runs over the remaining steps."""
         trainer, run, confirmation = self.trainer, self.run, self.options.confirmation
         target = data.target_key(trainer, self.options.target)
-        rest = RestOfRun(trainer, run.plan.tasks, target, run.plan.seed, run.initial)
+        if self.step in run.decisions:
+            run.follow_layers(trainer, run.decisions[self.step].get("layers"))
+        rates = {} if run.layer_rates is None else run.layer_rates.rates
+        rest = RestOfRun(trainer, run.plan.tasks, target, run.plan.seed, run.initial, rates)
         stops: list[int] = []
         if confirmation is not None:
             number, share = confirmation.finalists, confirmation.share
@@ -272,6 +310,7 @@ class Switch:
     def follow(self) -> None:
         """Step 5: draw the decided mixture from here on, at the position of the present step."""
         run = self.run
+        run.follow_layers(self.trainer, run.decisions[self.step].get("layers"))
         if run.batches is not None:
             shares = run.shares(self.step)
             run.batches.draw_mixture(run.plan.tasks, shares, run.plan.seed, since=self.step)

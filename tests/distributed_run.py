@@ -20,6 +20,7 @@ from peft import get_peft_model
 from hf_auxselect import (
     FixedSelection,
     GradExLogistic,
+    LayerSelection,
     TaskSelectionCallback,
     capture_gradients,
 )
@@ -87,12 +88,17 @@ def main(output: Path) -> None:
     result["race"] = [one.losses for one in callback.report.confirmation.finalists]
 
     callback = TaskSelectionCallback(
-        warmup=4, projection_dim=16, estimator=GradExLogistic(), clusters=3
+        warmup=4,
+        projection_dim=16,
+        estimator=GradExLogistic(),
+        clusters=3,
+        layers=LayerSelection(keep=1, training="freeze"),
     )
     trainer = tiny.plain_trainer(output / "clusters", callback)
     trainer.train()
     result["clusters"] = {
         "tasks": callback.report.weights,
+        "layers": callback.report.layers,
         "weights": digest(tiny.weights(trainer)),
     }
 
@@ -142,7 +148,7 @@ def main(output: Path) -> None:
     def examples_of(name: str, rows: list[Any]) -> TaskExamples:
         return TaskExamples(name=name, rows=rows, example_ids=range(len(rows)), num_rows=len(rows))
 
-    def capture(directory: Path) -> tuple[np.ndarray, np.ndarray]:
+    def capture(directory: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         with preserved_rng():
             store = capture_gradients(
                 model,
@@ -151,6 +157,7 @@ def main(output: Path) -> None:
                 tiny.collate,
                 directory=directory,
                 optimizer=optimizer,
+                layers=LayerSelection(keep=1.0),
                 progress=False,
             )
             mean = store.scalar("loss@optimizer")[1].mean(0)
@@ -168,16 +175,19 @@ def main(output: Path) -> None:
                 progress=False,
             )
         changes = [ahead.vectors[name].ravel() for name in ("gradient_changes", "end_changes")]
-        return store.gradients, np.concatenate(changes)
+        return store.gradients, np.concatenate(changes), store.vectors["layer_gram"]
 
-    shared, shared_changes = capture(output / "shared")
+    shared, shared_changes, shared_layers = capture(output / "shared")
     dist.barrier()
     rank = dist.get_rank()
     dist.destroy_process_group()
-    alone, changes = capture(output / f"alone{rank}")
+    alone, changes, layers = capture(output / f"alone{rank}")
     result["largest_difference"] = float(np.abs(shared - alone).max())
     result["largest_change"] = float(np.abs(changes).max())
     result["largest_difference_of_changes"] = float(np.abs(shared_changes - changes).max())
+    result["largest_relative_difference_of_layers"] = float(
+        np.abs(shared_layers - layers).max() / np.abs(layers).max()
+    )
     (output / f"rank{rank}.json").write_text(json.dumps(result))
 
 

@@ -51,6 +51,29 @@ def per_example_gradients(
     return gradients
 
 
+def layer_scores(gradients: np.ndarray, tokens: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+    """Scores of one layer, from its gradients [T, P], by their definitions."""
+    shares = tokens / tokens.sum()
+    mean = sum(share * g for share, g in zip(shares, gradients, strict=True))
+    noise = sum(s * np.sum((g - mean) ** 2) for s, g in zip(shares, gradients, strict=True))
+    noise /= 1 - np.sum(shares**2)
+    signal = mean @ mean - np.sum(shares**2) * noise
+    halves = []
+    for first in (0, 1):
+        fitted, other = gradients[first::2], gradients[1 - first :: 2]
+        ridge = 0.01 * np.sum(fitted**2)
+        direction = np.linalg.solve(
+            fitted.T @ fitted + ridge * np.eye(fitted.shape[1]), fitted.T @ np.ones(len(fitted))
+        )
+        decreases = other @ direction
+        halves.append(max(np.mean(decreases), 0) ** 2 / np.mean(decreases**2))
+    return {
+        "rgn": float(np.linalg.norm(mean) / np.linalg.norm(weight)),
+        "snr": float(signal / noise),
+        "cross_validation": float(np.mean(halves)),
+    }
+
+
 def logistic_displacement(
     outputs: np.ndarray, gradients: np.ndarray, shares: np.ndarray, regularization: float
 ) -> np.ndarray:

@@ -37,6 +37,7 @@ LAYERS = [
     "trainer",
     "capture",
     "clusters",
+    "layers",
     "store",
     "sampler",
     "tasks",

@@ -59,6 +59,8 @@ class ExampleGradients:
         seed: rules the labels that are drawn for ``sampled_loss``.
         optimizer: in whose coordinates scalars with ``AT_OPTIMIZER`` are differentiated.
         scales: stands for the scales of an optimizer that does not exist yet.
+        parameter_rates: by what the steps of a parameter are multiplied. ``optimizer`` knows them;
+            without it, gradients are captured in coordinates in which they are plain steps.
         one_by_one: run each example alone, without hooks.
         loss: how the loss of an example is computed.
         rerun: as for ``GradientHooks``.
@@ -78,6 +80,7 @@ class ExampleGradients:
         optimizer: OptimizerState | None,
         *,
         scales: Mapping[str, Tensor] | None = None,
+        parameter_rates: Mapping[str, float] | None = None,
         one_by_one: bool = False,
         loss: ExampleLoss = NEXT_TOKEN_LOSS,
         rerun: frozenset[str] = frozenset(),
@@ -90,6 +93,7 @@ class ExampleGradients:
         self._seed = seed
         self._optimizer = optimizer
         self._scales = (scales or {}) if optimizer is None else optimizer.scales
+        self._rates = parameter_rates or {}
         self._fitting = FittingBatches()
         self._trainable = trainable_parameters(model)
         self._hooks = None if one_by_one else GradientHooks(model, self._receive, rerun=rerun)
@@ -268,9 +272,14 @@ class ExampleGradients:
         rows = slice(first, first + len(gradients))
         plain = [spec for spec in self._projected if not spec.endswith(AT_OPTIMIZER)]
         scaled = [spec for spec in self._projected if spec.endswith(AT_OPTIMIZER)]
-        for spec in plain:
-            self._projected[spec][rows] += self._sketch.project(name, gradients)
-        if not scaled:
+        rate = self._rates.get(name, 1.0)
+        # Where the optimizer is known, plain gradients tell how batches are clipped, by their whole
+        # length.
+        own_rate = rate if self._optimizer is None else 1.0
+        for spec in plain if own_rate else ():
+            of_rate = gradients if own_rate == 1 else gradients * own_rate**0.5
+            self._projected[spec][rows] += self._sketch.project(name, of_rate)
+        if not scaled or not rate:
             return
         if name not in self._scales:
             if name not in self.fixed_with_gradient and gradients.any():
@@ -287,11 +296,7 @@ class ExampleGradients:
             finite = np.isfinite(arrays[name]).reshape(len(arrays[name]), -1).all(1)
             if not finite.all():
                 row = arrays["example_ids"][np.flatnonzero(~finite)[0]]
-                raise NonFiniteError(
-                    f"task {task!r}, row {row}: the {what} is NaN or infinite. Look at that row (a "
-                    "token id out of range?) and at the learning rate: training may have diverged "
-                    "before the gradient pass."
-                )
+                raise NonFiniteError.of(what, task, int(row))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

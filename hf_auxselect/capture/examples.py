@@ -27,6 +27,7 @@ from hf_auxselect.capture.example_gradients import (
     warn_of_one_by_one,
 )
 from hf_auxselect.capture.hooks import NonFiniteError
+from hf_auxselect.capture.layer_gradients import measure_layers, parameter_rates, require_layers
 from hf_auxselect.capture.memory import evaluation_mode
 from hf_auxselect.capture.optimizer_state import read_optimizer
 from hf_auxselect.capture.projection import CountSketch
@@ -41,9 +42,10 @@ from hf_auxselect.capture.scalars import (
 )
 from hf_auxselect.distributed import gather, on_main_process, process_rank
 from hf_auxselect.fingerprint import digest
+from hf_auxselect.layers import LayerSelection
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.store.format import Arrays, Role, task_entry
-from hf_auxselect.store.records import RemainingTraining
+from hf_auxselect.store.records import LayerGradients, RemainingTraining
 from hf_auxselect.store.writer import ShardSpec, StoreWriter
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ def capture_gradients(
     seed: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
     scalars: Sequence[str] | None = None,
+    layers: LayerSelection | None = None,
     one_by_one: bool = False,
     loss: ExampleLoss | None = None,
     progress: bool = True,
@@ -97,6 +100,9 @@ def capture_gradients(
             with ``"@optimizer"`` behind it, for the gradient in the coordinates in which a step of
             the optimizer is a plain gradient step. The first is the store's default. None: what the
             estimators of this package need, with the optimizer if it is given.
+        layers: scores layers by gradients of the target, for :func:`hf_auxselect.score_layers`, and
+            leaves those that it does not keep out of the gradients; with the optimizer out of those
+            in its coordinates alone. None: all layers, and no scores.
         one_by_one: run each example alone, without hooks: slow, but right for any model. A model
             whose tensors do not split by example runs so in any case.
         loss: how the loss of an example follows from the model; None: found by comparing with the
@@ -146,6 +152,7 @@ def capture_gradients(
         seed=seed,
         scalars=scalars,
         optimizer=optimizer,
+        layers=layers,
         one_by_one=one_by_one,
         loss=loss,
         progress=progress,
@@ -166,6 +173,7 @@ def capture_examples(
     scalars: Sequence[str],
     optimizer: torch.optim.Optimizer | None = None,
     training: RemainingTraining | None = None,
+    layers: LayerSelection | None = None,
     one_by_one: bool = False,
     loss: ExampleLoss = NEXT_TOKEN_LOSS,
     progress: bool = True,
@@ -197,8 +205,14 @@ def capture_examples(
     shards = plan_shards(parts)
     by_key = {(task.name, role): task for task, role in parts}
     rates = None if training is None else training.total_group_rates
-    state = None if optimizer is None else read_optimizer(model, optimizer, rates)
     sketch = CountSketch(projection_dim, seed)
+    measured: LayerGradients | None = None
+    of_parameters: dict[str, float] = {}
+    if layers is not None:
+        require_layers(model, layers)
+        measured = measure_layers(model, target, collate_fn, layers, sketch=sketch, loss=loss)
+        of_parameters = parameter_rates(model, layers.by, measured.rates)
+    state = None if optimizer is None else read_optimizer(model, optimizer, rates, of_parameters)
     one_by_one = one_by_one or loss.of_batch is not None
     rerun: frozenset[str] = frozenset()
     if not one_by_one:
@@ -218,6 +232,7 @@ def capture_examples(
         scalars,
         seed,
         state,
+        parameter_rates=of_parameters,
         one_by_one=one_by_one,
         loss=loss,
         rerun=rerun,
@@ -232,6 +247,10 @@ def capture_examples(
         metadata["group_weights"] = {
             group.name: digest(group.example_weights).hex() for group in groups
         }
+    vectors = capture.vectors()
+    if measured is not None:
+        metadata["layers"] = measured.to_json()
+        vectors |= measured.to_vectors()
     writer: StoreWriter | None = None
 
     def open_store() -> list[ShardSpec]:
@@ -242,7 +261,7 @@ def capture_examples(
             tasks=[task_entry(task.name, role, task.num_rows) for task, role in parts],
             shards=shards,
             metadata=metadata,
-            vectors=capture.vectors(),
+            vectors=vectors,
         )
         return writer.pending
 

@@ -61,6 +61,15 @@ class InseparableError(UnsupportedModuleError):
 class NonFiniteError(ValueError):
     """A loss or gradient of an example that is NaN or infinite; names task and row."""
 
+    @classmethod
+    def of(cls, what: str, task: str, row: int) -> NonFiniteError:
+        """The error about the loss or a gradient of one row."""
+        return cls(
+            f"task {task!r}, row {row}: the {what} is NaN or infinite. Look at that row (a token "
+            "id out of range?) and at the learning rate: training may have diverged before the "
+            "gradient pass."
+        )
+
 
 def _autocast_dtype(output: Any) -> torch.dtype | None:
     """The type to which operations on the device of a tensor are autocast; None: they are not."""

@@ -187,7 +187,10 @@ def _why_not_scheduled(
 
 
 def read_optimizer(
-    model: torch.nn.Module, optimizer: Any, group_rates: Sequence[float] | None = None
+    model: torch.nn.Module,
+    optimizer: Any,
+    group_rates: Sequence[float] | None = None,
+    parameter_rates: Mapping[str, float] | None = None,
 ) -> OptimizerState:
     """Read the state of an optimizer, also below accelerate's wrapper.
 
@@ -196,6 +199,8 @@ def read_optimizer(
         optimizer: one for which :func:`why_not_modelled` knows no reason.
         group_rates: learning rate of each parameter group in the steps to come, up to a common
             factor, such as its sum. None, or all 0: as the groups were made (``initial_lr``).
+        parameter_rates: by what the steps to come of a parameter are multiplied, where it is not 1;
+            a parameter with 0 is taken as fixed.
 
     Raises:
         ValueError: another optimizer; or no trainable parameter has a state yet, because the
@@ -216,8 +221,10 @@ def read_optimizer(
     beta: float | None = None
     steps = 0
     for g, group, held in _trained_groups(model, optimizer):
-        ratio = ratios[g]
-        for name, parameter in held if ratio else ():
+        for name, parameter in held:
+            ratio = ratios[g] * (parameter_rates or {}).get(name, 1.0)
+            if not ratio:
+                continue
             state = read(optimizer, group, parameter, optimizer.state.get(parameter, {}))
             if state is None:
                 continue
@@ -230,7 +237,7 @@ def read_optimizer(
         groups.append(
             ParameterGroup(
                 num_parameters=sum(parameter.numel() for _, parameter in held),
-                relative_rate=ratio,
+                relative_rate=ratios[g],
                 weight_decay=float(group["weight_decay"]),
                 momentum_coefficient=momentum_coefficient(group),
                 epsilon=_epsilon(group),

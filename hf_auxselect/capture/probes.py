@@ -55,6 +55,7 @@ def measure_probes(
     directory: str | Path,
     optimizer: torch.optim.Optimizer,
     batch_size: int,
+    parameter_rates: Mapping[str, float] | None = None,
     loss: ExampleLoss = NEXT_TOKEN_LOSS,
     progress: bool = True,
 ) -> GradientStore:
@@ -80,6 +81,7 @@ def measure_probes(
         directory: where the store is; the probes are added to it.
         optimizer: that of the store.
         batch_size: as for ``capture_gradients``.
+        parameter_rates: those that the store was captured with.
         loss: how the loss of an example is computed.
         progress: show a progress bar.
 
@@ -101,7 +103,7 @@ def measure_probes(
             "Pass optimizer=... to capture_gradients."
         )
     rates = None if training is None else training.total_group_rates
-    state = read_optimizer(model, optimizer, rates)
+    state = read_optimizer(model, optimizer, rates, parameter_rates)
     sketch = CountSketch(store.metadata["projection_dim"], store.metadata["seed"])
     chosen, before_KD = _captured_means(store, tasks)
     reader = ProbeReader(model, collate_fn, chosen, batch_size, loss)

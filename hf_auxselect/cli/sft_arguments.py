@@ -10,6 +10,7 @@ from hf_auxselect.callback import TaskSelectionCallback
 from hf_auxselect.cli.options import T, UsageError, make_strategy, split_options
 from hf_auxselect.estimators import ESTIMATORS
 from hf_auxselect.files import JsonDict
+from hf_auxselect.layers import LayerSelection
 from hf_auxselect.options import MODES
 from hf_auxselect.selectors import AbstractSelector, FixedSelection
 from hf_auxselect.selectors.registry import SELECTORS
@@ -107,6 +108,13 @@ class SelectionArguments:
             "instead of the entries of `datasets:`."
         },
     )
+    layers: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Which layers count in the estimates, and are trained: options of "
+            "LayerSelection, as name=value, such as method=snr training=freeze. Default: all."
+        },
+    )
     report_to_hub: str | None = field(
         default=None,
         metadata={
@@ -135,11 +143,13 @@ class SelectionArguments:
         options = {name: getattr(self, name) for name in _PASSED_ON}
         estimator = _strategy(self.estimator, self.estimator_options, ESTIMATORS, "estimator")
         selector = self._selector()
+        layers = _typed(self.layers, "--layers")
         try:
             return TaskSelectionCallback(
                 warmup=self.warmup if is_share else int(self.warmup),
                 estimator=estimator,
                 selector=selector,
+                layers=make_strategy(LayerSelection, layers, "--layers") if layers else None,
                 sources=sources,
                 report_to_hub=True if self.report_to_hub == "true" else self.report_to_hub,
                 **options,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_auxselect.files import JsonDict
+from hf_auxselect.layers import LayersRecord
 from hf_auxselect.selectors import Step
 
 NUM_RANDOM_SUBSETS = 200
@@ -213,6 +214,7 @@ class ReportFields:
         calibration: ground-truth runs before the choice (``calibrate=n``), next to the estimates
             before calibration.
         confirmation: the finalists that were trained before the switch (``confirm=n``).
+        layers: scores of layers and what was chosen by them (``layers=LayerSelection(...)``).
         diagnostics: numbers that say how far to trust the estimates and the choice.
         estimator, selector: name and options of the strategies.
         run: date, switch step, mode, seed, model, versions, seconds.
@@ -235,6 +237,7 @@ class ReportFields:
     verification: list[Measurement] = field(default_factory=list)
     calibration: list[Measurement] = field(default_factory=list)
     confirmation: Race | None = None
+    layers: LayersRecord | None = None
     diagnostics: dict[str, float] = field(default_factory=dict)
     estimator: JsonDict = field(default_factory=dict)
     selector: JsonDict = field(default_factory=dict)

@@ -57,6 +57,7 @@ def to_html(content: ReportContent, what_if: WhatIf | None) -> str:
             title=decision_title(content),
             lead=lead_sentences(content),
             confirmation=text.confirmation_sentence(content),
+            layers=text.layers_sentence(content),
             agreement=text.agreement_sentence(content),
             calibration=text.calibration_sentence(content),
             leave_one_out=leave_one_out_sentences(content),

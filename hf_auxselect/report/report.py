@@ -13,6 +13,7 @@ import numpy as np
 from hf_auxselect.estimators import Estimate, FittedEstimator
 from hf_auxselect.estimators.reliability import reliability_warnings
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
+from hf_auxselect.layers import require_layers_record
 from hf_auxselect.report import analysis, exports, figures, markdown, page, text
 from hf_auxselect.report.content import ReportContent, ReportFields, SavedReport
 from hf_auxselect.report.exports.rows import ROWS_NAME
@@ -36,6 +37,7 @@ class SelectionReport(ReportContent):
         difference: the chosen mixture's loss minus that of all tasks, with its own interval.
         verification, calibration: ground-truth runs after and before the choice.
         confirmation: the finalists that were trained to confirm the choice, or None.
+        layers: ``scores`` of layers and ``rates`` by them, or None.
         diagnostics: numbers that say how far to trust the estimates and the choice.
         warnings: what a reader should know before trusting the choice.
 
@@ -287,6 +289,11 @@ class SelectionReport(ReportContent):
                 f"no selection report in {str(directory)!r}: {REPORT_NAME} is missing."
             )
         saved = read_json(path, SavedReport)
+        if saved.layers is not None:
+            try:
+                require_layers_record(saved.layers)
+            except ValueError as error:
+                raise ValueError(f"{path}: damaged ({error}).") from error
         report = cls(**{f.name: getattr(saved, f.name) for f in dataclasses.fields(ReportFields)})
         if (directory / WHAT_IF_NAME).is_file():
             report.what_if = read_json(directory / WHAT_IF_NAME, WhatIf)

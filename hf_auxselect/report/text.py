@@ -94,6 +94,22 @@ def confirmation_sentence(content: ReportContent) -> str:
     )
 
 
+def layers_sentence(content: ReportContent) -> str:
+    """Which layers were chosen, and what for; empty if none were asked for."""
+    layers = content.layers
+    if layers is None:
+        return ""
+    kept = [name for name, rate in layers["rates"].items() if rate > 0]
+    meaning = {
+        "all": "the estimates know the gradients of these alone; all layers are trained",
+        "freeze": "the others keep their values from the switch on",
+        "scale": "from the switch on their steps are multiplied by the rates, those of the others "
+        "by 0",
+    }[layers["selection"]["training"]]
+    how = "named" if layers["selection"]["names"] else f"kept by {layers['selection']['method']}"
+    return f"{len(kept)} of {len(layers['rates'])} layers are {how}: {meaning}."
+
+
 def _measured(race: Race, name: str) -> str:
     """A finalist's last measured loss; of one that was dropped, with the winner's at that step."""
     losses, winner = race.finalist(name).losses, race.finalist(race.winner).losses
@@ -132,6 +148,7 @@ def summary(content: ReportContent) -> list[str]:
         _title(content),
         comparison_sentence(content),
         confirmation_sentence(content),
+        layers_sentence(content),
         agreement_sentence(content),
     ]
     return [text for text in [*sentences, *_warnings(content)] if text]
@@ -160,6 +177,8 @@ def to_text(content: ReportContent) -> str:
     if content.confirmation is not None:
         lines += _race(content.confirmation)
         lines.append(confirmation_sentence(content))
+    if content.layers is not None:
+        lines.append(layers_sentence(content))
     if content.verification:
         lines.append("Ground-truth runs: measured loss, estimated loss, 90% interval:")
         width = max(len(printable(run.name)) for run in content.verification)

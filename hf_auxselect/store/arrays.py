@@ -27,6 +27,7 @@ from hf_auxselect.store.format import (
 from hf_auxselect.store.records import (
     MAX_PROBE_EXAMPLES,
     InitialLosses,
+    LayerGradients,
     OptimizerRecord,
     Probes,
     RemainingTraining,
@@ -56,8 +57,8 @@ class GradientStore:
             and training; read the last two by ``optimizer`` and ``remaining_training``.
         vectors: float32 [D] each, projected: the optimizer's ``momentum`` and the ``parameters``,
             in the optimizer's coordinates; empty if the store was captured without it. And the
-            arrays of ``probes`` and ``initial_losses``, by their names on disk. Read them all by
-            the properties ``optimizer``, ``probes`` and ``initial_losses``.
+            arrays of ``probes``, ``initial_losses`` and ``layers``, by their names on disk. The
+            properties of these names, and ``optimizer``, read them.
     """
 
     def __init__(
@@ -201,6 +202,12 @@ class GradientStore:
             return None
         count = len(self.vectors["initial_losses"])
         return InitialLosses.read(self.vectors, example_ids=self._target._evenly_spread_ids(count))
+
+    @property
+    def layers(self) -> LayerGradients | None:
+        """Gradients of the target with respect to each layer; None if they were not captured."""
+        content = self.metadata.get("layers")
+        return LayerGradients.read(content, self.vectors) if content else None
 
     def rows_to_probe(self, k: int) -> np.ndarray:
         """Rows int64 of the examples of a task that probes read again, evenly spread.

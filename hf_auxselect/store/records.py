@@ -3,7 +3,7 @@
 On disk these are JSON values in the ``metadata`` of the store's index, and arrays in its file of
 vectors. The records read both, and say how they are written.
 
-Shapes: K tasks, T examples of the target, E endpoints, D projection_dim.
+Shapes: K tasks, T examples of the target, E endpoints, L layers, D projection_dim.
 """
 
 from __future__ import annotations
@@ -237,6 +237,83 @@ class InitialLosses:
         """Arrays by the names that they have on disk: what :meth:`read` reads."""
         return {_INITIAL_LOSSES: self.losses_T, _INITIAL_IDS: self.example_ids}
 
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerGradients:
+    """Gradients of the target's examples with respect to each layer, by their inner products.
+
+    Attributes:
+        names: of the L layers, in the order of the model.
+        rates: layer -> by what its steps in the rest of training are multiplied; 0 for layers
+            whose gradients the store leaves out.
+        gram_LTT: float64, inner products of the projected gradients of T examples; nats per label
+            token, squared, per squared unit of the parameters.
+        squared_weights_L: float64, squared length of the layer's weights, of adapted layers that of
+            the weights below the adapter; NaN if they cannot be read.
+        weights_T: float64, weight of each example in the target's loss; they sum to 1.
+        example_ids: int64 [T].
+    """
+
+    names: tuple[str, ...]
+    rates: dict[str, float]
+    gram_LTT: np.ndarray
+    squared_weights_L: np.ndarray
+    weights_T: np.ndarray
+    example_ids: np.ndarray
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any], vectors: Mapping[str, np.ndarray]) -> LayerGradients:
+        """Read them from a store's ``metadata["layers"]`` and vectors.
+
+        Raises:
+            StoreError: a value is missing, of another type or of another shape.
+        """
+        readers = {
+            "names": lambda value: tuple(str(name) for name in value),
+            "rates": lambda value: {name: float(rate) for name, rate in value.items()},
+        }
+        known = _read_fields(content, readers, "layers")
+        if len(known) < len(readers) or not vectors.keys() >= set(_LAYER_VECTORS.values()):
+            raise StoreError(
+                "the store's layers are incomplete: it is damaged. Capture the gradients again."
+            )
+        arrays = {field: vectors[name] for field, name in _LAYER_VECTORS.items()}
+        number, count = len(known["names"]), len(arrays["weights_T"])
+        fits = (
+            list(known["rates"]) == list(known["names"])
+            and arrays["gram_LTT"].shape == (number, count, count)
+            and arrays["squared_weights_L"].shape == (number,)
+            and arrays["example_ids"].shape == (count,)
+        )
+        if not fits:
+            raise StoreError(
+                "the store's layers do not fit together: it is damaged. Capture the gradients "
+                "again."
+            )
+        return cls(
+            gram_LTT=_float64(arrays["gram_LTT"]),
+            squared_weights_L=_float64(arrays["squared_weights_L"]),
+            weights_T=_float64(arrays["weights_T"] / arrays["weights_T"].sum(dtype=np.float64)),
+            example_ids=arrays["example_ids"],
+            **known,
+        )
+
+    def to_json(self) -> JsonDict:
+        """What of it is JSON: what :meth:`read` reads beside the vectors."""
+        return {"names": list(self.names), "rates": self.rates}
+
+    def to_vectors(self) -> dict[str, np.ndarray]:
+        """Arrays by the names that they have on disk."""
+        return {name: getattr(self, field) for field, name in _LAYER_VECTORS.items()}
+
+
+_LAYER_VECTORS = {
+    "gram_LTT": "layer_gram",
+    "squared_weights_L": "layer_squared_weights",
+    "weights_T": "layer_example_weights",
+    "example_ids": "layer_example_ids",
+}
+"""Names on disk of the arrays of LayerGradients."""
 
 _PROBE_VECTORS = {
     "secant_points_KD": "second_points",

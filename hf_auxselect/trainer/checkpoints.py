@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_auxselect.clusters import cluster_rows
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
+from hf_auxselect.layers import LayersRecord, require_layers_record
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer.access import callers, preserved_rng
 
@@ -68,6 +69,8 @@ class Decision(_Decision, total=False):
     """Of ``confirm=n``."""
     shadow_prices: dict[str, float]
     """Group -> shadow price of its ceiling, which a later selection may start from."""
+    layers: LayersRecord
+    """Of ``layers=LayerSelection(...)``."""
 
 
 class Clusters(TypedDict):
@@ -261,4 +264,9 @@ def load_decision(path: Path, task_names: Sequence[str]) -> Decision:
     total = sum(weights.values())
     if min(weights.values()) < 0 or not math.isclose(total, 1, abs_tol=1e-6):
         raise ValueError(f"{path}: damaged (the weights are no shares that sum to 1).")
+    if "layers" in decision:
+        try:
+            require_layers_record(decision["layers"])
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged ({error}).") from error
     return decision

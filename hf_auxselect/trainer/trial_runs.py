@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class RestOfRun:
         target: key of its ``eval_dataset`` dict, or None.
         seed: rules the order of the rows, as it will in the run itself.
         initial: trainable parameters at step 0 if training restarts there, else None.
+        layer_rates: by what the trainer's steps are multiplied, by name of the parameter, where it
+            is not 1; see :class:`hf_auxselect.trainer.layer_rates.LayerRates`.
     """
 
     trainer: Trainer
@@ -40,6 +42,7 @@ class RestOfRun:
     target: str | None
     seed: int
     initial: Mapping[str, Tensor] | None = None
+    layer_rates: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def first_step(self) -> int:
@@ -53,7 +56,8 @@ class RestOfRun:
 
     def digest(self) -> str:
         """A hash of all that rules these steps but rows and mixture; every process must ask."""
-        digest = digest_of_training(self.trainer, self.initial, (self.seed, self.target))
+        options = (self.seed, self.target, *sorted(self.layer_rates.items()))
+        digest = digest_of_training(self.trainer, self.initial, options)
         return "-".join(gather(digest))
 
 

@@ -100,6 +100,13 @@ class TestTwoProcesses:
         assert one == other
         assert set(one["tasks"]) == {"cluster 1", "cluster 2", "cluster 3"}
 
+    def test_layers_are_the_same_for_both(self, two_processes):
+        one, other = (run["clusters"] for run in two_processes)
+        assert one == other  # scores, and the weights after training one layer
+        assert sorted(one["layers"]["rates"].values()) == [0, 1]
+        for run in two_processes:
+            assert run["largest_relative_difference_of_layers"] < 1e-6
+
     def test_weights_stay_in_step(self, two_processes):
         one, other = (run["weights"] for run in two_processes)
         assert one == other
