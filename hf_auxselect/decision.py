@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator
 from hf_auxselect.plan import Plan
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.report.content import Interval, RunRecord
+from hf_auxselect.reselection import to_carry_over
 from hf_auxselect.selectors import (
     AbstractSelector,
     Selection,
@@ -49,6 +53,50 @@ def choose(
     else:
         problem = selection_problem(fitted, store, keep=keep, rows_to_read=rows_to_read)
     return selector.select(problem)
+
+
+def carried_over(
+    selection: Selection,
+    fitted: FittedEstimator,
+    *,
+    earlier: Mapping[int, Mapping[str, float]],
+    scores: Mapping[str, float],
+) -> tuple[Selection, int | None]:
+    """A new choice, or an earlier one that it does not significantly beat.
+
+    Args:
+        selection: the new choice.
+        fitted: the estimator that it was made with.
+        earlier: switch step -> mixture of each earlier decision for the same target.
+        scores: of the tasks for this target, from what was measured since.
+
+    Returns:
+        The selection to go on with, and the step of the earlier decision, or None.
+    """
+    names = [*selection.weights]
+    new_K = np.array([selection.weights[name] for name in names])
+
+    def is_better(mixture: Mapping[str, float]) -> bool:
+        old_K = np.array([mixture[name] for name in names])
+        return bool(fitted.difference(new_K[None], old_K).high[0] < 0)
+
+    step = to_carry_over(earlier, scores, is_better)
+    if step is None:
+        return selection, None
+    old_K = np.array([earlier[step][name] for name in names])
+    if np.allclose(old_K, new_K):
+        return selection, None
+    difference = fitted.difference(new_K[None], old_K)
+    note = (
+        f"the mixture that was chosen after step {step} goes on: the new choice is not "
+        f"significantly better ({difference.loss[0]:+.4f} [{difference.low[0]:+.4f}, "
+        f"{difference.high[0]:+.4f}] nats per label token)."
+    )
+    estimate = fitted.estimate(old_K[None])
+    weights = dict(earlier[step])
+    return replace(
+        selection, weights=weights, estimate=estimate, notes=(*selection.notes, note)
+    ), step
 
 
 def report_on(

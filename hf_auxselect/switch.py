@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from typing import cast
 
 import numpy as np
 from torch import Tensor
@@ -14,23 +16,27 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_auxselect.confirmation import confirmed, finalists, run_race, rungs
-from hf_auxselect.decision import choose, report_on
+from hf_auxselect.decision import carried_over, choose, report_on
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import FittedEstimator
 from hf_auxselect.gradient_pass import GradientPass
 from hf_auxselect.ground_truth import GroundTruthRuns, measure
 from hf_auxselect.options import Confirmation, Options
 from hf_auxselect.plan import Plan
-from hf_auxselect.report import Measurement, SelectionReport, calibrated
+from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.report.console import for_stream
-from hf_auxselect.report.content import Race
+from hf_auxselect.report.content import DecisionLine, Race
 from hf_auxselect.report.table_rows import table_rows
 from hf_auxselect.report.text import summary
-from hf_auxselect.run_directory import RunDirectory, decision_of
+from hf_auxselect.reselection import credited
+from hf_auxselect.run_directory import RunDirectory, decision_lines, decision_of
+from hf_auxselect.seeds import random_words
 from hf_auxselect.selectors import Selection
 from hf_auxselect.store.arrays import GradientStore
-from hf_auxselect.trainer import access, checkpoints, data, tracking
+from hf_auxselect.trainer import access, checkpoints, tracking
 from hf_auxselect.trainer.batches import BatchSource
+from hf_auxselect.trainer.evaluation import evaluation_loss
+from hf_auxselect.trainer.loss import evaluating
 from hf_auxselect.trainer.schedule import restart
 from hf_auxselect.trainer.trial_runs import RestOfRun
 from hf_auxselect.verification import mixtures_to_calibrate, mixtures_to_verify
@@ -47,6 +53,7 @@ class Run:
         batches: source of the trainer's batches; None if the mixture is never changed.
         notes: sentences for the report on what the estimates do not model.
         decisions: each decision by its switch step.
+        drift_tests: each test of whether the target has changed, by its step.
     """
 
     plan: Plan
@@ -55,6 +62,54 @@ class Run:
     batches: BatchSource | None
     notes: list[str]
     decisions: dict[int, checkpoints.Decision] = field(default_factory=dict)
+    drift_tests: dict[int, checkpoints.DriftTest] = field(default_factory=dict)
+
+    @property
+    def last_decision(self) -> checkpoints.Decision | None:
+        """The decision that the run follows; None before the first one."""
+        return self.decisions[max(self.decisions)] if self.decisions else None
+
+    @property
+    def decision_lines(self) -> list[DecisionLine]:
+        """What reports show of several decisions; of one nothing."""
+        ordered = [self.decisions[step] for step in sorted(self.decisions)]
+        return decision_lines(ordered, self.drift_tests)
+
+    def is_settled(self, step: int) -> bool:
+        """Whether it was decided after this step what to train on, or not to decide anew."""
+        return step in self.decisions or step in self.drift_tests
+
+    def record(self) -> checkpoints.SavedDecision:
+        """What is written of the decisions; there must be one."""
+        *earlier, last = (self.decisions[step] for step in sorted(self.decisions))
+        record = cast(checkpoints.SavedDecision, dict(last))
+        if earlier:
+            record["earlier"] = earlier
+        if self.drift_tests:
+            record["drift_tests"] = [self.drift_tests[step] for step in sorted(self.drift_tests)]
+        return record
+
+    def recall(self, record: checkpoints.SavedDecision, step: int) -> None:
+        """Take up what was written, up to the step that the run resumes after."""
+        last = {k: v for k, v in record.items() if k not in ("earlier", "drift_tests")}
+        decisions = [*record.get("earlier", []), cast(checkpoints.Decision, last)]
+        self.decisions = {
+            one["switch_step"]: one for one in decisions if one["switch_step"] <= step
+        }
+        self.drift_tests = {
+            test["step"]: test for test in record.get("drift_tests", []) if test["step"] <= step
+        }
+
+    def forget(self, step: int) -> None:
+        """Take back what was decided after a step."""
+        self.decisions.pop(step, None)
+        self.drift_tests.pop(step, None)
+
+    def seed_of(self, switch_step: int) -> int:
+        """Rules the order of a decision's mixture; later ones do not begin with the same rows."""
+        if switch_step == self.plan.switch_steps[0]:
+            return self.plan.seed
+        return int(random_words(1, self.plan.seed, "mixture", switch_step)[0] >> np.uint64(32))
 
     def shares(self, switch_step: int) -> np.ndarray:
         """Share of each task in the mixture of a decision: float [K]."""
@@ -71,7 +126,9 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """One switch step of a run: :meth:`decide`, :meth:`publish`, :meth:`follow`, in this order.
+    """One switch step of a run.
+
+    :meth:`is_due`, :meth:`decide`, :meth:`publish`, :meth:`follow`, in this order.
 
     Every process must call them.
 
@@ -87,6 +144,42 @@ class Switch:
     options: Options
     step: int
 
+    @property
+    def plan(self) -> Plan:
+        """The run's, with the target of this selection."""
+        return self.run.plan.at(self.step)
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Where the files of this selection are."""
+        return self.run.directory.at(self.run.plan, self.step)
+
+    @property
+    def _is_first(self) -> bool:
+        return self.step == self.run.plan.switch_steps[0]
+
+    def is_due(self) -> bool:
+        """Test, where asked for, whether the target has changed since the last decision."""
+        run, reselection = self.run, self.options.reselection
+        last = run.last_decision
+        if last is None or reselection is None or reselection.significance is None:
+            return True
+        target, p_value = self.plan.target.name, 1.0
+        before = run.plan.at(last["switch_step"]).target
+        if before.name != target:
+            with access.preserved_rng():
+                gradient_pass = GradientPass(
+                    trainer=self.trainer, plan=self.plan, options=self.options
+                )
+                p_value = gradient_pass.drift(before, self.directory.drift_gradients)
+        run.drift_tests[self.step] = checkpoints.DriftTest(
+            step=self.step, target=target, p_value=p_value
+        )
+        if p_value <= reselection.significance:
+            return True
+        run.directory.save_decision(run.record())
+        return False
+
     def decide(self) -> tuple[SelectionReport, MainProcessValue[FittedEstimator] | None]:
         """Find clusters, where asked for; capture, estimate, calibrate, choose and confirm.
 
@@ -98,33 +191,75 @@ class Switch:
         fitted: MainProcessValue[FittedEstimator] | None = None
         store: GradientStore | None = None
         calibration: list[Measurement] = []
-        pass_seconds = 0.0
+        pass_seconds, notes = 0.0, list(self.run.notes)
         # Ground-truth runs start from the run's own random states, which are back after each part.
         with access.preserved_rng():
-            if options.clusters is not None:
+            if options.clusters is not None and self._is_first:
                 self._find_clusters(options.clusters)
+            record = self._look_back()
             if options.needs_estimates:
-                store = self._capture()
+                store, notes = self._capture()
                 pass_seconds = time.perf_counter() - start
                 fitted = self._estimate(store)
         if options.calibrate and fitted is not None:
             fitted, calibration = self._calibrate(fitted)
         with access.preserved_rng():
-            selection = self._choose(store, fitted)
+            selection = self._choose(store, fitted, record)
         race = None
         if options.confirmation is not None:
             selection, race = self._confirm(options.confirmation, selection, fitted)
         with access.preserved_rng():
-            report = self._report(store, fitted, selection)
+            report = self._report(store, fitted, selection, notes)
         report.calibration, report.confirmation = calibration, race
         report.sources = options.sources
         seconds = on_main_process(lambda: (pass_seconds, time.perf_counter() - start))
         report.run["gradient_pass_seconds"] = round(seconds[0], 3)
         report.run["seconds"] = round(seconds[1], 3)
         report.attach_gradients(
-            self.run.directory.gradients, None if fitted is None else fitted.local()
+            self.directory.gradients, None if fitted is None else fitted.local()
         )
+        self.run.decisions[self.step] = decision_of(report)
+        if record is not None:
+            self.run.decisions[self.step]["reselection"] = record
+            report.decisions = self.run.decision_lines
         return report, fitted
+
+    def _look_back(self) -> checkpoints.ReselectionRecord | None:
+        """What was measured since the last decision, if the run may decide again."""
+        run, reselection, target = self.run, self.options.reselection, self.plan.target_key
+        if reselection is None:
+            return None
+        record = checkpoints.ReselectionRecord(
+            target=self.plan.target.name, loss=None, scores={}, carried_over_from=None
+        )
+        if not reselection.memory or run.batches is None:
+            return record
+        losses = {target: self._measured_loss(target)}
+        record["loss"] = losses[target]
+        last = run.last_decision
+        if last is None or "reselection" not in last:
+            return record
+        before = last["reselection"]
+        record["scores"] = before["scores"]
+        key = run.plan.at(last["switch_step"]).target_key
+        if key not in losses:
+            losses[key] = self._measured_loss(key)
+        now = losses[key]
+        if before["loss"] is not None and now is not None:
+            record["scores"] = credited(
+                before["scores"],
+                before["target"],
+                last["weights"],
+                (before["loss"] - now) / (self.step - last["switch_step"]),
+                memory=reselection.memory,
+            )
+        return record
+
+    def _measured_loss(self, target: str | None) -> float | None:
+        """The loss that the trainer would log for a target now; None: not finite."""
+        with evaluating(self.trainer):
+            loss = evaluation_loss(self.trainer, target)
+        return loss if math.isfinite(loss) else None
 
     def _find_clusters(self, number: int) -> None:
         """Step 0, if asked for: clusters of the training rows by gradient, as the run's tasks."""
@@ -134,12 +269,12 @@ class Switch:
         run.directory.save_clusters(tasks)
         run.plan = run.plan.with_tasks(tasks, self.options.examples_per_task)
 
-    def _capture(self) -> GradientStore:
-        """Step 1: per-example gradients of every task and of the target."""
+    def _capture(self) -> tuple[GradientStore, list[str]]:
+        """Step 1: per-example gradients of every task and of the target; and the report's notes."""
         run = self.run
-        gradient_pass = GradientPass(trainer=self.trainer, plan=run.plan, options=self.options)
-        run.notes += gradient_pass.compare_loss()
-        return gradient_pass.run(run.directory.gradients, run.initial)
+        gradient_pass = GradientPass(trainer=self.trainer, plan=self.plan, options=self.options)
+        notes = [*run.notes, *gradient_pass.compare_loss()]
+        return gradient_pass.run(self.directory.gradients, run.initial), notes
 
     def _estimate(self, store: GradientStore) -> MainProcessValue[FittedEstimator]:
         """Step 2: the estimator, fitted to the gradients."""
@@ -155,20 +290,39 @@ class Switch:
         return MainProcessValue(lambda: calibrated(fitted.value, calibration)), calibration
 
     def _choose(
-        self, store: GradientStore | None, fitted: MainProcessValue[FittedEstimator] | None
+        self,
+        store: GradientStore | None,
+        fitted: MainProcessValue[FittedEstimator] | None,
+        record: checkpoints.ReselectionRecord | None,
     ) -> MainProcessValue[Selection]:
-        """Step 3: the selector's choice."""
+        """Step 3: the selector's choice, or an earlier one, of which ``record`` is told."""
+        options, last = self.options, self.run.last_decision
         rows_to_read = self.run.rows_to_read(self.trainer, self.step)
-        return MainProcessValue(
+        prices = last.get("shadow_prices", {}) if last is not None and record is not None else {}
+        selection = MainProcessValue(
             lambda: choose(
                 None if fitted is None else fitted.value,
-                plan=self.run.plan,
+                plan=self.plan,
                 store=store,
-                selector=self.options.selector,
-                keep=self.options.keep,
+                selector=options.selector.starting_from(prices),
+                keep=options.keep,
                 rows_to_read=rows_to_read,
             )
         )
+        if record is None or fitted is None or not options.selector.asks_for_target_only:
+            return selection
+        earlier = {
+            step: decision["weights"]
+            for step, decision in self.run.decisions.items()
+            if self.run.plan.at(step).target_key == self.plan.target_key
+            and decision["selector"] == strategy_record(options.selector)
+        }
+        scores = record["scores"].get(record["target"], {})
+        both = MainProcessValue(
+            lambda: carried_over(selection.value, fitted.value, earlier=earlier, scores=scores)
+        )
+        record["carried_over_from"] = both.ask(lambda values: values[1])
+        return MainProcessValue(lambda: both.value[0])
 
     def _confirm(
         self,
@@ -192,6 +346,7 @@ class Switch:
         store: GradientStore | None,
         fitted: MainProcessValue[FittedEstimator] | None,
         selection: MainProcessValue[Selection],
+        notes: list[str],
     ) -> SelectionReport:
         """The report on the choice."""
         trainer, run, options = self.trainer, self.run, self.options
@@ -199,7 +354,7 @@ class Switch:
             partial(
                 report_on,
                 fitted=None if fitted is None else fitted.local(),
-                plan=run.plan,
+                plan=self.plan,
                 store=store,
                 estimator=options.estimator,
                 selector=options.selector,
@@ -215,7 +370,7 @@ class Switch:
                     "versions": run.plan.to_dict()["versions"],
                 },
                 rows_to_read=run.rows_to_read(trainer, self.step),
-                notes=run.notes,
+                notes=notes,
             )
         )
 
@@ -224,13 +379,12 @@ class Switch:
     ) -> None:
         """Step 4: write and log the decision; where asked for, verify its estimates."""
         trainer, run = self.trainer, self.run
-        run.decisions[self.step] = decision = decision_of(report)
-        run.directory.save_decision(decision)
-        run.directory.save_report(report)
+        run.directory.save_decision(run.record())
+        self.directory.save_report(report)
         if run.batches is not None:
-            mixture = run.plan.tasks, run.shares(self.step), run.plan.seed
+            mixture = run.plan.tasks, run.shares(self.step), run.seed_of(self.step)
             count_reads = partial(run.batches.reads, *mixture, since=self.step)
-            run.directory.save_rows(report, run.plan.tasks, count_reads)
+            self.directory.save_rows(report, run.plan.tasks, count_reads)
         if self.options.verify and fitted is not None:
             self.verify(report, fitted)
         if trainer.is_world_process_zero():
@@ -241,7 +395,7 @@ class Switch:
             tables=table_rows(report),
             summary=summary(report),
             markdown=report.to_markdown(),
-            directory=run.directory.path / "report",
+            directory=self.directory.path / "report",
         )
 
     def verify(self, report: SelectionReport, fitted: MainProcessValue[FittedEstimator]) -> None:
@@ -250,19 +404,19 @@ class Switch:
         counts, number = rest.tasks.counts, self.options.verify
         mixtures = mixtures_to_verify(report.weights, counts, number, rest.seed)
         report.verification = measure(self._runs, mixtures, fitted, "verification")
-        self.run.directory.save_report(report)
+        self.directory.save_report(report)
 
     @cached_property
     def _runs(self) -> GroundTruthRuns:
         """Ground-truth runs over the remaining steps."""
         trainer, run, confirmation = self.trainer, self.run, self.options.confirmation
-        target = data.target_key(trainer, self.options.target)
-        rest = RestOfRun(trainer, run.plan.tasks, target, run.plan.seed, run.initial)
+        target, seed = self.plan.target_key, run.seed_of(self.step)
+        rest = RestOfRun(trainer, run.plan.tasks, target, seed, run.initial)
         stops: list[int] = []
         if confirmation is not None:
             number, share = confirmation.finalists, confirmation.share
             stops = [step for _, step in rungs(number, rest.first_step, rest.last_step, share)]
-        return GroundTruthRuns(rest, run.directory.ground_truth_runs, stops)
+        return GroundTruthRuns(rest, self.directory.ground_truth_runs, stops)
 
     def restart(self) -> None:
         """Reset parameters, optimizer and schedule, if training restarts."""
@@ -273,5 +427,5 @@ class Switch:
         """Step 5: draw the decided mixture from here on, at the position of the present step."""
         run = self.run
         if run.batches is not None:
-            shares = run.shares(self.step)
-            run.batches.draw_mixture(run.plan.tasks, shares, run.plan.seed, since=self.step)
+            shares, seed = run.shares(self.step), run.seed_of(self.step)
+            run.batches.draw_mixture(run.plan.tasks, shares, seed, since=self.step)
