@@ -258,7 +258,11 @@ class TaskSelectionCallback(TrainerCallback):
         """Make the decision of a switch step, if it is due, and follow it."""
         switch = Switch(trainer=trainer, run=run, options=self._options(), step=step)
         if not switch.is_due():
+            if self.report is not None:
+                self.report.decisions = run.decision_lines
+                run.last_directory.save_report(self.report)
             return
+        self._publication.target = switch.plan.target_key
         self.report, fitted = switch.decide()
         switch.publish(self.report, fitted)
         switch.restart()
@@ -274,6 +278,8 @@ class TaskSelectionCallback(TrainerCallback):
         saved = checkpoints.read_decision(trainer, run.directory.decision, run.plan.tasks.names)
         if saved is not None:
             run.recall(saved, step)
+            if "earlier" in saved:  # the run's own may have later ones
+                run.directory.save_decision(run.record())
         decision = run.last_decision
         if decision is not None and not _made_with(decision, options):
             if decision["switch_step"] == step and (
@@ -296,6 +302,7 @@ class TaskSelectionCallback(TrainerCallback):
             switch = Switch(trainer=trainer, run=run, options=options, step=decided)
             self.report = switch.directory.read_report(decision)
             self.report.decisions = run.decision_lines
+            self._publication.target = switch.plan.target_key
             is_new = self._verify_again or not self.report.verification
             if self.verify and decided == step and is_new:
                 with checkpoints.random_states_of_checkpoint(trainer):

@@ -17,6 +17,7 @@ from hf_auxselect.selectors import (
     AbstractSelector,
     Selection,
     SelectionProblem,
+    Step,
     selection_problem,
 )
 from hf_auxselect.store.arrays import GradientStore
@@ -92,11 +93,23 @@ def carried_over(
         f"significantly better ({difference.loss[0]:+.4f} [{difference.low[0]:+.4f}, "
         f"{difference.high[0]:+.4f}] nats per label token)."
     )
-    estimate = fitted.estimate(old_K[None])
-    weights = dict(earlier[step])
-    return replace(
-        selection, weights=weights, estimate=estimate, notes=(*selection.notes, note)
-    ), step
+    new, estimate = fitted.estimate(new_K[None]), fitted.estimate(old_K[None])
+    tried = Step(  # so that it may be a finalist
+        tasks=tuple(selection.selected),
+        loss=float(new.loss[0]),
+        low=float(new.low[0]),
+        high=float(new.high[0]),
+        accepted=False,
+        weights={name: weight for name, weight in selection.weights.items() if weight > 0},
+    )
+    going_on = replace(
+        selection,
+        weights=dict(earlier[step]),
+        estimate=estimate,
+        history=(*selection.history, tried),
+        notes=(*selection.notes, note),
+    )
+    return going_on, step
 
 
 def report_on(

@@ -70,6 +70,11 @@ class Run:
         return self.decisions[max(self.decisions)] if self.decisions else None
 
     @property
+    def last_directory(self) -> RunDirectory:
+        """Where the files of the last selection are."""
+        return self.directory.at(self.plan, max(self.decisions))
+
+    @property
     def decision_lines(self) -> list[DecisionLine]:
         """What reports show of several decisions; of one nothing."""
         ordered = [self.decisions[step] for step in sorted(self.decisions)]

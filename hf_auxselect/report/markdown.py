@@ -12,6 +12,7 @@ from hf_auxselect.report.text import (
     calibration_sentence,
     comparison_sentence,
     confirmation_sentence,
+    mixture,
     nats,
     printable,
     shown,
@@ -51,5 +52,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"nats": nats, "shown": shown}
+    environment.filters |= {"mixture": mixture, "nats": nats, "shown": shown}
     return environment

@@ -310,10 +310,15 @@ class SelectionReport(ReportContent):
         return report
 
 
+def later_switch_step(directory: Path) -> int | None:
+    """The switch step that the report of a run's directory is about; None: the run's first one."""
+    if not any(directory.glob(step_name("*"))):
+        return None
+    step = read_json(directory / DECISION_NAME, _LastDecision)["switch_step"]
+    return step if (directory / step_name(step) / "report" / REPORT_NAME).is_file() else None
+
+
 def _last_selection(directory: Path) -> Path:
     """Where the files of a run's last selection are."""
-    if not any(directory.glob(step_name("*"))):
-        return directory
-    step = read_json(directory / DECISION_NAME, _LastDecision)["switch_step"]
-    later = directory / step_name(step)
-    return later if (later / "report" / REPORT_NAME).is_file() else directory
+    step = later_switch_step(directory)
+    return directory if step is None else directory / step_name(step)
