@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_auxselect.seeds import random_permutation
+from hf_auxselect.seeds import random_words
 
 NUM_PERMUTATIONS = 999
 """Of a test. A convention: the smallest p-value is then 0.001, and that of 0.05 has a standard
@@ -195,10 +195,9 @@ def drift_p_value(before_ND: np.ndarray, after_MD: np.ndarray, *, seed: int) -> 
     signs = np.concatenate(
         [np.full(num_before, 1 / num_before), np.full(len(after_MD), -1 / len(after_MD))]
     )
-    orders = [np.arange(total)]
-    orders += [random_permutation(total, seed, "drift", i) for i in range(NUM_PERMUTATIONS)]
-    permuted = signs[np.array(orders)]
-    found, *chance = np.einsum("pi,pi->p", permuted @ kernel, permuted)
+    words = random_words(NUM_PERMUTATIONS * total, seed, "drift").reshape(-1, total)
+    signs_PN = np.vstack([signs, signs[np.argsort(words, axis=1, kind="stable")]])
+    found, *chance = np.einsum("pi,pi->p", signs_PN @ kernel, signs_PN)
     # Equal statistics may differ by rounding.
     return float(1 + np.sum(np.array(chance) >= found - 1e-12)) / (NUM_PERMUTATIONS + 1)
 

@@ -275,7 +275,11 @@ class TestResume:
 
 class TestTargetsThatChange:
     def test_dates_select_for_the_target_of_that_time(self, run_dir):
-        cb = callback(target="sums", reselect=new_choices(every=None, targets=[(7, "letters")]))
+        cb = callback(
+            target="sums",
+            examples_per_task=None,
+            reselect=new_choices(every=None, targets=[(7, "letters")]),
+        )
         logged = trained(
             tiny.plain_trainer,
             run_dir,
