@@ -12,7 +12,7 @@ from hf_auxselect.estimators import AbstractEstimator, FittedEstimator
 from hf_auxselect.plan import Plan
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.report.content import Interval, RunRecord
-from hf_auxselect.reselection import to_carry_over
+from hf_auxselect.reselection import averaged
 from hf_auxselect.selectors import (
     AbstractSelector,
     Selection,
@@ -56,60 +56,38 @@ def choose(
     return selector.select(problem)
 
 
-def carried_over(
+def averaged_with(
+    earlier: Mapping[str, float],
     selection: Selection,
     fitted: FittedEstimator,
     *,
-    earlier: Mapping[int, Mapping[str, float]],
-    scores: Mapping[str, float],
-) -> tuple[Selection, int | None]:
-    """A new choice, or an earlier one that it does not significantly beat.
+    memory: float,
+    rows_to_read: int,
+) -> Selection:
+    """A new choice, averaged with the mixture of an earlier decision.
 
     Args:
+        earlier: that mixture.
         selection: the new choice.
         fitted: the estimator that it was made with.
-        earlier: switch step -> mixture of each earlier decision for the same target.
-        scores: of the tasks for this target, from what was measured since.
-
-    Returns:
-        The selection to go on with, and the step of the earlier decision, or None.
+        memory: share of the earlier mixture.
+        rows_to_read: number of training rows that the remaining steps read.
     """
-    names = [*selection.weights]
-    new_K = np.array([selection.weights[name] for name in names])
-
-    def is_better(mixture: Mapping[str, float]) -> bool:
-        old_K = np.array([mixture[name] for name in names])
-        return bool(fitted.difference(new_K[None], old_K).high[0] < 0)
-
-    step = to_carry_over(earlier, scores, is_better)
-    if step is None:
-        return selection, None
-    old_K = np.array([earlier[step][name] for name in names])
-    if np.allclose(old_K, new_K):
-        return selection, None
-    difference = fitted.difference(new_K[None], old_K)
-    note = (
-        f"the mixture that was chosen after step {step} goes on: the new choice is not "
-        f"significantly better ({difference.loss[0]:+.4f} [{difference.low[0]:+.4f}, "
-        f"{difference.high[0]:+.4f}] nats per label token)."
+    weights = averaged(selection.weights, earlier, memory=memory, rows_to_read=rows_to_read)
+    alone, together = (
+        fitted.estimate(np.array([[*mixture.values()]])) for mixture in (selection.weights, weights)
     )
-    new, estimate = fitted.estimate(new_K[None]), fitted.estimate(old_K[None])
     tried = Step(  # so that it may be a finalist
         tasks=tuple(selection.selected),
-        loss=float(new.loss[0]),
-        low=float(new.low[0]),
-        high=float(new.high[0]),
+        loss=float(alone.loss[0]),
+        low=float(alone.low[0]),
+        high=float(alone.high[0]),
         accepted=False,
         weights={name: weight for name, weight in selection.weights.items() if weight > 0},
     )
-    going_on = replace(
-        selection,
-        weights=dict(earlier[step]),
-        estimate=estimate,
-        history=(*selection.history, tried),
-        notes=(*selection.notes, note),
+    return replace(
+        selection, weights=weights, estimate=together, history=(*selection.history, tried)
     )
-    return going_on, step
 
 
 def report_on(

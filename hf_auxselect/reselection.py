@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_auxselect.sampler import MIN_SHARE
 from hf_auxselect.seeds import random_words
 
 NUM_PERMUTATIONS = 999
@@ -54,12 +55,12 @@ class Reselection:
     that change. ``reselect=n`` is short for ``Reselection(every=n)``. Each selection captures
     gradients at the present parameters, and costs what the first one costs.
 
-    A new choice replaces a mixture that an earlier selection has chosen for the same target only if
-    it is significantly better by the new estimates, or if the loss did not fall with the earlier
-    one. Of several such mixtures the one with the highest score goes on. The score of a task for a
-    target is the moving average of the decrease of the target's loss for each step, over the steps
-    after each selection for this target, by the task's share in them. Shadow prices are carried
-    over, too.
+    A new choice is averaged with the mixture of the last selection for the same target, so that
+    errors that are new at each selection average out, if that mixture has a positive score: the
+    loss has fallen with it. The score of a task for a target is the moving average of the decrease
+    of the target's loss for each step, over the steps after each selection for this target, by the
+    task's share in them; that of a mixture is the mean of its tasks' scores. The average may have
+    more tasks than the selector's own limit. Shadow prices are carried over, too.
 
     Args:
         every: steps from one selection to the next; None: only where a dated target begins.
@@ -70,8 +71,7 @@ class Reselection:
         significance: select again only if the target has changed significantly: the p-value of a
             permutation test between gradients of the examples of the last selection's target and
             of the present one, both at the present parameters, is at most this. None: always.
-        memory: share of an old score that stays in the average where a task was all of the mixture;
-            0: nothing is carried over but shadow prices.
+        memory: share of the old in both averages; 0: nothing is carried over but shadow prices.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or two do not go together.
@@ -226,30 +226,23 @@ def score_of(weights: Mapping[str, float], scores: Mapping[str, float]) -> float
     return sum(weight * scores.get(name, 0.0) for name, weight in weights.items())
 
 
-def to_carry_over(
-    earlier: Mapping[int, Mapping[str, float]],
-    scores: Mapping[str, float],
-    is_better: Callable[[Mapping[str, float]], bool],
-) -> int | None:
-    """Which earlier mixture goes on instead of a new choice; None: none does.
+def averaged(
+    new: Mapping[str, float], old: Mapping[str, float], *, memory: float, rows_to_read: int
+) -> dict[str, float]:
+    """The average of two mixtures of the same tasks; its weights sum to 1.
 
     Args:
-        earlier: step -> mixture of each earlier decision for the same target.
-        scores: of the tasks for this target.
-        is_better: whether the new choice is significantly better than a mixture.
-
-    Returns:
-        The step of the decision: that of the highest positive score; of equal ones the last.
+        new: the new choice.
+        old: that of an earlier selection.
+        memory: share of the old one.
+        rows_to_read: number of training rows that the remaining steps read. A task that the new
+            choice has dropped stays only where they read a whole row of it.
     """
-    ranked = sorted(earlier, key=lambda step: (score_of(earlier[step], scores), step), reverse=True)
-    return next(
-        (
-            step
-            for step in ranked
-            if score_of(earlier[step], scores) > 0 and not is_better(earlier[step])
-        ),
-        None,
-    )
+    mixed = {name: (1 - memory) * weight + memory * old[name] for name, weight in new.items()}
+    least = max(1 / max(rows_to_read, 1), MIN_SHARE)
+    kept = {n: w if new[n] > 0 or w >= least else 0.0 for n, w in mixed.items()}
+    total = sum(kept.values())
+    return {name: weight / total for name, weight in kept.items()}
 
 
 def _dated(targets: Sequence[tuple[int, str]]) -> tuple[tuple[int, str], ...]:

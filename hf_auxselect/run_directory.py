@@ -247,7 +247,7 @@ def decision_lines(
             low=decision["low"],
             high=decision["high"],
             p_value=None if test is None else test["p_value"],
-            carried_over_from=record["carried_over_from"],
+            averaged_with=record["averaged_with"],
         )
     weights: dict[str, float] = {}
     for step in sorted({*lines, *drift_tests}):

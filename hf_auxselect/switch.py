@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_auxselect.confirmation import confirmed, finalists, run_race, rungs
-from hf_auxselect.decision import carried_over, choose, report_on
+from hf_auxselect.decision import averaged_with, choose, report_on
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import FittedEstimator
 from hf_auxselect.gradient_pass import GradientPass
@@ -28,7 +28,7 @@ from hf_auxselect.report.console import for_stream
 from hf_auxselect.report.content import DecisionLine, Race
 from hf_auxselect.report.table_rows import table_rows
 from hf_auxselect.report.text import summary
-from hf_auxselect.reselection import credited
+from hf_auxselect.reselection import credited, score_of
 from hf_auxselect.run_directory import RunDirectory, decision_lines, decision_of
 from hf_auxselect.seeds import random_words
 from hf_auxselect.selectors import Selection
@@ -213,6 +213,8 @@ class Switch:
         race = None
         if options.confirmation is not None:
             selection, race = self._confirm(options.confirmation, selection, fitted)
+            if record is not None and race.winner != race.choice:
+                record["averaged_with"] = None
         with access.preserved_rng():
             report = self._report(store, fitted, selection, notes)
         report.calibration, report.confirmation = calibration, race
@@ -235,7 +237,7 @@ class Switch:
         if reselection is None:
             return None
         record = checkpoints.ReselectionRecord(
-            target=self.plan.target.name, loss=None, scores={}, carried_over_from=None
+            target=self.plan.target.name, loss=None, scores={}, averaged_with=None
         )
         if not reselection.memory or run.batches is None:
             return record
@@ -300,7 +302,7 @@ class Switch:
         fitted: MainProcessValue[FittedEstimator] | None,
         record: checkpoints.ReselectionRecord | None,
     ) -> MainProcessValue[Selection]:
-        """Step 3: the selector's choice, or an earlier one, of which ``record`` is told."""
+        """Step 3: the choice; ``record`` is told of an earlier one that it is averaged with."""
         options, last = self.options, self.run.last_decision
         rows_to_read = self.run.rows_to_read(self.trainer, self.step)
         prices = last.get("shadow_prices", {}) if last is not None and record is not None else {}
@@ -314,20 +316,31 @@ class Switch:
                 rows_to_read=rows_to_read,
             )
         )
-        if record is None or fitted is None or not options.selector.asks_for_target_only:
+        step = None if record is None else self._step_to_average_with(record)
+        if step is None or fitted is None or record is None or options.reselection is None:
             return selection
-        earlier = {
-            step: decision["weights"]
-            for step, decision in self.run.decisions.items()
-            if self.run.plan.at(step).target_key == self.plan.target_key
-            and decision["selector"] == strategy_record(options.selector)
-        }
-        scores = record["scores"].get(record["target"], {})
-        both = MainProcessValue(
-            lambda: carried_over(selection.value, fitted.value, earlier=earlier, scores=scores)
+        record["averaged_with"] = step
+        earlier, memory = self.run.decisions[step]["weights"], options.reselection.memory
+        return MainProcessValue(
+            lambda: averaged_with(
+                earlier, selection.value, fitted.value, memory=memory, rows_to_read=rows_to_read
+            )
         )
-        record["carried_over_from"] = both.ask(lambda values: values[1])
-        return MainProcessValue(lambda: both.value[0])
+
+    def _step_to_average_with(self, record: checkpoints.ReselectionRecord) -> int | None:
+        """Switch step of the last decision for this target, if the loss has fallen with it."""
+        run, selector = self.run, self.options.selector
+        scores = record["scores"].get(record["target"], {})
+        steps = [
+            step
+            for step, decision in sorted(run.decisions.items())
+            if run.plan.at(step).target_key == self.plan.target_key
+            and decision["selector"] == strategy_record(selector)
+            and all(decision["weights"].get(name, 0) > 0 for name in self.options.keep)
+        ]
+        if not steps or not selector.asks_for_target_only:
+            return None
+        return steps[-1] if score_of(run.decisions[steps[-1]]["weights"], scores) > 0 else None
 
     def _confirm(
         self,

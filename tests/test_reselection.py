@@ -486,7 +486,7 @@ class TestCarryingOver:
         selection, step = carried_over(chosen, fitted, earlier=earlier, scores={"0": 0.1})
         assert (selection.weights, step) == (earlier[4], 4)
         assert selection.estimate.loss[0] == 0.0
-        assert "after step 4 goes on: the new choice is not significantly" in selection.notes[0]
+        assert "not significantly better than the mixture of step 4 (-0.0100" in selection.notes[0]
         same = Selection(weights=earlier[4])
         assert carried_over(same, fitted, earlier=earlier, scores={"0": 0.1}) == (same, None)
 

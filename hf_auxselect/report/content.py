@@ -183,16 +183,16 @@ class DecisionLine:
     """Of the test of whether the target has changed; None: there was no test."""
     is_selection: bool = True
     """False: the test let no selection be made."""
-    carried_over_from: int | None = None
-    """Switch step of the earlier selection whose mixture goes on; None: the new choice does."""
+    averaged_with: int | None = None
+    """Switch step of the earlier selection whose mixture is part of this one; None: none is."""
 
     @property
     def result(self) -> str:
         """What was decided, in a few words."""
         if not self.is_selection:
             return "target not significantly different: not selected again"
-        if self.carried_over_from is not None:
-            return f"mixture of step {self.carried_over_from} goes on"
+        if self.averaged_with is not None:
+            return f"new choice, averaged with the mixture of step {self.averaged_with}"
         return "new choice"
 
 

@@ -51,8 +51,8 @@ class ReselectionRecord(TypedDict):
     """Of this target at the switch, as the trainer logs it; None: not measured or not finite."""
     scores: dict[str, dict[str, float]]
     """Target -> task -> decrease of the target's loss for each step, up to here."""
-    carried_over_from: int | None
-    """Switch step of the earlier decision whose mixture goes on; None: the new choice does."""
+    averaged_with: int | None
+    """Switch step of the earlier decision whose mixture is part of this one; None: none is."""
 
 
 class DriftTest(TypedDict):
