@@ -127,6 +127,7 @@ def simulate(
     *,
     selects: bool = True,
     knows: bool = False,
+    same_rows: bool = True,
 ) -> dict[str, Any]:
     """One run.
 
@@ -136,6 +137,7 @@ def simulate(
         reselection: as of the callback; its own targets are left alone. None: one selection.
         selects: False: all tasks to the end.
         knows: choose by the truth, whenever the target changes.
+        same_rows: whether dates of the same share are one target; else each has rows of its own.
 
     Returns:
         ``losses`` of the target of the time after each step, and ``selections``.
@@ -155,8 +157,8 @@ def simulate(
     losses, selections = [], []
     for step in range(STEPS):
         name, share = max((i, s) for i, (date, s) in enumerate(versions) if date <= step)
-        # Versions with the same share are the same target.
-        name = next(i for i, (_, s) in enumerate(versions) if s == share)
+        if same_rows:
+            name = next(i for i, (_, s) in enumerate(versions) if s == share)
         if step in due and selects:
             shares, last = None, max(decisions, default=-1)
             is_due = True

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import trained
 
+from benchmarks.simulated_run import World, simulate
 from hf_auxselect import (
     AbstractSelector,
     ConstrainedSelection,
@@ -26,12 +27,16 @@ from hf_auxselect import (
     SelectionReport,
     TaskSelectionCallback,
 )
-from hf_auxselect.decision import carried_over
-from hf_auxselect.estimators import Estimate
 from hf_auxselect.gradient_pass import GradientPass
 from hf_auxselect.report import card
 from hf_auxselect.report.content import DecisionLine
-from hf_auxselect.reselection import credited, drift_p_value, reselection_of, to_carry_over
+from hf_auxselect.reselection import (
+    averaged,
+    credited,
+    drift_p_value,
+    reselection_of,
+    score_of,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -385,7 +390,7 @@ class TestOtherOptions:
         saved = record(run_dir)
         assert [*saved["shadow_prices"]] == [*saved["earlier"][0]["shadow_prices"]] == ["letters"]
         assert cb.report.group_lines[0].name == "letters"
-        assert saved["reselection"]["carried_over_from"] is None
+        assert saved["reselection"]["averaged_with"] is None
         assert saved["selector"]["initial_prices"] == {}, "as the user gave it"
 
     def test_prices_are_where_the_next_search_starts(self):
@@ -410,38 +415,87 @@ class TestOtherOptions:
 
 
 class TestCarryingOver:
-    def test_an_earlier_mixture_goes_on_unless_the_new_one_is_better(self, run_dir):
-        """Losses fall in these steps, and the intervals of three tasks' differences hold 0."""
+    def test_a_new_choice_is_averaged_with_the_one_before(self, run_dir):
         cb = callback()
         trained(tiny.plain_trainer, run_dir, cb)
+        first, second, third = cb.report.decisions
+        saved = [*record(run_dir)["earlier"], record(run_dir)]
+        gains = [first.loss - second.loss, second.loss - third.loss]
+        scores = [decision["reselection"]["scores"].get("target", {}) for decision in saved]
+        assert scores[0] == {}
+        assert scores[1]["d"] == pytest.approx(0.5 * gains[0] / 2)
+        assert gains[0] > 0 and second.averaged_with == 4
+        assert first.weights == {"d": 1.0}
+        assert second.weights == pytest.approx({"d": 0.5, "c": 0.5})
+        assert third.averaged_with == 6
+        assert third.weights == pytest.approx({"d": 0.25, "c": 0.25, "b": 0.5})
+        estimate = cb.report.estimate(cb.report.weights)
+        assert cb.report.row("chosen").loss == pytest.approx(estimate.loss[0])
+        tried = cb.report.history[-1]
+        assert (tried.tasks, tried.accepted) == (("b",), False), "it may be a finalist"
+
+    def test_not_with_one_with_which_the_loss_has_risen(self, run_dir):
+        cb = callback()
+        torch.manual_seed(3)
+        trainer = tiny.plain_trainer(run_dir, cb)
+        measured = iter([1.0, 2.0, 1.5])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hf_auxselect.switch.evaluation_loss", lambda *args: next(measured))
+            trainer.train()
         lines = cb.report.decisions
-        saved = record(run_dir)
-        for before, line, decision in zip(
-            lines, lines[1:], [*saved["earlier"], saved][1:], strict=False
-        ):
-            scores = decision["reselection"]["scores"]["target"]
-            gain = (before.loss - line.loss) / 2
-            (task,) = before.weights
-            assert np.sign(scores[task]) == np.sign(gain) or before.carried_over_from is not None
-            if line.carried_over_from is not None:
-                assert line.weights in [one.weights for one in lines if one.step < line.step]
+        assert [line.loss for line in lines] == [1.0, 2.0, 1.5]
+        assert [line.averaged_with for line in lines] == [None, None, None]
+        assert [[*line.weights] for line in lines] == [["d"], ["c"], ["b"]]
 
-    def test_a_mixture_with_which_the_loss_rose_does_not_go_on(self):
-        scores = {"a": -0.1, "b": 0.0}
-        earlier = {4: {"a": 1.0, "b": 0.0}, 6: {"a": 0.0, "b": 1.0}}
-        assert to_carry_over(earlier, scores, lambda mixture: False) is None
+    def test_a_loss_that_is_not_finite_counts_for_nothing(self, run_dir):
+        cb = callback()
+        torch.manual_seed(3)
+        trainer = tiny.plain_trainer(run_dir, cb)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hf_auxselect.switch.evaluation_loss", lambda *args: float("nan"))
+            trainer.train()
+        assert [line.loss for line in cb.report.decisions] == [None] * 3
+        assert record(run_dir)["reselection"]["scores"] == {}
 
-    def test_the_best_score_of_those_that_are_not_beaten(self):
-        earlier = {
-            4: {"a": 1.0, "b": 0.0},
-            6: {"a": 0.0, "b": 1.0},
-            8: {"a": 1.0, "b": 0.0},
-        }
-        scores = {"a": 0.2, "b": 0.3}
-        assert to_carry_over(earlier, scores, lambda mixture: False) == 6
-        assert to_carry_over(earlier, scores, lambda mixture: mixture["b"] > 0) == 8
-        assert to_carry_over(earlier, scores, lambda mixture: True) is None
-        assert to_carry_over({}, scores, lambda mixture: False) is None
+    def test_the_last_one_for_the_same_target(self, run_dir):
+        reselect = Reselection(every=2, targets=[(6, "letters"), (8, "sums")])
+        cb = callback(target="sums", reselect=reselect)
+        trained(tiny.plain_trainer, run_dir, cb, eval_dataset=targets())
+        assert [line.averaged_with for line in cb.report.decisions] == [None, None, 4]
+        assert cb.report.weights == pytest.approx({"a": 0, "b": 0.5, "c": 0, "d": 0.5})
+        scores = record(run_dir)["reselection"]["scores"]
+        assert scores["sums"]["d"] > 0 and {*scores} == {"sums", "letters"}
+
+    def test_kept_tasks_and_selectors_that_promise_more(self, run_dir):
+        class Promising(ByRowsLeft):
+            asks_for_target_only = False
+
+        cb = callback(selector=Promising())
+        trained(tiny.plain_trainer, run_dir, cb)
+        assert [line.averaged_with for line in cb.report.decisions] == [None] * 3
+
+    def test_the_average_of_two_mixtures(self):
+        new, old = {"a": 0.5, "b": 0.5, "c": 0.0}, {"a": 0.8, "b": 0.0, "c": 0.2}
+        found = averaged(new, old, memory=0.25, rows_to_read=100)
+        assert found == pytest.approx({"a": 0.575, "b": 0.375, "c": 0.05})
+        few = averaged(new, old, memory=0.25, rows_to_read=19)
+        assert few == pytest.approx({"a": 0.575 / 0.95, "b": 0.375 / 0.95, "c": 0})
+
+    @given(
+        st.lists(st.floats(0, 1), min_size=3, max_size=3),
+        st.lists(st.floats(0, 1), min_size=3, max_size=3),
+        st.floats(0, 0.99),
+    )
+    def test_it_is_a_mixture_and_permutes_with_the_tasks(self, new, old, memory):
+        new, old = ({n: (w + 0.01) for n, w in zip("abc", m, strict=True)} for m in (new, old))
+        new, old = ({n: w / sum(m.values()) for n, w in m.items()} for m in (new, old))
+        found = averaged(new, old, memory=memory, rows_to_read=50)
+        assert sum(found.values()) == pytest.approx(1)
+        assert all(found[name] > 0 for name in new), "what the new choice has stays"
+        turned = averaged(
+            {n: new[n] for n in "cab"}, {n: old[n] for n in "bca"}, memory=memory, rows_to_read=50
+        )
+        assert turned == pytest.approx(found)
 
     @given(st.lists(st.tuples(st.floats(0, 1), st.floats(-1, 1)), max_size=8), st.floats(0, 0.9))
     def test_scores_are_moving_averages(self, intervals, memory):
@@ -453,64 +507,49 @@ class TestCarryingOver:
                 kept = 1 - (1 - memory) * weight
                 expected[name] = kept * expected[name] + (1 - kept) * gain
         assert scores.get("t", expected) == pytest.approx(expected)
+        assert score_of({"a": 0.5, "b": 0.5}, expected) == pytest.approx(
+            (expected["a"] + expected["b"]) / 2
+        )
 
     def test_other_targets_keep_their_scores(self):
         scores = credited({"s": {"a": 1.0}}, "t", {"a": 1.0}, 0.5, memory=0.5)
         assert scores == {"s": {"a": 1.0}, "t": {"a": 0.25}}
 
-    @pytest.mark.parametrize("noise", [0.05, 0.2])
-    def test_a_target_that_returns_is_served_better(self, noise):
-        """A, B, A: six tasks, noisy estimates; the second choice for A is on average better."""
-        rng = np.random.default_rng(0)
-        regrets = {0.0: [], 0.5: []}
-        for _ in range(400):
-            effects = rng.normal(0, 0.1, 6)  # of each task on the loss of A
-            for memory, found in regrets.items():
-                noises = np.random.default_rng(len(found)).normal(0, noise, (2, 6))
-                first = int(np.argmin(effects + noises[0]))
-                mixtures = {4: one_task(first)}
-                gain = -effects[first]  # realised in the steps after the first selection
-                scores = credited({}, "A", mixtures[4], gain, memory=memory)["A"]
-                fitted = KnownEffects(effects + noises[1], noise)
-                second = Selection(weights=one_task(int(np.argmin(fitted.effects))))
-                if memory:
-                    second, _ = carried_over(second, fitted, earlier=mixtures, scores=scores)
-                chosen = np.array([*second.weights.values()])
-                found.append(chosen @ effects - effects.min())
-        assert np.mean(regrets[0.5]) < np.mean(regrets[0.0])
 
-    def test_what_goes_on_is_told(self):
-        fitted = KnownEffects(np.array([0.0, -0.01]), 0.1)
-        chosen = Selection(weights={"0": 0.0, "1": 1.0})
-        earlier = {4: {"0": 1.0, "1": 0.0}}
-        selection, step = carried_over(chosen, fitted, earlier=earlier, scores={"0": 0.1})
-        assert (selection.weights, step) == (earlier[4], 4)
-        assert selection.estimate.loss[0] == 0.0
-        assert "not significantly better than the mixture of step 4 (-0.0100" in selection.notes[0]
-        same = Selection(weights=earlier[4])
-        assert carried_over(same, fitted, earlier=earlier, scores={"0": 0.1}) == (same, None)
+class TestSimulatedRuns:
+    """Quadratic tasks, whose losses are known; the means of several runs."""
 
+    def final_losses(self, dates, count=20, model=0.35, **options):
+        runs = [simulate(World(seed, model=model), dates, **options) for seed in range(count)]
+        return np.mean([run["losses"][-1] for run in runs])
 
-def one_task(number):
-    return {str(i): float(i == number) for i in range(6)}
+    def test_it_follows_a_target_that_jumps(self):
+        """Near the oracle, which knows the truth, where one selection and none are far from it."""
+        dates, clock = [(80, 1.0)], Reselection(every=20)
+        dated = Reselection(every=20, targets=[(80, "second")], significance=0.05)
+        oracle = self.final_losses(dates, reselection=None, knows=True)
+        once = self.final_losses(dates, reselection=None)
+        never = self.final_losses(dates, reselection=None, selects=False)
+        assert self.final_losses(dates, reselection=clock) - oracle < 0.1 * (once - oracle)
+        assert self.final_losses(dates, reselection=clock) - oracle < 0.2 * (never - oracle)
+        assert self.final_losses(dates, reselection=dated) - oracle < 0.1 * (once - oracle)
 
+    def test_it_follows_a_target_that_drifts(self):
+        dates = [(60, 0.25), (80, 0.5), (100, 0.75), (120, 1.0)]
+        tested = Reselection(every=20, targets=[(60, "second")], significance=0.05)
+        once = self.final_losses(dates, reselection=None)
+        for reselection in (Reselection(every=20), tested):
+            assert self.final_losses(dates, reselection=reselection) < 0.5 * once
 
-@dataclass
-class KnownEffects:
-    """Stands for a fitted estimator: a loss for each task, and the standard error of each."""
-
-    effects: np.ndarray
-    error: float
-
-    def estimate(self, weights):
-        loss = np.asarray(weights) @ self.effects
-        return Estimate(loss=loss, low=loss - self.error, high=loss + self.error)
-
-    def difference(self, weights, reference):
-        distance = np.linalg.norm(np.asarray(weights) - reference, axis=1)
-        loss = (np.asarray(weights) - reference) @ self.effects
-        error = 1.64 * self.error * distance
-        return Estimate(loss=loss, low=loss - error, high=loss + error)
+    def test_a_stationary_target_is_seldom_selected_for_again(self):
+        """Versions of it that have other rows."""
+        versions = [(date, 0.0) for date in range(40, 140, 20)]
+        tested = Reselection(every=20, targets=[(40, "rows")], significance=0.05)
+        runs = [
+            simulate(World(seed), versions, tested, same_rows=False)["selections"]
+            for seed in range(30)
+        ]
+        assert np.mean([len(selections) - 1 for selections in runs]) / 5 <= 0.05 + 0.035
 
 
 class TestTheDriftTest:
@@ -653,7 +692,7 @@ class TestTheReport:
             low=0.9,
             high=1.1,
             p_value=0.011,
-            carried_over_from=4,
+            averaged_with=4,
         ),
         DecisionLine(step=9, target="t", weights={"a": 1.0}, p_value=0.5, is_selection=False),
     ]
@@ -667,7 +706,7 @@ class TestTheReport:
         report = SelectionReport(weights={"a": 1.0}, decisions=self.lines)
         text = report.to_text()
         assert (
-            "step 8, for t: a 100% (mixture of step 4 goes on, p = 0.011). Loss 1.2500, estimated "
+            "step 8, for t: a 100% (new choice, averaged with the mixture of step 4, p = 0.011). Loss 1.2500, estimated "
             "for the end 1.0000." in text
         )
         assert "step 9, for t: a 100% (target not significantly different: not selected" in text
