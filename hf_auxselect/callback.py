@@ -278,8 +278,8 @@ class TaskSelectionCallback(TrainerCallback):
         saved = checkpoints.read_decision(trainer, run.directory.decision, run.plan.tasks.names)
         if saved is not None:
             run.recall(saved, step)
-            if "earlier" in saved:  # the run's own may have later ones
-                run.directory.save_decision(run.record())
+            if run.decisions:
+                run.directory.forget_later(run.record())
         decision = run.last_decision
         if decision is not None and not _made_with(decision, options):
             if decision["switch_step"] == step and (

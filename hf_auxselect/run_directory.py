@@ -154,6 +154,15 @@ class RunDirectory:
         """Write ``selection.json``."""
         on_main_process(lambda: write_atomically(self.decision, to_json(decision)))
 
+    def forget_later(self, record: SavedDecision) -> None:
+        """Write ``selection.json`` anew if there have been selections after the first one."""
+
+        def write() -> None:
+            if any(self.path.glob(step_name("*"))):
+                write_atomically(self.decision, to_json(record))
+
+        on_main_process(write)
+
     def save_clusters(self, tasks: TaskRows) -> None:
         """Write ``clusters.json``."""
         on_main_process(lambda: write_atomically(self.clusters, to_json(clusters_of(tasks))))

@@ -2,8 +2,11 @@
 
 import json
 import logging
+import runpy
 import shutil
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -27,6 +30,7 @@ from hf_auxselect import (
     Selection,
     SelectionReport,
     TaskSelectionCallback,
+    cli,
 )
 from hf_auxselect.gradient_pass import GradientPass
 from hf_auxselect.report import card
@@ -146,6 +150,19 @@ class TestARun:
         assert len(SelectionReport.load(files / "step_6").decisions) == 2
         for text in (last.to_text(), last.to_markdown(), last.to_html(), card.section(last, [])):
             assert "Selections of this run" in text
+
+    def test_the_command_line_is_about_the_last_selection(self, run, capsys):
+        directory, cb, _ = run
+        files = directory / "_task_selection"
+        first = (files / "report" / "report.json").read_bytes()
+        for folder in (files, files / "step_8"):
+            assert cli.main(["report", str(folder)]) == 0
+            assert "Selections of this run" in capsys.readouterr().out
+            assert cli.main(["what-if", str(folder), "--tasks", "a,b"]) == 0
+            loss = float(capsys.readouterr().out.split()[1])
+            assert loss == pytest.approx(cb.report.estimate(["a", "b"]).loss[0], abs=1e-4)
+        assert (files / "report" / "report.json").read_bytes() == first
+        assert not (files / "step_8" / "report" / "report").exists()
 
     def test_what_later_mixtures_read_is_as_announced(self, run):
         directory, _, seen = run
@@ -271,10 +288,13 @@ class TestResume:
 
     def test_re_selection_may_end_in_a_resumed_run(self, run_dir):
         trained(tiny.plain_trainer, run_dir, callback(), **SAVING)
-        cb = callback(reselect=None)
-        trained(tiny.plain_trainer, run_dir, cb, str(run_dir / "checkpoint-7"), **SAVING)
-        assert cb.report.run["switch_step"] == 6
-        assert record(run_dir)["switch_step"] == 6
+        for step, last in ((7, 6), (5, 4)):
+            cb = callback(reselect=None)
+            checkpoint = str(run_dir / f"checkpoint-{step}")
+            trained(tiny.plain_trainer, run_dir, cb, checkpoint, **SAVING)
+            assert cb.report.run["switch_step"] == last
+            assert record(run_dir)["switch_step"] == last
+            assert SelectionReport.load(run_dir / "_task_selection").run["switch_step"] == last
 
 
 class TestTargetsThatChange:
@@ -728,6 +748,28 @@ class TestTheReport:
         report = SelectionReport(weights={"a": 1.0})
         for text in (report.to_text(), report.to_markdown(), report.to_html()):
             assert "Selections" not in text and "selections" not in text
+
+
+def test_verify_is_about_the_last_selection(run_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, tiny\n"
+        "from hf_auxselect import FixedSelection, GaussNewton\n"
+        "callback = tiny.callback(\n"
+        "    estimator=GaussNewton(), selector=FixedSelection(['b']), reselect=3\n"
+        ")\n"
+        "trainer = tiny.plain_trainer(sys.argv[1], callback, save_strategy='steps', save_steps=1)\n"
+        "trainer.train()\n"
+        "print('ended with', trainer.evaluate()['eval_loss'])\n"
+    )
+    monkeypatch.setattr(sys, "argv", [str(script), str(run_dir)])
+    runpy.run_path(str(script), run_name="__main__")
+    ended = float(capsys.readouterr().out.split("ended with ")[1].split()[0])
+    directory = run_dir / "_task_selection"
+    assert cli.main(["verify", str(directory), "--num", "1", str(script), str(run_dir)]) == 0
+    report = SelectionReport.load(directory)
+    assert (report.run["switch_step"], report.verification[0].measured) == (7, ended)
 
 
 def test_the_store_of_a_test_holds_both_targets(run_dir):

@@ -26,7 +26,7 @@ SCENARIOS: dict[str, list[tuple[int, float]]] = {
 }
 """Steps at which the target changes, and the share of the second target from there on."""
 
-_TESTED = {"targets": [(1, "changes")], "significance": 0.05}
+_TESTED: dict[str, Any] = {"targets": [(1, "changes")], "significance": 0.05}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "all tasks": {"reselection": None, "selects": False},
     "one selection": {"reselection": None},
