@@ -213,3 +213,21 @@ def risk_aversion() -> str:
         for value in values
     ]
     return markdown(["`risk_aversion`", *families, "mean"], rows)
+
+
+@table
+def reselection() -> str:
+    """Losses above an oracle's at the end of simulated runs."""
+    found = {(one["scenario"], one["strategy"]): one for one in read("reselection")["lines"]}
+    scenarios = list(dict.fromkeys(scenario for scenario, _ in found))
+    strategies = dict.fromkeys(strategy for _, strategy in found if strategy != "oracle")
+    rows = [
+        [strategy]
+        + [
+            f"{number(one['above_oracle'])} ± {number(one['standard_error'])}"
+            for scenario in scenarios
+            for one in [found[scenario, strategy]]
+        ]
+        for strategy in strategies
+    ]
+    return markdown(["", *scenarios], rows)

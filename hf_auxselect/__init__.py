@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hf_auxselect.options import Confirmation as Confirmation
     from hf_auxselect.plan import CostPreview as CostPreview
     from hf_auxselect.report import SelectionReport as SelectionReport
+    from hf_auxselect.reselection import Reselection as Reselection
     from hf_auxselect.selectors import AbstractSelector as AbstractSelector
     from hf_auxselect.selectors import BackwardElimination as BackwardElimination
     from hf_auxselect.selectors import BeamSearch as BeamSearch
@@ -76,6 +77,7 @@ _MODULES = {
     "options": ("Confirmation",),
     "plan": ("CostPreview",),
     "report": ("SelectionReport",),
+    "reselection": ("Reselection",),
     "selectors": (
         "AbstractSelector",
         "BackwardElimination",

@@ -27,10 +27,17 @@ from hf_auxselect.estimators import AbstractEstimator, LinearizedTraining
 from hf_auxselect.gradient_pass import GradientPass, needs_optimizer
 from hf_auxselect.layers import LayerSelection
 from hf_auxselect.leaked_target import warn_of_leaked_target
-from hf_auxselect.options import Confirmation, Options, kept_tasks, named_groups
-from hf_auxselect.plan import CostPreview, Plan, checked_sources, make_plan
+from hf_auxselect.options import (
+    Confirmation,
+    Options,
+    checked_sources,
+    kept_tasks,
+    named_groups,
+)
+from hf_auxselect.plan import CostPreview, Plan, make_plan
 from hf_auxselect.publication import Publication
 from hf_auxselect.report import SelectionReport, strategy_record
+from hf_auxselect.reselection import Reselection
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory
 from hf_auxselect.selectors import AbstractSelector, MixtureOptimization
 from hf_auxselect.switch import Run, Switch
@@ -75,6 +82,9 @@ class TaskSelectionCallback(TrainerCallback):
         confirm: number of finalists that are trained at the switch for the remaining steps: the
             choice, all tasks, the best estimated others. The run goes on with the best measured
             one. A :class:`Confirmation` has more options; 0: the estimates decide.
+        reselect: number of steps from one selection to the next; each is made anew, by gradients
+            at the present parameters. A :class:`Reselection` has more options, such as targets
+            that change; None: there is one selection.
         clusters: number of tasks that the training set is split into at the switch, by the
             gradients of its rows, each of which is captured once more; see
             :func:`hf_auxselect.cluster_tasks`. No task column is needed, and none is read. None:
@@ -89,7 +99,8 @@ class TaskSelectionCallback(TrainerCallback):
             repo id.
 
     Attributes:
-        report: None before the selection, then a :class:`hf_auxselect.SelectionReport`.
+        report: None before the selection, then a :class:`hf_auxselect.SelectionReport`; of several
+            selections the last one's.
 
     Raises:
         ValueError, TypeError: an argument is wrong; or from ``trainer.train()``, before its first
@@ -114,6 +125,7 @@ class TaskSelectionCallback(TrainerCallback):
         verify: int = 0,
         calibrate: int = 0,
         confirm: int | Confirmation = 0,
+        reselect: int | Reselection | None = None,
         clusters: int | None = None,
         layers: LayerSelection | None = None,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
@@ -136,6 +148,7 @@ class TaskSelectionCallback(TrainerCallback):
         self.verify = verify
         self.calibrate = calibrate
         self.confirm = confirm
+        self.reselect = reselect
         self.clusters = clusters
         self.layers = layers
         self.sources = checked_sources(sources)
@@ -170,9 +183,12 @@ class TaskSelectionCallback(TrainerCallback):
             plan = self._make_plan(trainer, max_steps)
             gradient_pass = GradientPass(trainer=trainer, plan=plan, options=self._options())
             preview = gradient_pass.preview()
-        first = plan.switch_steps[0]
-        steps = (self.verify + self.calibrate) * (max_steps - first)
-        steps += training_steps(self._options().confirmation, first, max_steps)
+        confirmation = self._options().confirmation
+        steps = sum(
+            (self.verify + self.calibrate) * (max_steps - step)
+            + training_steps(confirmation, step, max_steps)
+            for step in plan.switch_steps
+        )
         return replace(preview, verification_steps=steps)
 
     def on_init_end(
@@ -225,9 +241,9 @@ class TaskSelectionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._run is not None and self._run.decisions:
-            last = self._run.decisions[max(self._run.decisions)]
+            record = self._run.record()
             trainer, tasks = self._current_trainer(), self._run.plan.tasks
-            on_main_process(lambda: checkpoints.save_decision(trainer, last))
+            on_main_process(lambda: checkpoints.save_decision(trainer, record))
             if self.clusters is not None:
                 on_main_process(lambda: checkpoints.save_clusters(trainer, tasks))
 
@@ -246,28 +262,42 @@ class TaskSelectionCallback(TrainerCallback):
         self._run = None
 
     def _select(self, trainer: Trainer, run: Run, step: int) -> None:
-        """Make the decision of a switch step, and follow it."""
+        """Make the decision of a switch step, if it is due, and follow it."""
         switch = Switch(trainer=trainer, run=run, options=self._options(), step=step)
+        if not switch.is_due():
+            if self.report is not None:
+                self.report.decisions = run.decision_lines
+                run.last_directory.save_report(self.report)
+            return
+        self._publication.target = switch.plan.target_key
         self.report, fitted = switch.decide()
         switch.publish(self.report, fitted)
         switch.restart()
         switch.follow()
 
     def _resume_after_switch(self, trainer: Trainer, run: Run, switch_step: int) -> None:
-        """Follow the decision of the resumed run; make it only if it is due right now."""
+        """Follow the last decision of the resumed run; make one only if it is due right now."""
         step, options = trainer.state.global_step, self._options()
         at_switch = step == switch_step
         if self.clusters is not None:
             tasks = checkpoints.read_clusters(trainer, run.directory.clusters, run.plan.tasks)
             run.plan = run.plan.with_tasks(tasks, self.examples_per_task)
-        decision = checkpoints.read_decision(trainer, run.directory.decision, run.plan.tasks.names)
+        saved = checkpoints.read_decision(trainer, run.directory.decision, run.plan.tasks.names)
+        if saved is not None:
+            run.recall(saved, step)
+            if run.decisions:
+                run.directory.forget_later(run.record())
+        decision = run.last_decision
         if decision is not None and not _made_with(decision, options):
-            if at_switch and (self.after != "restart" or not options.needs_estimates):
+            if decision["switch_step"] == step and (
+                self.after != "restart" or not options.needs_estimates
+            ):
                 logger.warning(
                     "the checkpoint's decision was made with other options; nothing has been "
                     "trained on it yet, so it is made anew."
                 )
-                decision = None
+                run.forget(step)
+                decision = run.last_decision
             else:
                 logger.warning(
                     "options of the selection have changed since it was made; the decision of the "
@@ -275,16 +305,28 @@ class TaskSelectionCallback(TrainerCallback):
                     decision["selected"],
                 )
         if decision is not None:
-            run.decisions[switch_step] = decision
-            switch = Switch(trainer=trainer, run=run, options=options, step=switch_step)
-            self.report = run.directory.read_report(decision)
-            if self.verify and at_switch and (self._verify_again or not self.report.verification):
+            decided = decision["switch_step"]
+            switch = Switch(trainer=trainer, run=run, options=options, step=decided)
+            self.report = switch.directory.read_report(decision)
+            self.report.decisions = run.decision_lines
+            self._publication.target = switch.plan.target_key
+            is_new = self._verify_again or not self.report.verification
+            if self.verify and decided == step and is_new:
                 with checkpoints.random_states_of_checkpoint(trainer):
                     switch.verify(self.report, MainProcessValue(self.report.fitted))
             switch.follow()
-        elif at_switch:
+        if at_switch and not run.is_settled(step):
             with checkpoints.random_states_of_checkpoint(trainer):
                 self._select(trainer, run, switch_step)
+        elif decision is not None:
+            if not run.is_settled(switch_step):
+                logger.warning(
+                    "no selection was made after step %d, where reselect=%r asks for one; the "
+                    "decision of step %d stands.",
+                    switch_step,
+                    self.reselect,
+                    decision["switch_step"],
+                )
         elif self.after == "observe":
             logger.warning(
                 "resumed at step %d, after the selection was due (step %d): nothing is selected.",

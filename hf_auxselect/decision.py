@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from hf_auxselect.estimators import AbstractEstimator, FittedEstimator
 from hf_auxselect.plan import Plan
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.report.content import Interval, RunRecord
+from hf_auxselect.reselection import averaged
 from hf_auxselect.selectors import (
     AbstractSelector,
     Selection,
     SelectionProblem,
+    Step,
     selection_problem,
 )
 from hf_auxselect.store.arrays import GradientStore
@@ -49,6 +54,40 @@ def choose(
     else:
         problem = selection_problem(fitted, store, keep=keep, rows_to_read=rows_to_read)
     return selector.select(problem)
+
+
+def averaged_with(
+    earlier: Mapping[str, float],
+    selection: Selection,
+    fitted: FittedEstimator,
+    *,
+    memory: float,
+    rows_to_read: int,
+) -> Selection:
+    """A new choice, averaged with the mixture of an earlier decision.
+
+    Args:
+        earlier: that mixture.
+        selection: the new choice.
+        fitted: the estimator that it was made with.
+        memory: share of the earlier mixture.
+        rows_to_read: number of training rows that the remaining steps read.
+    """
+    weights = averaged(selection.weights, earlier, memory=memory, rows_to_read=rows_to_read)
+    alone, together = (
+        fitted.estimate(np.array([[*mixture.values()]])) for mixture in (selection.weights, weights)
+    )
+    tried = Step(  # so that it may be a finalist
+        tasks=tuple(selection.selected),
+        loss=float(alone.loss[0]),
+        low=float(alone.low[0]),
+        high=float(alone.high[0]),
+        accepted=False,
+        weights={name: weight for name, weight in selection.weights.items() if weight > 0},
+    )
+    return replace(
+        selection, weights=weights, estimate=together, history=(*selection.history, tried)
+    )
 
 
 def report_on(

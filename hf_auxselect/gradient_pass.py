@@ -36,7 +36,8 @@ from hf_auxselect.estimators.base import NUM_ENDPOINTS
 from hf_auxselect.layers import LayerSelection
 from hf_auxselect.options import Options
 from hf_auxselect.plan import CostPreview, Plan
-from hf_auxselect.store.arrays import GradientStore
+from hf_auxselect.reselection import MAX_TESTED, drift_p_value
+from hf_auxselect.store.arrays import GradientStore, evenly_spread
 from hf_auxselect.store.writer import add_vectors
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer import access, data
@@ -85,7 +86,7 @@ class GradientPass:
 
         Terms that are 0 in the first step (a distance from the initial model) show at the switch.
         """
-        trainer, target = self.trainer, data.target_key(self.trainer, self.options.target)
+        trainer, target = self.trainer, self.plan.target_key
         notes = compare_evaluation(
             trainer, data.target_dataset(trainer, target), self.plan.loss, "the target"
         )
@@ -133,8 +134,34 @@ class GradientPass:
             raise ValueError(f"layers: training={layers.training!r}: {reason}")
 
     def preview(self) -> CostPreview:
-        """Run a few batches and predict the cost."""
-        plan, clusters = self.plan, self.options.clusters
+        """Run a few batches and predict the cost of all selections."""
+        steps, clusters = self.plan.switch_steps, self.options.clusters
+        total = self._preview(clusters)
+        without = replace(self.options, clusters=None)
+        plan = self.plan
+        if clusters is not None:  # of which nothing is known yet
+            tasks = evenly_split(len(plan.tasks.ids), clusters)
+            plan = plan.with_tasks(tasks, self.options.examples_per_task)
+        known: dict[str | None, CostPreview] = {}
+        for step in steps[1:]:
+            later = replace(self, plan=plan.at(step), options=without)
+            key = later.plan.target_key
+            if key not in known:
+                known[key] = later._preview(None)
+            one = known[key]
+            total = replace(
+                total,
+                num_examples=total.num_examples + one.num_examples,
+                seconds=total.seconds + one.seconds,
+                disk_mib=total.disk_mib + one.disk_mib,
+                memory_mib=max(total.memory_mib, one.memory_mib),
+                host_memory_mib=max(total.host_memory_mib, one.host_memory_mib),
+            )
+        return replace(total, num_selections=len(steps))
+
+    def _preview(self, clusters: int | None) -> CostPreview:
+        """The cost of one selection."""
+        plan = self.plan
         if clusters is not None:  # of which nothing is known yet
             tasks = evenly_split(len(plan.tasks.ids), clusters)
             plan = plan.with_tasks(tasks, self.options.examples_per_task)
@@ -175,7 +202,7 @@ class GradientPass:
                 cost = self._predicted_layers()
                 seconds, memory = seconds + cost.seconds, max(memory, cost.memory)
             if clusters is not None:
-                cost = self._predicted([plan.all_rows()], self._scalars_to_cluster)
+                cost = self._predicted([plan.all_rows()], self._scalars_to_compare)
                 seconds, memory = seconds + cost.seconds, max(memory, cost.memory)
         bytes_per_gradient = 4 * (1 + self.options.projection_dim)
         bytes_per_example = 28 + len(self.options.estimator.scalars) * bytes_per_gradient
@@ -242,6 +269,32 @@ class GradientPass:
                 progress=self._shows_progress,
             )
 
+    def drift(self, before: TaskExamples, directory: Path) -> float:
+        """P-value of the hypothesis that a former target has gradients as the present one has.
+
+        Args:
+            before: the former target.
+            directory: where the store of the gradients of both is written.
+        """
+        tested = [
+            replace(
+                examples,
+                example_ids=[examples.example_ids[i] for i in places],
+                example_weights=None,
+            )
+            for examples in (before, self.plan.target)
+            for places in [evenly_spread(len(examples.example_ids), MAX_TESTED).tolist()]
+        ]
+        with self.trainer.compute_loss_context_manager():
+            store = self._captured(
+                [tested[0]], self._scalars_to_compare, directory, None, target=tested[1]
+            )
+        return on_main_process(
+            lambda: drift_p_value(
+                store.loss_gradients, store.target.loss_gradients, seed=self.plan.seed
+            )
+        )
+
     def find_clusters(
         self, number: int, directory: Path, initial: Mapping[str, Tensor] | None
     ) -> TaskRows:
@@ -254,7 +307,7 @@ class GradientPass:
         """
         plan = self.plan
         with self.trainer.compute_loss_context_manager():
-            store = self._captured([plan.all_rows()], self._scalars_to_cluster, directory, initial)
+            store = self._captured([plan.all_rows()], self._scalars_to_compare, directory, initial)
         order = np.argsort(store.example_ids)
         labels_N = on_main_process(
             lambda: cluster_gradients(store.loss_gradients[order], number, seed=plan.seed)
@@ -303,8 +356,13 @@ class GradientPass:
         initial: Mapping[str, Tensor] | None,
         groups: Sequence[TaskExamples] = (),
         layers: LayerSelection | None = None,
+        target: TaskExamples | None = None,
     ) -> GradientStore:
-        """The gradients of some tasks, the target and groups at theta_0."""
+        """The gradients of some tasks, the target and groups at theta_0.
+
+        Args beyond those of :func:`capture_examples`:
+            target: None: the plan's.
+        """
         trainer, plan, options = self.trainer, self.plan, self.options
         training = training_to_come(
             trainer, trainer.state.global_step, restarts=initial is not None
@@ -314,7 +372,7 @@ class GradientPass:
         return capture_examples(
             trainer.model,
             tasks,
-            plan.target,
+            target or plan.target,
             self._collate_fn,
             groups=groups,
             directory=directory,
@@ -335,7 +393,7 @@ class GradientPass:
         return not self.trainer.args.disable_tqdm
 
     @property
-    def _scalars_to_cluster(self) -> tuple[str, ...]:
+    def _scalars_to_compare(self) -> tuple[str, ...]:
         """In the optimizer's coordinates, where these are captured anyway."""
         at = AT_OPTIMIZER if needs_optimizer(self.options.estimator) else ""
         return (f"loss{at}",)

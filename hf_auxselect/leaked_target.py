@@ -28,14 +28,16 @@ _TOO_OPTIMISTIC = (
 
 
 def warn_of_leaked_target(plan: Plan, task_column: str) -> None:
-    """Warn if rows of the target or of a group are trained on: of which tasks, and how many.
+    """Warn if rows of a target or of a group are trained on: of which tasks, and how many.
 
     Rows are compared by the values of the columns that both sets have and the model reads (see
     :func:`hf_auxselect.fingerprint.digest`). Training rows are looked at for ``SECONDS_TO_COMPARE``
     at most, in chunks from all over the training set.
     """
-    seconds = SECONDS_TO_COMPARE / (1 + len(plan.groups))
-    _warn_of_leak(plan, plan.target, "the target", task_column, seconds)
+    seconds = SECONDS_TO_COMPARE / (len(plan.targets) + len(plan.groups))
+    for target in plan.targets.values():
+        what = "the target" if len(plan.targets) == 1 else f"the target {target.name!r}"
+        _warn_of_leak(plan, target, what, task_column, seconds)
     for group in plan.groups:
         _warn_of_leak(plan, group, f"the group {group.name!r}", task_column, seconds)
 

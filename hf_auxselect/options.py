@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hf_auxselect.estimators import AbstractEstimator
-from hf_auxselect.files import JsonDict
+from hf_auxselect.files import JsonDict, to_json
 from hf_auxselect.layers import LayerSelection
+from hf_auxselect.reselection import Reselection, reselection_of
 from hf_auxselect.selectors import AbstractSelector, FixedSelection
 
 MODES = ("continue", "restart", "observe")
@@ -72,6 +75,7 @@ class Options:
     verify: int
     calibrate: int
     confirm: int | Confirmation
+    reselect: int | Reselection | None
     clusters: int | None
     layers: LayerSelection | None
     sources: dict[str, JsonDict]
@@ -112,6 +116,8 @@ class Options:
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise ValueError(f"{name} must be a number of mixtures, 0 or more; got {number!r}.")
         _ = self.confirmation
+        if self.reselection is not None:
+            self._require_reselection(self.reselection)
         if self.clusters is not None:
             self._require_clusters(self.clusters)
         if self.layers is not None:
@@ -151,6 +157,31 @@ class Options:
                 "after='observe' leaves it as it is; pass training='all', or another mode."
             )
 
+    def _require_reselection(self, reselection: Reselection) -> None:
+        if self.after == "restart":
+            raise ValueError(
+                f"reselect={self.reselect!r} selects again while the run goes on, but "
+                "after='restart' lets a selection throw the steps before it away; pass "
+                "after='continue', or leave reselect out."
+            )
+        if not self.needs_estimates:
+            raise ValueError(
+                f"reselect={self.reselect!r} selects again by new estimates, but "
+                "FixedSelection(estimate=False) makes none; leave one of the two out."
+            )
+        if self.layers is not None and self.layers.training != "all":
+            raise ValueError(
+                f"reselect={self.reselect!r} selects again by gradients of all layers, but "
+                f"layers: training={self.layers.training!r} holds some back from the first "
+                "selection on; pass training='all', or leave reselect out."
+            )
+        for name in self.groups:
+            if name in reselection.named_targets:
+                raise ValueError(
+                    f"groups names {name!r}, which is one of the targets of reselect; leave it out "
+                    "of one of the two."
+                )
+
     def _require_clusters(self, number: int) -> None:
         if isinstance(number, bool) or not isinstance(number, int) or number < 2:
             raise ValueError(
@@ -166,6 +197,11 @@ class Options:
     def confirmation(self) -> Confirmation | None:
         """The race that was asked for; None: there is none."""
         return confirmation_of(self.confirm)
+
+    @property
+    def reselection(self) -> Reselection | None:
+        """The re-selection that was asked for; None: there is one selection."""
+        return reselection_of(self.reselect)
 
     @property
     def needs_estimates(self) -> bool:
@@ -207,3 +243,21 @@ def kept_tasks(keep: Sequence[str]) -> tuple[str, ...]:
     if isinstance(keep, str):
         raise TypeError(f"keep must be a sequence of task names, got the string {keep!r}.")
     return tuple(str(name) if isinstance(name, int) else name for name in keep)
+
+
+def checked_sources(sources: Mapping[str, Mapping[str, Any]] | None) -> dict[str, JsonDict]:
+    """The callback's ``sources`` as JSON values, as the report keeps them.
+
+    Raises:
+        TypeError: a source is no entry of ``datasets:``, or holds what JSON cannot express.
+    """
+    for name, source in (sources or {}).items():
+        if not isinstance(source, Mapping):
+            raise TypeError(
+                f"sources[{name!r}] must be an entry of TRL's datasets:, such as "
+                f"{{'path': 'me/data'}}, got {source!r}."
+            )
+    try:
+        return {name: json.loads(to_json(source)) for name, source in (sources or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"sources must hold texts, numbers and lists only ({error}).") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -22,10 +21,11 @@ from hf_auxselect.capture.check import examples_to_check
 from hf_auxselect.capture.scalars import CollateFn
 from hf_auxselect.clusters import evenly_split
 from hf_auxselect.estimators import Estimate
-from hf_auxselect.files import JsonDict, to_json
+from hf_auxselect.files import JsonDict
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.options import Options
 from hf_auxselect.report.content import RunRecord
+from hf_auxselect.reselection import Reselection
 from hf_auxselect.seeds import random_permutation
 from hf_auxselect.selectors import AbstractSelector, SelectionProblem
 from hf_auxselect.tasks import TaskRows
@@ -40,8 +40,8 @@ ALL_ROWS = "all rows"
 """The one task of a training set that is split into clusters later."""
 
 
-class PlanRecord(TypedDict):
-    """The content of ``plan.json``."""
+class _PlanRecord(TypedDict):
+    """What every plan has."""
 
     switch_step: int
     seed: int
@@ -52,6 +52,14 @@ class PlanRecord(TypedDict):
     versions: dict[str, str]
 
 
+class PlanRecord(_PlanRecord, total=False):
+    """The content of ``plan.json``."""
+
+    switch_steps: list[int]
+    """Of ``reselect=``, with the target of each selection."""
+    targets: list[str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Tasks, examples and switch step of a run: the same on every process and after a resume."""
@@ -60,6 +68,8 @@ class Plan:
     examples: tuple[TaskExamples, ...]
     """What the gradient pass reads of each auxiliary task."""
     target: TaskExamples
+    target_key: str | None
+    """Of the ``eval_dataset`` dict, or None."""
     groups: tuple[TaskExamples, ...]
     """Further targets, whose losses are estimated, too."""
     loss: TrainerLoss
@@ -68,9 +78,29 @@ class Plan:
     """Mean number of examples in a packed row of each task; empty if each row is one example."""
     switch_steps: tuple[int, ...]
     """Optimizer steps after which a selection is made, ascending; the first ends the warm-up."""
+    max_steps: int
+    """Optimizer steps of the whole run."""
+    reselection: Reselection | None
+    targets: Mapping[str | None, TaskExamples]
+    """By its key, each target that the run may have."""
+    default_target: str | None
+    """Key of the target where ``reselection`` names none."""
     seed: int
     fingerprint: JsonDict
     """What a resumed run must share with the run that it continues."""
+
+    def starting_at(self, first_step: int) -> Plan:
+        """The plan with another step of the first selection."""
+        steps: tuple[int, ...] = (first_step,)
+        if self.reselection is not None:
+            steps = self.reselection.steps(first_step, self.max_steps)
+        return replace(self, switch_steps=steps).at(first_step)
+
+    def at(self, step: int) -> Plan:
+        """The plan with the target of the selection after this step."""
+        key = None if self.reselection is None else self.reselection.target_at(step)
+        key = self.default_target if key is None else key
+        return replace(self, target=self.targets[key], target_key=key)
 
     @property
     def num_examples(self) -> int:
@@ -147,7 +177,7 @@ class Plan:
     def to_dict(self) -> PlanRecord:
         """The content of ``plan.json``."""
         packages = ("torch", "transformers", "accelerate", "datasets")
-        return {
+        record: PlanRecord = {
             "switch_step": self.switch_steps[0],
             "seed": self.seed,
             "tasks": dict(zip(self.tasks.names, self.tasks.counts.tolist(), strict=True)),
@@ -155,6 +185,10 @@ class Plan:
             "fingerprint": self.fingerprint,
             "versions": {"hf_auxselect": __version__} | {name: version(name) for name in packages},
         }
+        if self.reselection is not None:
+            record["switch_steps"] = list(self.switch_steps)
+            record["targets"] = [self.at(step).target.name for step in self.switch_steps]
+        return record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +209,11 @@ class CostPreview:
             estimator and the selector take afterwards.
         host_memory_mib: predicted size of the tasks' mean gradients, in MiB, which the host's
             memory holds where the model is not on the CPU; else 0.
-        switch_step: optimizer step after which the pass runs.
+        switch_step: optimizer step after which the pass runs; of several, the first one.
         verification_steps: further training steps at most, of the ground-truth runs of ``verify``,
             ``calibrate`` and ``confirm``; these share the runs on equal mixtures.
+        num_selections: number of selections, which all other numbers are about together; with
+            ``Reselection(significance=...)`` the largest possible one, without the tests.
     """
 
     num_examples: int
@@ -187,11 +223,17 @@ class CostPreview:
     switch_step: int
     verification_steps: int = 0
     host_memory_mib: float = 0.0
+    num_selections: int = 1
 
     def __str__(self) -> str:
         minutes, seconds = divmod(round(self.seconds), 60)
+        passes = (
+            f"{self.num_selections} gradient passes, the first"
+            if self.num_selections > 1
+            else "gradient pass"
+        )
         return (
-            f"gradient pass after step {self.switch_step}: {self.num_examples} examples, about "
+            f"{passes} after step {self.switch_step}: {self.num_examples} examples, about "
             f"{minutes} min {seconds:02d} s, {self.disk_mib:.1f} MiB on disk, "
             f"{self.memory_mib:.0f} MiB of memory"
             + (
@@ -228,9 +270,6 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
         tasks = TaskRows((ALL_ROWS,), np.zeros(len(trainer.train_dataset), np.int64))
         split = evenly_split(len(tasks.ids), options.clusters)
         _dry_run(options.selector, split, options.keep, options.groups)
-    target = data.target_key(trainer, options.target)
-    target_set = data.target_dataset(trainer, target)
-    group_sets = {name: data.group_dataset(trainer, name, target) for name in options.groups}
     warmup, seed = options.warmup, options.seed
     switch_step = warmup if isinstance(warmup, int) else max(1, round(warmup * max_steps))
     if switch_step + must_train_on > max_steps:
@@ -239,10 +278,20 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
             "steps, and none would be left for the estimates to be about; lower warmup, or train "
             "for longer (max_steps, num_train_epochs)."
         )
+    default_target = data.target_key(trainer, options.target)
+    keys = [default_target]
+    switch_steps: tuple[int, ...] = (switch_step,)
+    if (reselection := options.reselection) is not None:
+        switch_steps = reselection.steps(switch_step, max_steps)
+        named = map(reselection.target_at, range(switch_step, max_steps))
+        keys = list(dict.fromkeys(default_target if key is None else key for key in named))
+    target_sets = {key: data.target_dataset(trainer, key) for key in keys}
+    for key in keys:  # a group is none of the targets
+        group_sets = {name: data.group_dataset(trainer, name, key) for name in options.groups}
     if seed is None:
         seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
     train_rows = data.ModelRows(trainer, trainer.train_dataset)
-    target_rows = data.ModelRows(trainer, target_set)
+    target_rows = {key: data.ModelRows(trainer, one) for key, one in target_sets.items()}
 
     if options.clusters is not None and train_rows.is_packed:
         raise ValueError(
@@ -251,7 +300,7 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
             "with cluster_tasks."
         )
     at_most = options.examples_per_task
-    loss = settle_loss(trainer, train_rows, target_rows)
+    loss = settle_loss(trainer, train_rows, target_rows[keys[0]])
 
     def evaluated(rows: data.ModelRows, key: str | None, name: str, what: str) -> TaskExamples:
         ids = _draw(np.arange(len(rows)), what, seed, at_most)
@@ -260,7 +309,12 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
             name=name, rows=rows, example_ids=ids, num_rows=len(rows), example_weights=weights
         )
 
-    target_examples = evaluated(target_rows, target, target or "target", "the target")
+    targets = {
+        key: evaluated(
+            rows, key, key or "target", "the target" if key == keys[0] else f"the target {key!r}"
+        )
+        for key, rows in target_rows.items()
+    }
     group_rows = {name: data.ModelRows(trainer, dataset) for name, dataset in group_sets.items()}
     groups = tuple(
         evaluated(rows, name, name, f"the group {name!r}") for name, rows in group_rows.items()
@@ -279,7 +333,8 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
     return Plan(
         tasks=tasks,
         examples=examples,
-        target=target_examples,
+        target=targets[keys[0]],
+        target_key=keys[0],
         groups=groups,
         loss=loss,
         examples_per_row=(
@@ -287,12 +342,16 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
             if (examples_per_row == 1).all()
             else dict(zip(tasks.names, examples_per_row.tolist(), strict=True))
         ),
-        switch_steps=(switch_step,),
+        switch_steps=switch_steps,
+        max_steps=max_steps,
+        reselection=reselection,
+        targets=targets,
+        default_target=default_target,
         seed=seed,
         fingerprint={
             "tasks": dict(zip(tasks.names, tasks.counts.tolist(), strict=True)),
             "training rows": _digest_of_rows(train_rows, tasks),
-            "target rows": _digest_of_rows(target_rows),
+            "target rows": _digest_of_rows(target_rows[keys[0]]),
             "groups": {name: _digest_of_rows(rows) for name, rows in group_rows.items()},
             "trainable parameters": digest(
                 *(
@@ -306,7 +365,8 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
             "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
             "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
         }
-        | ({} if options.clusters is None else {"clusters": options.clusters}),
+        | ({} if options.clusters is None else {"clusters": options.clusters})
+        | {f"rows of the target {key!r}": _digest_of_rows(target_rows[key]) for key in keys[1:]},
     )
 
 
@@ -350,24 +410,6 @@ def require_same_plan(plan: Plan, on_disk: PlanRecord, path: Any) -> None:
             "position in the mixture would be lost. Restore it, or start anew in another "
             "output_dir."
         )
-
-
-def checked_sources(sources: Mapping[str, Mapping[str, Any]] | None) -> dict[str, JsonDict]:
-    """The callback's ``sources`` as JSON values, as the report keeps them.
-
-    Raises:
-        TypeError: a source is no entry of ``datasets:``, or holds what JSON cannot express.
-    """
-    for name, source in (sources or {}).items():
-        if not isinstance(source, Mapping):
-            raise TypeError(
-                f"sources[{name!r}] must be an entry of TRL's datasets:, such as "
-                f"{{'path': 'me/data'}}, got {source!r}."
-            )
-    try:
-        return {name: json.loads(to_json(source)) for name, source in (sources or {}).items()}
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"sources must hold texts, numbers and lists only ({error}).") from error
 
 
 def _weights_in_evaluation(

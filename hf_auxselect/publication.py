@@ -31,7 +31,7 @@ class Publication:
 
     Args:
         repo: ``True``: the trainer's model repo; a repo id; or None: nothing is pushed.
-        target: as given to the callback.
+        target: as given to the callback; may be set anew where the target changes.
         owner: has the run's report, None before the selection.
 
     Raises:
@@ -50,7 +50,7 @@ class Publication:
                 f"'user/name', got {repo!r}."
             )
         self._repo = repo
-        self._target = target
+        self.target = target
         self._owner = owner
         self._has_ended = False
         self._files: list[str] = []  # of the report, once they are in the repo
@@ -123,7 +123,7 @@ class Publication:
     def _note_final_loss(self, trainer: Trainer, report: SelectionReport) -> None:
         """Let the report have the target's loss after training, and none of an earlier run's."""
         report.run.pop("final_loss", None)
-        loss = hub.final_loss(trainer, self._target) if self._has_ended else None
+        loss = hub.final_loss(trainer, self.target) if self._has_ended else None
         if loss is not None:
             report.run["final_loss"] = loss
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,10 +20,17 @@ from torch import Tensor
 from hf_auxselect.distributed import on_main_process
 from hf_auxselect.files import read_json, to_json, write_atomically
 from hf_auxselect.plan import Plan, PlanRecord, require_same_plan
+from hf_auxselect.report.content import DecisionLine
 from hf_auxselect.report.exports.rows import ROWS_NAME, row_lines
-from hf_auxselect.report.report import SelectionReport
+from hf_auxselect.report.report import DECISION_NAME, SelectionReport, step_name
 from hf_auxselect.tasks import TaskRows
-from hf_auxselect.trainer.checkpoints import ConfirmationRecord, Decision, clusters_of
+from hf_auxselect.trainer.checkpoints import (
+    ConfirmationRecord,
+    Decision,
+    DriftTest,
+    SavedDecision,
+    clusters_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +43,10 @@ class RunDirectory:
     """Reads and writes the files of one run."""
 
     path: Path
+
+    def at(self, plan: Plan, step: int) -> RunDirectory:
+        """Where the files of the selection after a step are: of the first one, this directory."""
+        return self if step == plan.switch_steps[0] else RunDirectory(self.path / step_name(step))
 
     @property
     def gradients(self) -> Path:
@@ -54,8 +65,13 @@ class RunDirectory:
 
     @property
     def decision(self) -> Path:
-        """The file of the run's last decision."""
-        return self.path / "selection.json"
+        """The file of the run's decisions."""
+        return self.path / DECISION_NAME
+
+    @property
+    def drift_gradients(self) -> Path:
+        """Where the gradients of the targets that a test compares are."""
+        return self.path / "drift_gradients"
 
     @property
     def ground_truth_runs(self) -> Path:
@@ -81,6 +97,8 @@ class RunDirectory:
             self.ground_truth_runs.unlink(missing_ok=True)
             self.clusters.unlink(missing_ok=True)
             shutil.rmtree(self._report, ignore_errors=True)  # its pictures would be of that run
+            for later in self.path.glob(step_name("*")):
+                shutil.rmtree(later)
 
         on_main_process(write)
         return plan
@@ -98,7 +116,7 @@ class RunDirectory:
             logger.info("resuming a run that was started without a task selection.")
             return self.start(plan)
         require_same_plan(plan, on_disk, path)
-        return replace(plan, switch_steps=(on_disk["switch_step"],), seed=on_disk["seed"])
+        return replace(plan.starting_at(on_disk["switch_step"]), seed=on_disk["seed"])
 
     def save_initial(self, initial: dict[str, Tensor]) -> None:
         """Write the trainable parameters of step 0."""
@@ -132,9 +150,18 @@ class RunDirectory:
     def _initial(self) -> Path:
         return self.path / "initial_adapter.safetensors"
 
-    def save_decision(self, decision: Decision) -> None:
+    def save_decision(self, decision: SavedDecision) -> None:
         """Write ``selection.json``."""
         on_main_process(lambda: write_atomically(self.decision, to_json(decision)))
+
+    def forget_later(self, record: SavedDecision) -> None:
+        """Write ``selection.json`` anew if there have been selections after the first one."""
+
+        def write() -> None:
+            if any(self.path.glob(step_name("*"))):
+                write_atomically(self.decision, to_json(record))
+
+        on_main_process(write)
 
     def save_clusters(self, tasks: TaskRows) -> None:
         """Write ``clusters.json``."""
@@ -205,3 +232,45 @@ def decision_of(report: SelectionReport) -> Decision:
             measured_loss_all=race.measured("all tasks"),
         )
     return decision
+
+
+def decision_lines(
+    decisions: Iterable[Decision], drift_tests: Mapping[int, DriftTest]
+) -> list[DecisionLine]:
+    """What a report shows of a run's decisions and tests, in their order; of one decision nothing.
+
+    Args:
+        decisions: of a run that may decide again.
+        drift_tests: each by its step.
+    """
+    lines = {}
+    for decision in decisions:
+        step, record = decision["switch_step"], decision.get("reselection")
+        if record is None:  # of a run that did not decide again until it was resumed
+            continue
+        test = drift_tests.get(step)
+        lines[step] = DecisionLine(
+            step=step,
+            target=record["target"],
+            weights={name: weight for name, weight in decision["weights"].items() if weight > 0},
+            loss=record["loss"],
+            estimated=decision["estimated_loss"],
+            low=decision["low"],
+            high=decision["high"],
+            p_value=None if test is None else test["p_value"],
+            averaged_with=record["averaged_with"],
+        )
+    weights: dict[str, float] = {}
+    for step in sorted({*lines, *drift_tests}):
+        if step in lines:
+            weights = lines[step].weights
+        else:
+            test = drift_tests[step]
+            lines[step] = DecisionLine(
+                step=step,
+                target=test["target"],
+                weights=weights,
+                p_value=test["p_value"],
+                is_selection=False,
+            )
+    return [lines[step] for step in sorted(lines)] if len(lines) > 1 else []

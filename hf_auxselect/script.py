@@ -16,6 +16,7 @@ from hf_auxselect.files import read_json
 from hf_auxselect.options import Confirmation, confirmation_of
 from hf_auxselect.plan import PlanRecord
 from hf_auxselect.report import SelectionReport, strategy_record
+from hf_auxselect.report.report import later_switch_step
 from hf_auxselect.run_directory import DIRECTORY_NAME
 
 
@@ -51,7 +52,8 @@ def verify_with_script(
         raise FileNotFoundError(f"no such script: {str(script)!r}.")
     if directory.name != DIRECTORY_NAME or not (directory / "plan.json").is_file():
         raise ValueError(f"{str(directory)!r} is not the {DIRECTORY_NAME} directory of a run.")
-    step = read_json(directory / "plan.json", PlanRecord)["switch_step"]
+    first = read_json(directory / "plan.json", PlanRecord)["switch_step"]
+    step = later_switch_step(directory) or first
     checkpoint = directory.parent / f"checkpoint-{step}"
     if not checkpoint.is_dir():
         raise FileNotFoundError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from typing import cast
 
 import numpy as np
 from torch import Tensor
@@ -15,7 +17,7 @@ from transformers import Trainer
 
 from hf_auxselect.capture.layer_gradients import parameter_rates
 from hf_auxselect.confirmation import confirmed, finalists, run_race, rungs
-from hf_auxselect.decision import choose, report_on
+from hf_auxselect.decision import averaged_with, choose, report_on
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import FittedEstimator
 from hf_auxselect.gradient_pass import GradientPass
@@ -25,15 +27,19 @@ from hf_auxselect.options import Confirmation, Options
 from hf_auxselect.plan import Plan
 from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
 from hf_auxselect.report.console import for_stream
-from hf_auxselect.report.content import Race
+from hf_auxselect.report.content import DecisionLine, Race
 from hf_auxselect.report.table_rows import table_rows
 from hf_auxselect.report.text import summary
-from hf_auxselect.run_directory import RunDirectory, decision_of
+from hf_auxselect.reselection import credited, score_of
+from hf_auxselect.run_directory import RunDirectory, decision_lines, decision_of
+from hf_auxselect.seeds import random_words
 from hf_auxselect.selectors import Selection
 from hf_auxselect.store.arrays import GradientStore
-from hf_auxselect.trainer import access, checkpoints, data, tracking
+from hf_auxselect.trainer import access, checkpoints, tracking
 from hf_auxselect.trainer.batches import BatchSource
+from hf_auxselect.trainer.evaluation import evaluation_loss
 from hf_auxselect.trainer.layer_rates import LayerRates
+from hf_auxselect.trainer.loss import evaluating
 from hf_auxselect.trainer.schedule import restart
 from hf_auxselect.trainer.trial_runs import RestOfRun
 from hf_auxselect.verification import mixtures_to_calibrate, mixtures_to_verify
@@ -50,6 +56,7 @@ class Run:
         batches: source of the trainer's batches; None if the mixture is never changed.
         notes: sentences for the report on what the estimates do not model.
         decisions: each decision by its switch step.
+        drift_tests: each test of whether the target has changed, by its step.
     """
 
     plan: Plan
@@ -60,6 +67,7 @@ class Run:
     decisions: dict[int, checkpoints.Decision] = field(default_factory=dict)
     layer_rates: LayerRates | None = None
     """What shortens the steps of layers, if a decision asks for it."""
+    drift_tests: dict[int, checkpoints.DriftTest] = field(default_factory=dict)
 
     def follow_layers(self, trainer: Trainer, record: LayersRecord | None) -> None:
         """Let the optimizer's steps be those that a choice of layers asks for; None: whole."""
@@ -74,6 +82,58 @@ class Run:
         if self.layer_rates is not None:
             self.layer_rates.remove()
             self.layer_rates = None
+
+    @property
+    def last_decision(self) -> checkpoints.Decision | None:
+        """The decision that the run follows; None before the first one."""
+        return self.decisions[max(self.decisions)] if self.decisions else None
+
+    @property
+    def last_directory(self) -> RunDirectory:
+        """Where the files of the last selection are."""
+        return self.directory.at(self.plan, max(self.decisions))
+
+    @property
+    def decision_lines(self) -> list[DecisionLine]:
+        """What reports show of several decisions; of one nothing."""
+        ordered = [self.decisions[step] for step in sorted(self.decisions)]
+        return decision_lines(ordered, self.drift_tests)
+
+    def is_settled(self, step: int) -> bool:
+        """Whether it was decided after this step what to train on, or not to decide anew."""
+        return step in self.decisions or step in self.drift_tests
+
+    def record(self) -> checkpoints.SavedDecision:
+        """What is written of the decisions; there must be one."""
+        *earlier, last = (self.decisions[step] for step in sorted(self.decisions))
+        record = cast(checkpoints.SavedDecision, dict(last))
+        if earlier:
+            record["earlier"] = earlier
+        if self.drift_tests:
+            record["drift_tests"] = [self.drift_tests[step] for step in sorted(self.drift_tests)]
+        return record
+
+    def recall(self, record: checkpoints.SavedDecision, step: int) -> None:
+        """Take up what was written, up to the step that the run resumes after."""
+        last = {k: v for k, v in record.items() if k not in ("earlier", "drift_tests")}
+        decisions = [*record.get("earlier", []), cast(checkpoints.Decision, last)]
+        self.decisions = {
+            one["switch_step"]: one for one in decisions if one["switch_step"] <= step
+        }
+        self.drift_tests = {
+            test["step"]: test for test in record.get("drift_tests", []) if test["step"] <= step
+        }
+
+    def forget(self, step: int) -> None:
+        """Take back what was decided after a step."""
+        self.decisions.pop(step, None)
+        self.drift_tests.pop(step, None)
+
+    def seed_of(self, switch_step: int) -> int:
+        """Rules the order of a decision's mixture; later ones do not begin with the same rows."""
+        if switch_step == self.plan.switch_steps[0]:
+            return self.plan.seed
+        return int(random_words(1, self.plan.seed, "mixture", switch_step)[0] >> np.uint64(32))
 
     def shares(self, switch_step: int) -> np.ndarray:
         """Share of each task in the mixture of a decision: float [K]."""
@@ -90,7 +150,9 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """One switch step of a run: :meth:`decide`, :meth:`publish`, :meth:`follow`, in this order.
+    """One switch step of a run.
+
+    :meth:`is_due`, :meth:`decide`, :meth:`publish`, :meth:`follow`, in this order.
 
     Every process must call them.
 
@@ -106,6 +168,42 @@ class Switch:
     options: Options
     step: int
 
+    @property
+    def plan(self) -> Plan:
+        """The run's, with the target of this selection."""
+        return self.run.plan.at(self.step)
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Where the files of this selection are."""
+        return self.run.directory.at(self.run.plan, self.step)
+
+    @property
+    def _is_first(self) -> bool:
+        return self.step == self.run.plan.switch_steps[0]
+
+    def is_due(self) -> bool:
+        """Test, where asked for, whether the target has changed since the last decision."""
+        run, reselection = self.run, self.options.reselection
+        last = run.last_decision
+        if last is None or reselection is None or reselection.significance is None:
+            return True
+        target, p_value = self.plan.target.name, 1.0
+        before = run.plan.at(last["switch_step"]).target
+        if before.name != target:
+            with access.preserved_rng():
+                gradient_pass = GradientPass(
+                    trainer=self.trainer, plan=self.plan, options=self.options
+                )
+                p_value = gradient_pass.drift(before, self.directory.drift_gradients)
+        run.drift_tests[self.step] = checkpoints.DriftTest(
+            step=self.step, target=target, p_value=p_value
+        )
+        if p_value <= reselection.significance:
+            return True
+        run.directory.save_decision(run.record())
+        return False
+
     def decide(self) -> tuple[SelectionReport, MainProcessValue[FittedEstimator] | None]:
         """Find clusters, where asked for; capture, estimate, calibrate, choose and confirm.
 
@@ -117,25 +215,28 @@ class Switch:
         fitted: MainProcessValue[FittedEstimator] | None = None
         store: GradientStore | None = None
         calibration: list[Measurement] = []
-        pass_seconds = 0.0
+        pass_seconds, notes = 0.0, list(self.run.notes)
         # Ground-truth runs start from the run's own random states, which are back after each part.
         with access.preserved_rng():
-            if options.clusters is not None:
+            if options.clusters is not None and self._is_first:
                 self._find_clusters(options.clusters)
+            record = self._look_back()
             if options.needs_estimates:
-                store = self._capture()
+                store, notes = self._capture()
                 pass_seconds = time.perf_counter() - start
                 fitted = self._estimate(store)
         layers = self._choose_layers(store)
         if options.calibrate and fitted is not None:
             fitted, calibration = self._calibrate(fitted)
         with access.preserved_rng():
-            selection = self._choose(store, fitted)
+            selection = self._choose(store, fitted, record)
         race = None
         if options.confirmation is not None:
             selection, race = self._confirm(options.confirmation, selection, fitted)
+            if record is not None and race.winner != race.choice:
+                record["averaged_with"] = None
         with access.preserved_rng():
-            report = self._report(store, fitted, selection)
+            report = self._report(store, fitted, selection, notes)
         report.calibration, report.confirmation = calibration, race
         report.layers = layers
         report.sources = options.sources
@@ -143,9 +244,50 @@ class Switch:
         report.run["gradient_pass_seconds"] = round(seconds[0], 3)
         report.run["seconds"] = round(seconds[1], 3)
         report.attach_gradients(
-            self.run.directory.gradients, None if fitted is None else fitted.local()
+            self.directory.gradients, None if fitted is None else fitted.local()
         )
+        self.run.decisions[self.step] = decision_of(report)
+        if record is not None:
+            self.run.decisions[self.step]["reselection"] = record
+            report.decisions = self.run.decision_lines
         return report, fitted
+
+    def _look_back(self) -> checkpoints.ReselectionRecord | None:
+        """What was measured since the last decision, if the run may decide again."""
+        run, reselection, target = self.run, self.options.reselection, self.plan.target_key
+        if reselection is None:
+            return None
+        record = checkpoints.ReselectionRecord(
+            target=self.plan.target.name, loss=None, scores={}, averaged_with=None
+        )
+        if not reselection.memory or run.batches is None:
+            return record
+        losses = {target: self._measured_loss(target)}
+        record["loss"] = losses[target]
+        last = run.last_decision
+        if last is None or "reselection" not in last:
+            return record
+        before = last["reselection"]
+        record["scores"] = before["scores"]
+        key = run.plan.at(last["switch_step"]).target_key
+        if key not in losses:
+            losses[key] = self._measured_loss(key)
+        now = losses[key]
+        if before["loss"] is not None and now is not None:
+            record["scores"] = credited(
+                before["scores"],
+                before["target"],
+                last["weights"],
+                (before["loss"] - now) / (self.step - last["switch_step"]),
+                memory=reselection.memory,
+            )
+        return record
+
+    def _measured_loss(self, target: str | None) -> float | None:
+        """The loss that the trainer would log for a target now; None: not finite."""
+        with evaluating(self.trainer):
+            loss = evaluation_loss(self.trainer, target)
+        return loss if math.isfinite(loss) else None
 
     def _find_clusters(self, number: int) -> None:
         """Step 0, if asked for: clusters of the training rows by gradient, as the run's tasks."""
@@ -155,12 +297,12 @@ class Switch:
         run.directory.save_clusters(tasks)
         run.plan = run.plan.with_tasks(tasks, self.options.examples_per_task)
 
-    def _capture(self) -> GradientStore:
-        """Step 1: per-example gradients of every task and of the target."""
+    def _capture(self) -> tuple[GradientStore, list[str]]:
+        """Step 1: per-example gradients of every task and of the target; and the report's notes."""
         run = self.run
-        gradient_pass = GradientPass(trainer=self.trainer, plan=run.plan, options=self.options)
-        run.notes += gradient_pass.compare_loss()
-        return gradient_pass.run(run.directory.gradients, run.initial)
+        gradient_pass = GradientPass(trainer=self.trainer, plan=self.plan, options=self.options)
+        notes = [*run.notes, *gradient_pass.compare_loss()]
+        return gradient_pass.run(self.directory.gradients, run.initial), notes
 
     def _estimate(self, store: GradientStore) -> MainProcessValue[FittedEstimator]:
         """Step 2: the estimator, fitted to the gradients."""
@@ -190,20 +332,50 @@ class Switch:
         return MainProcessValue(lambda: calibrated(fitted.value, calibration)), calibration
 
     def _choose(
-        self, store: GradientStore | None, fitted: MainProcessValue[FittedEstimator] | None
+        self,
+        store: GradientStore | None,
+        fitted: MainProcessValue[FittedEstimator] | None,
+        record: checkpoints.ReselectionRecord | None,
     ) -> MainProcessValue[Selection]:
-        """Step 3: the selector's choice."""
+        """Step 3: the choice; ``record`` is told of an earlier one that it is averaged with."""
+        options, last = self.options, self.run.last_decision
         rows_to_read = self.run.rows_to_read(self.trainer, self.step)
-        return MainProcessValue(
+        prices = last.get("shadow_prices", {}) if last is not None and record is not None else {}
+        selection = MainProcessValue(
             lambda: choose(
                 None if fitted is None else fitted.value,
-                plan=self.run.plan,
+                plan=self.plan,
                 store=store,
-                selector=self.options.selector,
-                keep=self.options.keep,
+                selector=options.selector.starting_from(prices),
+                keep=options.keep,
                 rows_to_read=rows_to_read,
             )
         )
+        step = None if record is None else self._step_to_average_with(record)
+        if step is None or fitted is None or record is None or options.reselection is None:
+            return selection
+        record["averaged_with"] = step
+        earlier, memory = self.run.decisions[step]["weights"], options.reselection.memory
+        return MainProcessValue(
+            lambda: averaged_with(
+                earlier, selection.value, fitted.value, memory=memory, rows_to_read=rows_to_read
+            )
+        )
+
+    def _step_to_average_with(self, record: checkpoints.ReselectionRecord) -> int | None:
+        """Switch step of the last decision for this target, if the loss has fallen with it."""
+        run, selector = self.run, self.options.selector
+        scores = record["scores"].get(record["target"], {})
+        steps = [
+            step
+            for step, decision in sorted(run.decisions.items())
+            if run.plan.at(step).target_key == self.plan.target_key
+            and decision["selector"] == strategy_record(selector)
+            and all(decision["weights"].get(name, 0) > 0 for name in self.options.keep)
+        ]
+        if not steps or not selector.asks_for_target_only:
+            return None
+        return steps[-1] if score_of(run.decisions[steps[-1]]["weights"], scores) > 0 else None
 
     def _confirm(
         self,
@@ -227,6 +399,7 @@ class Switch:
         store: GradientStore | None,
         fitted: MainProcessValue[FittedEstimator] | None,
         selection: MainProcessValue[Selection],
+        notes: list[str],
     ) -> SelectionReport:
         """The report on the choice."""
         trainer, run, options = self.trainer, self.run, self.options
@@ -234,7 +407,7 @@ class Switch:
             partial(
                 report_on,
                 fitted=None if fitted is None else fitted.local(),
-                plan=run.plan,
+                plan=self.plan,
                 store=store,
                 estimator=options.estimator,
                 selector=options.selector,
@@ -250,7 +423,7 @@ class Switch:
                     "versions": run.plan.to_dict()["versions"],
                 },
                 rows_to_read=run.rows_to_read(trainer, self.step),
-                notes=run.notes,
+                notes=notes,
             )
         )
 
@@ -259,13 +432,12 @@ class Switch:
     ) -> None:
         """Step 4: write and log the decision; where asked for, verify its estimates."""
         trainer, run = self.trainer, self.run
-        run.decisions[self.step] = decision = decision_of(report)
-        run.directory.save_decision(decision)
-        run.directory.save_report(report)
+        run.directory.save_decision(run.record())
+        self.directory.save_report(report)
         if run.batches is not None:
-            mixture = run.plan.tasks, run.shares(self.step), run.plan.seed
+            mixture = run.plan.tasks, run.shares(self.step), run.seed_of(self.step)
             count_reads = partial(run.batches.reads, *mixture, since=self.step)
-            run.directory.save_rows(report, run.plan.tasks, count_reads)
+            self.directory.save_rows(report, run.plan.tasks, count_reads)
         if self.options.verify and fitted is not None:
             self.verify(report, fitted)
         if trainer.is_world_process_zero():
@@ -276,7 +448,7 @@ class Switch:
             tables=table_rows(report),
             summary=summary(report),
             markdown=report.to_markdown(),
-            directory=run.directory.path / "report",
+            directory=self.directory.path / "report",
         )
 
     def verify(self, report: SelectionReport, fitted: MainProcessValue[FittedEstimator]) -> None:
@@ -285,22 +457,22 @@ class Switch:
         counts, number = rest.tasks.counts, self.options.verify
         mixtures = mixtures_to_verify(report.weights, counts, number, rest.seed)
         report.verification = measure(self._runs, mixtures, fitted, "verification")
-        self.run.directory.save_report(report)
+        self.directory.save_report(report)
 
     @cached_property
     def _runs(self) -> GroundTruthRuns:
         """Ground-truth runs over the remaining steps."""
         trainer, run, confirmation = self.trainer, self.run, self.options.confirmation
-        target = data.target_key(trainer, self.options.target)
+        target, seed = self.plan.target_key, run.seed_of(self.step)
         if self.step in run.decisions:
             run.follow_layers(trainer, run.decisions[self.step].get("layers"))
         rates = {} if run.layer_rates is None else run.layer_rates.rates
-        rest = RestOfRun(trainer, run.plan.tasks, target, run.plan.seed, run.initial, rates)
+        rest = RestOfRun(trainer, run.plan.tasks, target, seed, run.initial, rates)
         stops: list[int] = []
         if confirmation is not None:
             number, share = confirmation.finalists, confirmation.share
             stops = [step for _, step in rungs(number, rest.first_step, rest.last_step, share)]
-        return GroundTruthRuns(rest, run.directory.ground_truth_runs, stops)
+        return GroundTruthRuns(rest, self.directory.ground_truth_runs, stops)
 
     def restart(self) -> None:
         """Reset parameters, optimizer and schedule, if training restarts."""
@@ -312,5 +484,5 @@ class Switch:
         run = self.run
         run.follow_layers(self.trainer, run.decisions[self.step].get("layers"))
         if run.batches is not None:
-            shares = run.shares(self.step)
-            run.batches.draw_mixture(run.plan.tasks, shares, run.plan.seed, since=self.step)
+            shares, seed = run.shares(self.step), run.seed_of(self.step)
+            run.batches.draw_mixture(run.plan.tasks, shares, seed, since=self.step)

@@ -24,6 +24,7 @@ SLOW_MODULES = (
     "test_launch.py",
     "test_packing.py",
     "test_recipes.py",
+    "test_reselection.py",
     "test_resume.py",
     "trainer/test_batches.py",
     "trainer/test_hub.py",

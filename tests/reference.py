@@ -565,3 +565,27 @@ def bootstrap_width(store: GradientStore, loss: Callable[[GradientStore], float]
     rng = np.random.default_rng(0)
     low, high = np.quantile([loss(resampled(store, rng)) for _ in range(400)], [0.05, 0.95])
     return float(high - low)
+
+
+def drift_p_value(before: np.ndarray, after: np.ndarray, *, num_permutations: int) -> float:
+    """Permutation test on the maximum mean discrepancy, pair by pair."""
+    pooled = np.concatenate([before, after])
+    total = len(pooled)
+    squares = np.array([[((a - b) ** 2).sum() for b in pooled] for a in pooled])
+    width = np.median([squares[i, j] for i in range(total) for j in range(i)])
+    kernel = np.exp(-squares / width)
+
+    def discrepancy(first: np.ndarray, second: np.ndarray) -> float:
+        return (
+            kernel[np.ix_(first, first)].mean()
+            + kernel[np.ix_(second, second)].mean()
+            - 2 * kernel[np.ix_(first, second)].mean()
+        )
+
+    rng = np.random.default_rng(0)
+    found = discrepancy(np.arange(len(before)), np.arange(len(before), total))
+    above = 1
+    for _ in range(num_permutations):
+        order = rng.permutation(total)
+        above += discrepancy(order[: len(before)], order[len(before) :]) >= found
+    return above / (num_permutations + 1)

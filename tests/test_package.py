@@ -32,6 +32,7 @@ LAYERS = [
     "plan",
     "report",
     "options",
+    "reselection",
     "selectors",
     "estimators",
     "trainer",

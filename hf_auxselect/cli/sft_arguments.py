@@ -26,6 +26,7 @@ _PASSED_ON: tuple[str, ...] = (
     "verify",
     "calibrate",
     "confirm",
+    "reselect",
     "clusters",
 )
 """Options that the callback takes as they are."""
@@ -99,6 +100,12 @@ class SelectionArguments:
         default=0,
         metadata={
             "help": "Number of finalists that are trained at the switch; the best measured goes on."
+        },
+    )
+    reselect: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of steps from one selection to the next; default: one selection."
         },
     )
     clusters: int | None = field(

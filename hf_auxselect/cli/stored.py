@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from hf_auxselect.cli.options import parse_tasks
@@ -18,7 +19,7 @@ from hf_auxselect.report.text import printable
 def report(options: argparse.Namespace) -> None:
     """Show a selection, and render its report again."""
     loaded = SelectionReport.load(options.directory)
-    loaded.save(options.directory / "report")
+    loaded.save(_report_directory(loaded, options.directory))
     _show_report(loaded, options)
 
 
@@ -105,6 +106,13 @@ def show(text: str) -> None:
 def show_json(content: JsonDict) -> None:
     """Print a result for scripts."""
     show(to_json(content).rstrip())
+
+
+def _report_directory(loaded: SelectionReport, asked: Path) -> Path:
+    """Where a report is rendered again: of several selections of a run, where it was read."""
+    found = loaded.gradients_directory
+    is_later = found is not None and found.parent != asked and found.parent.parent == asked
+    return (found.parent if is_later and found is not None else asked) / "report"
 
 
 def _show_report(shown: SelectionReport, options: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from hf_auxselect.report.text import (
     agreement_sentence,
     comparison_sentence,
     confirmation_sentence,
+    decision_sentence,
     printable,
     shortened,
 )
@@ -196,6 +197,11 @@ def section(report: ReportContent, files: Collection[str]) -> str:
     parts += [escape_markdown(sentence) for sentence in sentences if sentence]
     parts += [f"> **Warning.** {escape_markdown(warning)}" for warning in report.warnings]
     parts.append(_table(report))
+    if report.decisions:
+        parts.append("Selections of this run, of which this is the last:")
+        parts.append(
+            "\n".join(f"- {escape_markdown(decision_sentence(line))}" for line in report.decisions)
+        )
     dropped = [name for name, weight in report.weights.items() if weight == 0]
     if dropped:
         names = [escape_markdown(_shortened(name)) for name in dropped[:_MOST_TASKS]]

@@ -14,6 +14,7 @@ from hf_auxselect.report.text import (
     calibration_sentence,
     comparison_sentence,
     confirmation_sentence,
+    decision_sentence,
     nats,
     printable,
     to_text,
@@ -55,6 +56,9 @@ def _in_colour(content: ReportContent, *, width: int) -> str:
     )
     number, total = len(content.selected), len(content.weights)
     console.print(f"Selected {number} of {total} tasks", style="bold")
+    if content.decisions:
+        told = map(decision_sentence, content.decisions)
+        console.print("Selections of this run, of which this is the last:", *told, sep="\n  ")
     mixtures = [row for row in content.rows if row.left_out is None]
     if mixtures:
         table = _table("Estimated target loss, nats per label token", "trained on", "loss")

@@ -161,6 +161,42 @@ class Race:
         return f"dropped at step {self.steps[last - 1]}" if 0 < last < len(self.steps) else ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecisionLine:
+    """A selection of a run that selects several times, or a test that let none be made.
+
+    Losses are of the target of this selection, nats per label token; ``low`` and ``high`` bound the
+    estimate's 90% interval.
+    """
+
+    step: int
+    """Of the switch."""
+    target: str
+    weights: dict[str, float]
+    """Task -> share of the examples that the run reads from here on; those above 0."""
+    loss: float | None = None
+    """Measured at the switch; None: it was not measured or is not finite."""
+    estimated: float | None = None
+    """For the end of the run; None without estimates."""
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    """Of the test of whether the target has changed; None: there was no test."""
+    is_selection: bool = True
+    """False: the test let no selection be made."""
+    averaged_with: int | None = None
+    """Switch step of the earlier selection whose mixture is part of this one; None: none is."""
+
+    @property
+    def result(self) -> str:
+        """What was decided, in a few words."""
+        if not self.is_selection:
+            return "target not significantly different: not selected again"
+        if self.averaged_with is not None:
+            return f"new choice, averaged with the mixture of step {self.averaged_with}"
+        return "new choice"
+
+
 class RunRecord(TypedDict, total=False):
     """What a report tells of the run that it was made in."""
 
@@ -215,6 +251,8 @@ class ReportFields:
             before calibration.
         confirmation: the finalists that were trained before the switch (``confirm=n``).
         layers: scores of layers and what was chosen by them (``layers=LayerSelection(...)``).
+        decisions: where a run selects several times (``reselect``), all its selections so far;
+            the other fields are about the last one.
         diagnostics: numbers that say how far to trust the estimates and the choice.
         estimator, selector: name and options of the strategies.
         run: date, switch step, mode, seed, model, versions, seconds.
@@ -238,6 +276,7 @@ class ReportFields:
     calibration: list[Measurement] = field(default_factory=list)
     confirmation: Race | None = None
     layers: LayersRecord | None = None
+    decisions: list[DecisionLine] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
     estimator: JsonDict = field(default_factory=dict)
     selector: JsonDict = field(default_factory=dict)

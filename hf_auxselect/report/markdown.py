@@ -13,6 +13,7 @@ from hf_auxselect.report.text import (
     comparison_sentence,
     confirmation_sentence,
     layers_sentence,
+    mixture,
     nats,
     printable,
     shown,
@@ -53,5 +54,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"nats": nats, "shown": shown}
+    environment.filters |= {"mixture": mixture, "nats": nats, "shown": shown}
     return environment

@@ -211,6 +211,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "mixture": text.mixture,
         "nats": text.nats,
         "moment": _moment,
         "name": _name,

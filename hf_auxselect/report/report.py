@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -23,6 +23,18 @@ from hf_auxselect.store.arrays import GradientStore
 
 REPORT_NAME = "report.json"
 WHAT_IF_NAME = "what_if.json"
+DECISION_NAME = "selection.json"
+
+
+class _LastDecision(TypedDict):
+    """What is read of a run's decisions; other keys are left alone."""
+
+    switch_step: int
+
+
+def step_name(step: int | str) -> str:
+    """Directory of the files of a later selection, in that of the run."""
+    return f"step_{step}"
 
 
 @dataclass(kw_only=True)
@@ -276,13 +288,16 @@ class SelectionReport(ReportContent):
     def load(cls, directory: str | Path) -> SelectionReport:
         """Read a report from its directory, or from the ``_task_selection`` directory above it.
 
+        Of a run that has selected several times, the last report; those of later selections are in
+        ``step_<n>`` of that directory, and the first one is in its ``report``.
+
         Raises:
             FileNotFoundError: there is no report.
             ValueError: the report is damaged; the message names the file.
         """
         directory = Path(directory)
         if not (directory / REPORT_NAME).is_file() and (directory / "report").is_dir():
-            directory = directory / "report"
+            directory = _last_selection(directory) / "report"
         path = directory / REPORT_NAME
         if not path.is_file():
             raise FileNotFoundError(
@@ -300,3 +315,17 @@ class SelectionReport(ReportContent):
         report.attach_gradients(directory.parent / "gradients")
         report.rows_file = directory / ROWS_NAME
         return report
+
+
+def later_switch_step(directory: Path) -> int | None:
+    """The switch step that the report of a run's directory is about; None: the run's first one."""
+    if not any(directory.glob(step_name("*"))):
+        return None
+    step = read_json(directory / DECISION_NAME, _LastDecision)["switch_step"]
+    return step if (directory / step_name(step) / "report" / REPORT_NAME).is_file() else None
+
+
+def _last_selection(directory: Path) -> Path:
+    """Where the files of a run's last selection are."""
+    step = later_switch_step(directory)
+    return directory if step is None else directory / step_name(step)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from hf_auxselect.report.content import Race, ReportContent
+from hf_auxselect.report.content import DecisionLine, Race, ReportContent
 
 _LONGEST_NAME = 80
 """Characters of a finalist's name within a sentence."""
+
+_NAMED = 6
+"""Tasks of a mixture that a sentence names."""
 
 SAME = 1e-12
 """Nats: a smaller difference from all tasks is rounding of the same mixture."""
@@ -131,6 +135,27 @@ def nats(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
+def mixture(weights: Mapping[str, float]) -> str:
+    """A mixture in words: its tasks with their shares, the largest first."""
+    ordered = sorted(weights.items(), key=lambda item: -item[1])
+    named = [f"{_short(name)} {weight:.0%}" for name, weight in ordered[:_NAMED]]
+    more = len(ordered) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
+
+
+def decision_sentence(line: DecisionLine) -> str:
+    """One of the decisions of a run that selects several times."""
+    told = f"step {line.step}, for {_short(line.target)}: {mixture(line.weights)} ({line.result}"
+    if line.p_value is not None:
+        told += f", p = {line.p_value:.3f}"
+    told += ")."
+    if line.loss is not None:
+        told += f" Loss {line.loss:.4f}"
+        told += "" if line.estimated is None else f", estimated for the end {line.estimated:.4f}"
+        told += "."
+    return told
+
+
 def calibration_sentence(content: ReportContent) -> str:
     """What the calibration runs are; empty if there are none."""
     if not content.calibration:
@@ -157,6 +182,9 @@ def summary(content: ReportContent) -> list[str]:
 def to_text(content: ReportContent) -> str:
     """The report for the terminal."""
     lines = [_title(content)]
+    if content.decisions:
+        lines.append("Selections of this run, of which this is the last:")
+        lines += [f"  {decision_sentence(line)}" for line in content.decisions]
     if content.rows:
         lines.append("Estimated target loss, nats per label token, with 90% intervals:")
         rows = [row for row in content.rows if row.added is None]

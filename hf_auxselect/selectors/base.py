@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -160,6 +160,10 @@ class AbstractSelector(ABC):
                 "earlier version. Define select(self, problem), and read problem.estimate, "
                 "problem.task_names and problem.keep."
             )
+
+    def starting_from(self, prices: Mapping[str, float]) -> AbstractSelector:
+        """The same method, which may start from the shadow prices of an earlier selection."""
+        return self
 
     @abstractmethod
     def select(self, problem: SelectionProblem) -> Selection:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypedDict
 
@@ -118,6 +118,10 @@ class ConstrainedSelection(AbstractSelector):
                 raise ValueError(f"initial_prices[{name!r}] must be 0 or more, got {price!r}.")
         object.__setattr__(self, "ceilings", dict(self.ceilings))
         object.__setattr__(self, "initial_prices", dict(prices))
+
+    def starting_from(self, prices: Mapping[str, float]) -> ConstrainedSelection:
+        assert isinstance(self.initial_prices, Mapping)
+        return replace(self, initial_prices={**self.initial_prices, **prices})
 
     def select(self, problem: SelectionProblem) -> Selection:
         names = [*self.ceilings]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,27 @@ from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer.access import met, preserved_rng, stop_workers
 
 
+class MixtureIterator(Iterator[Any]):
+    """What :class:`MixtureBatches` is read by; by its type other iterators are told from it."""
+
+    def __init__(self, batches: Generator[Any]) -> None:
+        self._batches = batches
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._batches.close()
+
+
 class MixtureBatches:
     """Batches of a mixture, from a loader that the trainer itself builds."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = weakref.ref(trainer)
         self.loader: Any = None
-        self.iterator: Iterator[Any] | None = None
+        self.iterator: MixtureIterator | None = None
 
     def start(
         self, tasks: TaskRows, shares: np.ndarray, seed: int, *, consumed: int, total: int
@@ -44,9 +58,9 @@ class MixtureBatches:
         sampler.start = consumed * rows_per_batch
         # Loaders fetch ahead; two more batches keep the end of the sampler out of sight.
         sampler.length = (total + 2) * rows_per_batch
-        self.iterator = self._iterate()
+        self.iterator = MixtureIterator(self._iterate())
 
-    def _iterate(self) -> Iterator[Any]:
+    def _iterate(self) -> Generator[Any]:
         # Starting a loader draws a seed from the global generator. On resume the loader starts
         # before the trainer loads its random state, in an unbroken run after: neither may tell.
         with preserved_rng():
@@ -91,7 +105,7 @@ class MixtureBatches:
     def close(self) -> None:
         """Stop the loader."""
         if self.iterator is not None:
-            self.iterator.close()  # type: ignore[attr-defined]
+            self.iterator.close()
             self.loader.end()
             stop_workers(self.loader)
         self.iterator = self.loader = None
@@ -177,7 +191,8 @@ class BatchSource:
 
     def _get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         trainer = met(self._trainer)
-        if self.mixture.iterator is not None:
+        # A ground-truth run at a later switch brings a mixture of its own.
+        if self.mixture.iterator is not None and not isinstance(epoch_iterator, MixtureIterator):
             self._retire(trainer, epoch_iterator)
             epoch_iterator = self.mixture.iterator
         if self._shadowed is not None:

@@ -44,6 +44,26 @@ class ConfirmationRecord(TypedDict):
     """Of all tasks; None also if they were dropped before the end."""
 
 
+class ReselectionRecord(TypedDict):
+    """What a later selection takes from a decision; losses are nats per label token."""
+
+    target: str
+    loss: float | None
+    """Of this target at the switch, as the trainer logs it; None: not measured or not finite."""
+    scores: dict[str, dict[str, float]]
+    """Target -> task -> decrease of the target's loss for each step, up to here."""
+    averaged_with: int | None
+    """Switch step of the earlier decision whose mixture is part of this one; None: none is."""
+
+
+class DriftTest(TypedDict):
+    """A test of whether the target has changed since the last decision."""
+
+    step: int
+    target: str
+    p_value: float
+
+
 class _Decision(TypedDict):
     """What every decision has."""
 
@@ -63,7 +83,7 @@ class _Decision(TypedDict):
 
 
 class Decision(_Decision, total=False):
-    """What is written to ``selection.json``, and into each checkpoint from the switch on."""
+    """One decision of a run."""
 
     confirmation: ConfirmationRecord
     """Of ``confirm=n``."""
@@ -71,6 +91,20 @@ class Decision(_Decision, total=False):
     """Group -> shadow price of its ceiling, which a later selection may start from."""
     layers: LayersRecord
     """Of ``layers=LayerSelection(...)``."""
+    reselection: ReselectionRecord
+    """Of ``reselect=``."""
+
+
+class SavedDecision(Decision, total=False):
+    """What is written to ``selection.json``, and into each checkpoint from the switch on.
+
+    The last decision, and, where a run selects more than once, what was before it.
+    """
+
+    earlier: list[Decision]
+    """The decisions before, in their order."""
+    drift_tests: list[DriftTest]
+    """Those of the target, in their order."""
 
 
 class Clusters(TypedDict):
@@ -183,8 +217,8 @@ def random_states_of_checkpoint(trainer: Trainer) -> Iterator[None]:
         yield
 
 
-def save_decision(trainer: Trainer, decision: Decision) -> None:
-    """Put a copy of the decision into the checkpoint that has just been saved."""
+def save_decision(trainer: Trainer, decision: SavedDecision) -> None:
+    """Put a copy of the decisions into the checkpoint that has just been saved."""
     folder = Path(trainer._get_output_dir(trial=None))
     path = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}" / DECISION_FILE
     write_atomically(path, to_json(decision))
@@ -231,8 +265,10 @@ def load_clusters(path: Path, num_rows: int) -> TaskRows:
     return tasks
 
 
-def read_decision(trainer: Trainer, of_run: Path, task_names: Sequence[str]) -> Decision | None:
-    """The decision that belongs to the resumed checkpoint: its own copy, or else the run's.
+def read_decision(
+    trainer: Trainer, of_run: Path, task_names: Sequence[str]
+) -> SavedDecision | None:
+    """The decisions that belong to the resumed checkpoint: its own copy, or else the run's.
 
     Args:
         trainer: whose ``train()`` is running.
@@ -249,24 +285,26 @@ def read_decision(trainer: Trainer, of_run: Path, task_names: Sequence[str]) -> 
     return None
 
 
-def load_decision(path: Path, task_names: Sequence[str]) -> Decision:
-    """A decision on these tasks.
+def load_decision(path: Path, task_names: Sequence[str]) -> SavedDecision:
+    """A decision on these tasks, with those before it.
 
     Raises:
         ValueError: the file is damaged, or about other tasks; names it.
     """
-    decision = read_json(path, Decision)
-    weights = decision["weights"]
-    if set(weights) != set(task_names):
-        raise ValueError(
-            f"{path}: decides on the tasks {sorted(weights)}, but the run has {sorted(task_names)}."
-        )
-    total = sum(weights.values())
-    if min(weights.values()) < 0 or not math.isclose(total, 1, abs_tol=1e-6):
-        raise ValueError(f"{path}: damaged (the weights are no shares that sum to 1).")
-    if "layers" in decision:
-        try:
-            require_layers_record(decision["layers"])
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged ({error}).") from error
-    return decision
+    saved = read_json(path, SavedDecision)
+    for one in (*saved.get("earlier", []), saved):
+        weights = one["weights"]
+        if set(weights) != set(task_names):
+            raise ValueError(
+                f"{path}: decides on the tasks {sorted(weights)}, but the run has "
+                f"{sorted(task_names)}."
+            )
+        total = sum(weights.values())
+        if min(weights.values()) < 0 or not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"{path}: damaged (the weights are no shares that sum to 1).")
+        if "layers" in one:
+            try:
+                require_layers_record(one["layers"])
+            except ValueError as error:
+                raise ValueError(f"{path}: damaged ({error}).") from error
+    return saved
