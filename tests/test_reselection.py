@@ -26,6 +26,7 @@ from hf_auxselect import (
     FixedSelection,
     GaussNewton,
     GradientStore,
+    LayerSelection,
     Reselection,
     Selection,
     SelectionReport,
@@ -671,6 +672,10 @@ class TestRefusals:
             (
                 {"selector": FixedSelection(["a"], estimate=False)},
                 r"reselect=5 selects again by new estimates, but FixedSelection\(estimate=False\)",
+            ),
+            (
+                {"layers": LayerSelection(training="freeze")},
+                "layers: training='freeze' holds some back .* pass training='all'",
             ),
             (
                 {"groups": ["b"], "reselect": Reselection(targets=[(5, "b")])},
