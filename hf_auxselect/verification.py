@@ -7,31 +7,31 @@ from collections.abc import Mapping
 import numpy as np
 
 from hf_auxselect.estimators import normalize_mixtures
-from hf_auxselect.selectors import RandomEnsemble
+from hf_auxselect.selectors import random_alternatives
 from hf_auxselect.tasks import TaskRows
 
 
 def mixtures_to_verify(
     weights: Mapping[str, float], counts: np.ndarray, num_mixtures: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """The chosen mixture, all tasks, then random subsets of the chosen size; different ones only.
+    """The chosen mixture, all tasks, then random alternatives; different ones only.
 
     Args:
         weights: share of each task in the chosen mixture.
         counts: number of rows of each task [K].
         num_mixtures: number of mixtures wanted; there may be fewer different ones.
-        seed: rules the random subsets.
+        seed: rules the alternatives: see :func:`random_alternatives`.
 
     Returns:
         Shares [K] by the name of the mixture.
     """
-    size = int(sum(weight > 0 for weight in weights.values()))
-    ensemble = RandomEnsemble(num_subsets=num_mixtures, subset_size=size, seed=seed)
-    masks = np.vstack([np.ones(len(weights), bool), ensemble.subsets(len(weights))])
-    names = ["random: " + ", ".join(np.array([*weights])[mask]) for mask in masks]
-    names[0] = "all tasks"
-    candidates = [("chosen", np.array([*weights.values()]))]
-    candidates += zip(names, normalize_mixtures(masks, counts), strict=True)
+    chosen = np.array([*weights.values()])
+    random, are_subsets = random_alternatives(chosen, counts, num_mixtures, seed)
+    names = [f"chosen weights in random order, {i}" for i in range(1, len(random) + 1)]
+    if are_subsets:
+        names = ["random: " + ", ".join(np.array([*weights])[mask]) for mask in random]
+    candidates = [("chosen", chosen), ("all tasks", counts / counts.sum())]
+    candidates += zip(names, normalize_mixtures(random, counts), strict=True)
     different: dict[str, np.ndarray] = {}
     for name, shares in candidates:
         if not any(np.allclose(shares, known) for known in different.values()):

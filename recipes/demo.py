@@ -1,8 +1,8 @@
 """The main job from end to end: select tasks in one run, then check the choice by training.
 
 One run of ``arithmetic.py`` warms up, selects and goes on. From its checkpoint at the switch two
-more runs go on for as many steps: with all tasks, and with a random subset of the same size. The
-table at the end is measured, on examples of the target that no run has seen.
+more runs go on for as many steps: with all tasks, and with the chosen weights in a random order.
+The table at the end is measured, on examples of the target that no run has seen.
 
     python -m recipes.demo [--model NAME] [--output_dir DIR]
 """
@@ -25,6 +25,7 @@ from recipes.models import smollm2
 
 WARM_UP_STEPS, STEPS, BATCH_SIZE = 24, 48, 8
 NUM_ROWS, NUM_HELD_OUT, SEED = 48, 64, 0
+ALL, RANDOM = "all tasks", "weights in random order"
 
 
 def held_out_loss(trainer: SFTTrainer) -> float:
@@ -69,19 +70,19 @@ def main() -> None:
     checkpoint = options.output_dir / "selected" / f"checkpoint-{WARM_UP_STEPS}"
 
     tasks = list(report.weights)
-    chance = random.Random(SEED).sample(tasks, len(report.selected))
-    random_tasks = f"{len(chance)} random task{'s' * (len(chance) > 1)}"
-    others = {"all tasks": tasks, random_tasks: chance}
-    for number, (name, subset) in enumerate(others.items(), start=2):
+    weights = [report.weights[name] for name in tasks]
+    chance = dict(zip(tasks, random.Random(SEED).sample(weights, len(weights)), strict=True))
+    chance = {name: weight for name, weight in chance.items() if weight > 0}
+    for number, (name, mixture) in enumerate({ALL: tasks, RANDOM: chance}.items(), start=2):
         print(f"\n{number}. For comparison, from the same checkpoint: {name}\n")
         fixed = TaskSelectionCallback(
-            warmup=WARM_UP_STEPS, selector=FixedSelection(subset, estimate=False)
+            warmup=WARM_UP_STEPS, selector=FixedSelection(mixture, estimate=False)
         )
         trainer = make(model, fixed, options.output_dir / name.replace(" ", "-"))
         trainer.train(resume_from_checkpoint=str(checkpoint))
         measured[name] = held_out_loss(trainer)
 
-    rows = ["before training", "all tasks", random_tasks, "chosen by hf-auxselect"]
+    rows = ["before training", ALL, RANDOM, "chosen by hf-auxselect"]
     seconds = time.perf_counter() - start
     lines = [
         f"Measured loss of {NUM_HELD_OUT} new three-term sums, nats per label token ({STEPS} steps",
@@ -89,8 +90,8 @@ def main() -> None:
         "",
         *(f"  {name:<24} {measured[name]:.4f}" for name in rows),
         "",
-        f"Chosen: {', '.join(report.selected)}.",
-        f"Random: {', '.join(chance)}.",
+        f"Chosen: {shares(report.weights)}.",
+        f"In random order: {shares(chance)}.",
         verdict(measured),
         f"Everything took {seconds / 60:.1f} minutes; the selection itself "
         f"{report.run['seconds']:.0f} seconds of them.",
@@ -102,6 +103,12 @@ def main() -> None:
     )
     page = options.output_dir / "selected" / "_task_selection" / "report" / "README.md"
     print(f"\nThe report: {page}")
+
+
+def shares(weights: dict[str, float]) -> str:
+    """A mixture, the largest share first, in percent."""
+    ordered = sorted(weights.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {weight:.0%}" for name, weight in ordered if weight > 0)
 
 
 def verdict(measured: dict[str, float]) -> str:

@@ -85,7 +85,12 @@ def test_the_demo_runs(tiny_model, tmp_path, monkeypatch, capsys):
     demo.main()
     shown = capsys.readouterr().out
     assert "Measured loss" in shown
-    for line in ("before training", "all tasks", "random task", "chosen by hf-auxselect"):
+    for line in (
+        "before training",
+        "all tasks",
+        "weights in random order",
+        "chosen by hf-auxselect",
+    ):
         assert line in shown
     assert (tmp_path / "measured.json").is_file()
 
@@ -98,5 +103,5 @@ def test_the_demo_runs(tiny_model, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_the_demo_says_plainly_whether_the_choice_won(losses, verdict):
-    names = ["before training", "all tasks", "3 random tasks", "chosen by hf-auxselect"]
+    names = ["before training", "all tasks", "weights in random order", "chosen by hf-auxselect"]
     assert demo.verdict(dict(zip(names, losses, strict=True))).startswith(verdict)

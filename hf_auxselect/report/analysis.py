@@ -26,7 +26,7 @@ from hf_auxselect.report.content import (
     Similarity,
     TaskSummary,
 )
-from hf_auxselect.selectors import RandomEnsemble, Selection
+from hf_auxselect.selectors import Selection, random_alternatives
 from hf_auxselect.store.arrays import GradientStore
 
 
@@ -45,10 +45,10 @@ def compare(
     task_names = store.task_names
     num_tasks = len(task_names)
     chosen = np.array([[selection.weights[name] for name in task_names]])
-    subset_size = len(selection.selected)
-    random = RandomEnsemble(
-        num_subsets=NUM_RANDOM_SUBSETS, subset_size=subset_size, seed=seed
-    ).subsets(num_tasks)
+    random, are_subsets = random_alternatives(
+        chosen[0], np.asarray(store.task_sizes), NUM_RANDOM_SUBSETS, seed
+    )
+    of_subsets = f"random {len(selection.selected)} of {num_tasks} tasks"
     everything = np.ones((1, num_tasks), bool)
     left_out = everything & ~np.eye(num_tasks, dtype=bool)
 
@@ -64,7 +64,7 @@ def compare(
     lines += rows(["chosen"], chosen) + rows(["all tasks"], everything)
     lines.append(
         Row(
-            name=f"random {subset_size} of {num_tasks} tasks",
+            name=of_subsets if are_subsets else "chosen weights in random order",
             loss=float(losses.mean()),
             low=float(low),
             high=float(high),

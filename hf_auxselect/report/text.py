@@ -236,7 +236,10 @@ def _race(race: Race) -> list[str]:
 
 def _title(content: ReportContent) -> str:
     number, total = len(content.selected), len(content.weights)
-    return f"Selected {number} of {total} tasks: {', '.join(map(printable, content.selected))}"
+    shares = {name: content.weights[name] for name in content.selected}
+    if len({round(share, 6) for share in shares.values()}) == 1:
+        return f"Selected {number} of {total} tasks: {', '.join(map(printable, shares))}"
+    return f"Selected {number} of {total} tasks: {mixture(shares)}"
 
 
 def _warnings(content: ReportContent) -> list[str]:

@@ -22,6 +22,7 @@ from hf_auxselect.selectors.gradient_coreset import GradientCoreset as GradientC
 from hf_auxselect.selectors.mixture_optimization import MixtureOptimization as MixtureOptimization
 from hf_auxselect.selectors.problem import selection_problem as selection_problem
 from hf_auxselect.selectors.random_ensemble import RandomEnsemble as RandomEnsemble
+from hf_auxselect.selectors.random_ensemble import random_alternatives as random_alternatives
 from hf_auxselect.selectors.registry import SELECTORS as SELECTORS
 from hf_auxselect.selectors.worst_group_selection import (
     WorstGroupSelection as WorstGroupSelection,

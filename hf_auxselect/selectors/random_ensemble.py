@@ -249,3 +249,27 @@ def _half_widths(subsets_MK: Array, losses_M: Array) -> Array:
         imbalance_K = _scores(subsets_MK, fitted_M) - (effects[0] + own_K + others_K)
     error_K = NORMAL_95 * np.sqrt(variance_K / np.maximum(members_K, 1))
     return np.where(members_K > 1, np.hypot(error_K, imbalance_K), np.inf)
+
+
+def random_alternatives(
+    weights_K: Array, sizes_K: Array, number: int, seed: int
+) -> tuple[Array, bool]:
+    """Mixtures that differ from a chosen one by which tasks they prefer, at random.
+
+    Args:
+        weights_K: the chosen mixture; sums to 1.
+        sizes_K: rows of each task.
+        number: of mixtures.
+        seed: rules them.
+
+    Returns:
+        Of a subset whose tasks are weighted by their sizes: random subsets of as many tasks, bool
+        [number, K], and True. Of other weights: the same weights in a random order, [number, K],
+        and False.
+    """
+    subset_K = weights_K > 0
+    if np.allclose(weights_K, subset_K * sizes_K / (subset_K * sizes_K).sum(), atol=1e-6):
+        ensemble = RandomEnsemble(num_subsets=number, subset_size=int(subset_K.sum()), seed=seed)
+        return ensemble.subsets(len(weights_K)), True
+    rng = np.random.default_rng(seed)
+    return np.array([rng.permutation(weights_K) for _ in range(number)]), False
