@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -696,7 +696,10 @@ class TestRefusals:
                 "one from step 10 on, but the run has only 10",
             ),
             (Reselection(targets=[(6, "poems")]), "'poems' is not a key of eval_dataset"),
-            (Reselection(every=2, targets=lambda step: 7), r"targets\(4\) must return a key"),
+            (
+                Reselection(every=2, targets=cast("Any", lambda step: 7)),
+                r"targets\(4\) must return a key",
+            ),
             (
                 Reselection(every=2, targets=lambda step: "letters" if step > 5 else None),
                 "groups names the target 'letters'",

@@ -14,7 +14,8 @@ from hf_auxselect.selectors.simplex import checked
 
 LEAST_SHRINKAGE = 0.1
 """The default never goes farther from all tasks than to 1 minus this. A convention: no interval
-knows all errors of an estimate, and of a convex loss it costs at most a tenth of the gain."""
+knows all errors of an estimate, and of a convex loss it costs at most a tenth of the gain. In
+ground-truth runs it gained more than the optimum in text and demo, and less in small."""
 
 FRACTIONS = np.linspace(0, 1 - LEAST_SHRINKAGE, 19)[1:]
 """How much of the way from all tasks to an end is tried; a convention."""
