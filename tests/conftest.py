@@ -57,8 +57,8 @@ def _same_environment():
 
 @pytest.fixture(autouse=True)
 def _no_rendering(request):
-    """Rendering figures takes a third of a tiny run; tests of reports, and of scripts, do it."""
-    if "report" in request.path.parent.parts:
+    """Rendering figures takes a third of a tiny run; tests of what shows them, and scripts, do it."""
+    if "report" in request.path.parent.parts or request.path.name == "test_tracking.py":
         yield
         return
 
