@@ -231,6 +231,12 @@ class TestRendering:
         assert lines[0].startswith(f"Selected {len(report.selected)} of 3 tasks: ")
         assert len(lines) == 3 + sum(row.added is None for row in report.rows)
 
+    def test_the_title_has_shares_where_they_differ(self, report):
+        report.weights = {"task0": 0.2, "task1": 0.8, "task2": 0.0}
+        assert report.to_text().startswith("Selected 2 of 3 tasks: task1 80%, task0 20%\n")
+        report.weights = {"task0": 0.5, "task1": 0.5, "task2": 0.0}
+        assert report.to_text().startswith("Selected 2 of 3 tasks: task0, task1\n")
+
     def test_warnings_are_shown(self, report):
         report.warnings = ["this is *odd*"]
         assert "Warning: this is *odd*" in report.to_text()

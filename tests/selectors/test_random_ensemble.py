@@ -1,6 +1,7 @@
 """Random ensembles: which subsets, how many, intervals of scores, and where to cut."""
 
 import itertools
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_auxselect import RandomEnsemble
 from hf_auxselect.seeds import random_permutation
-from hf_auxselect.selectors import random_ensemble
+from hf_auxselect.selectors import random_alternatives, random_ensemble
 
 
 def make(kind, seed, num_tasks, **options):
@@ -178,3 +179,21 @@ class TestCrossValidation:
     def test_bad_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             RandomEnsemble(**options)
+
+
+class TestRandomAlternatives:
+    sizes: ClassVar = np.array([10, 20, 30, 40])
+
+    def test_of_a_subset_they_are_subsets_of_as_many_tasks(self):
+        subset = np.array([0, 1, 0, 1]) * self.sizes / 60
+        masks, are_subsets = random_alternatives(subset, self.sizes, 5, seed=1)
+        expected = RandomEnsemble(num_subsets=5, subset_size=2, seed=1).subsets(4)
+        assert are_subsets and np.array_equal(masks, expected)
+
+    def test_of_weights_they_have_the_same_weights(self):
+        weights = np.array([0.7, 0.0, 0.2, 0.1])
+        found, are_subsets = random_alternatives(weights, self.sizes, 20, seed=1)
+        assert not are_subsets
+        assert np.array_equal(np.sort(found, axis=1), np.tile(np.sort(weights), (20, 1)))
+        assert len(np.unique(found, axis=0)) > 5
+        assert np.array_equal(found, random_alternatives(weights, self.sizes, 20, seed=1)[0])

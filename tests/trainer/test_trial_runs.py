@@ -129,6 +129,14 @@ class TestMixturesToVerify:
             assert mask.sum() == 2
             assert shares == pytest.approx(mask * self.counts / (mask @ self.counts))
 
+    def test_of_weights_the_same_weights_in_a_random_order(self):
+        weights = {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.1}
+        mixtures = mixtures_to_verify(weights, self.counts, 4, 0)
+        assert [*mixtures][:2] == ["chosen", "all tasks"]
+        assert [*mixtures][2].startswith("chosen weights in random order")
+        for shares in [*mixtures.values()][2:]:
+            assert sorted(shares) == pytest.approx([0.1, 0.1, 0.3, 0.5])
+
     def test_no_mixture_twice(self):
         everything = dict(zip("abcd", self.counts / 100, strict=True))
         mixtures = mixtures_to_verify(everything, self.counts, 3, 0)
