@@ -34,7 +34,7 @@ def mixture_search() -> str:
             f"tasks differ, estimates are noisy: true loss minus all tasks, {name}",
             f"{number(true[f'{name}: mean'], 3)} nats; worse in {percent(true[f'{name}: worse'])}",
         ]
-        for name in ("default", "shrinkage=0", "round_to_subset")
+        for name in ("default", "risk_aversion=1.75", "shrinkage=0", "round_to_subset")
     ]
     rows += [
         [f"seconds, {tasks} tasks, `{name}`", number(value, 1)]

@@ -159,8 +159,6 @@ def seconds(num_tasks: int) -> dict[str, float]:
         0, num_tasks=num_tasks, num_per_task=EXAMPLES_PER_TASK.get(num_tasks, 20)
     )
     fitted = LinearizedTraining(probes=False).fit(store)
-    if not fitted.has_gradient:
-        return {}
     problem: SelectionProblem = selection_problem(fitted, store, rows_to_read=6400)
     selectors: dict[str, AbstractSelector] = {
         "default": MixtureOptimization(),
