@@ -16,6 +16,7 @@ from hf_auxselect.report.text import (
     mixture,
     nats,
     printable,
+    selected_shares,
     shown,
 )
 
@@ -27,6 +28,7 @@ def to_markdown(content: ReportContent) -> str:
         .get_template("page.md.jinja")
         .render(
             report=content,
+            selected=selected_shares(content),
             comparison=comparison_sentence(content),
             confirmation=confirmation_sentence(content),
             layers=layers_sentence(content),

@@ -236,10 +236,20 @@ def _race(race: Race) -> list[str]:
 
 def _title(content: ReportContent) -> str:
     number, total = len(content.selected), len(content.weights)
+    named = [f"{printable(name)}{share}" for name, share in selected_shares(content)]
+    if named[0].endswith("%") and number > _NAMED:
+        named[_NAMED:] = []
+        named[-1] += f" and {number - _NAMED} more"
+    return f"Selected {number} of {total} tasks: {', '.join(named)}"
+
+
+def selected_shares(content: ReportContent) -> list[tuple[str, str]]:
+    """The selected tasks and, where shares differ, the shares in words, the largest first."""
     shares = {name: content.weights[name] for name in content.selected}
     if len({round(share, 6) for share in shares.values()}) == 1:
-        return f"Selected {number} of {total} tasks: {', '.join(map(printable, shares))}"
-    return f"Selected {number} of {total} tasks: {mixture(shares)}"
+        return [(name, "") for name in shares]
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    return [(name, f" {share:.0%}") for name, share in ordered]
 
 
 def _warnings(content: ReportContent) -> list[str]:
