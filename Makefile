@@ -27,8 +27,10 @@ test test-fast test-oldest test-newest: export OMP_NUM_THREADS := 1
 
 # What touches Trainer, PEFT or autograd. Where runs are killed matters to files, how much memory is
 # predicted to PyTorch, and estimates to NumPy alone: none depends on versions of those. That processes
-# are launched is part of test_two_processes.py, and options of the Trainer go through what is here.
-CORE_TESTS ?= --deselect tests/test_resume.py::TestKills --deselect tests/test_callback.py::TestPreview \
+# are launched is part of test_two_processes.py. Options, repeated runs and changed resumed runs go
+# through what is here.
+CORE_TESTS ?= --deselect tests/test_resume.py::TestKills --deselect tests/test_resume.py::TestResumption \
+	$(addprefix --deselect tests/test_callback.py::Test,Preview Options MeetingTheTrainer) \
 	$(addprefix tests/,test_versions.py test_callback.py test_resume.py trainer/test_batches.py \
 	trainer/test_two_processes.py trainer/test_privates.py \
 	capture/test_examples.py capture/test_adapters.py)
