@@ -23,10 +23,7 @@ from hf_auxselect.estimators.base import (
 )
 from hf_auxselect.estimators.minibatches import add_minibatch_noise, clipping_factor
 from hf_auxselect.estimators.parallel import one_blas_thread
-from hf_auxselect.estimators.predicted_update import (
-    FittedQuadratic,
-    check_options,
-)
+from hf_auxselect.estimators.predicted_update import FittedQuadratic, check_options
 from hf_auxselect.estimators.quadratic_model import QuadraticModel
 from hf_auxselect.estimators.unrolled_optimizer import Response, UnrolledOptimizer
 from hf_auxselect.store.arrays import GradientStore

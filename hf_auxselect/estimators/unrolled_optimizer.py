@@ -3,7 +3,7 @@
 In the eigenvectors of a quadratic model's curvature H, training falls apart into recursions of two
 numbers each, the displacement and the momentum. They are tabulated as functions of the eigenvalue.
 
-Shapes: M mixtures, R eigenvalues of each, G eigenvalues in a table, Q basis functions of time.
+Shapes: R eigenvalues, G eigenvalues in a table, T steps, P passes over the rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from hf_auxselect.estimators.base import TINY, Array
 
 # Constants that shape estimates: how finely responses are tabulated, and what they are limited to.
-# All are conventions; the first six bound errors of interpolation, far below those of the model.
+# Both are conventions; the first bounds errors of interpolation, far below those of the model.
 _GRID_POINTS = 8192
 """Eigenvalues at which responses to constant sources are tabulated; between, it is interpolated."""
 
@@ -135,7 +135,7 @@ class UnrolledOptimizer:
             steps_per_pass: P, the number of steps after which all rows are read.
         """
         num_steps, length = len(self._rates), max(steps_per_pass, 1.0)
-        values_R = (np.exp(self._coordinate(values_R)) - 2) / self.summed_learning_rate
+        values_R = self._values(self._coordinate(values_R))
         h_TR = np.stack(list(self._impulses(values_R))[::-1])
         # Sums over each pass; one may end within a step, and the last may be broken off.
         sums_TR = np.vstack([np.zeros_like(values_R), np.cumsum(h_TR, axis=0)])
@@ -149,15 +149,14 @@ class UnrolledOptimizer:
         scaled = np.maximum(values * self.summed_learning_rate, -1.0)
         return np.clip(np.log(scaled + 2), 0.0, self._largest_x)
 
-    def _values(self, num_points: int) -> Array:
-        """The eigenvalues of the entries of a table with this many points."""
-        x = np.linspace(0.0, self._largest_x, num_points)
+    def _values(self, x: Array) -> Array:
+        """The eigenvalues at some places in the tables; the inverse of :meth:`_coordinate`."""
         return (np.exp(x) - 2) / self.summed_learning_rate
 
     def _tabulate_sources(self) -> None:
         self._x_G = np.linspace(0.0, self._largest_x, _GRID_POINTS)
-        values_G = self._values(_GRID_POINTS)
-        # Columns: momentum, gradient, parameters.
+        values_G = self._values(self._x_G)
+        # Rows: momentum, gradient, parameters.
         delta_3G, momentum_3G = np.zeros((2, 3, _GRID_POINTS))
         momentum_3G[0] = self._initial_momentum
         gradient_31, parameters_31 = np.array([[0.0, 1, self._coupled_decay], [0, 0, self._decay]])[
