@@ -136,12 +136,12 @@ class GradientPass:
     def preview(self) -> CostPreview:
         """Run a few batches and predict the cost of all selections."""
         steps, clusters = self.plan.switch_steps, self.options.clusters
-        total = self._preview(clusters)
-        without = replace(self.options, clusters=None)
         plan = self.plan
         if clusters is not None:  # of which nothing is known yet
             tasks = evenly_split(len(plan.tasks.ids), clusters)
             plan = plan.with_tasks(tasks, self.options.examples_per_task)
+        total = replace(self, plan=plan)._preview(clusters)
+        without = replace(self.options, clusters=None)
         known: dict[str | None, CostPreview] = {}
         for step in steps[1:]:
             later = replace(self, plan=plan.at(step), options=without)
@@ -160,11 +160,8 @@ class GradientPass:
         return replace(total, num_selections=len(steps))
 
     def _preview(self, clusters: int | None) -> CostPreview:
-        """The cost of one selection."""
+        """The cost of one selection, and of finding so many clusters before it."""
         plan = self.plan
-        if clusters is not None:  # of which nothing is known yet
-            tasks = evenly_split(len(plan.tasks.ids), clusters)
-            plan = plan.with_tasks(tasks, self.options.examples_per_task)
         sketch = CountSketch(self.options.projection_dim, plan.seed)
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         entries = sum(p.numel() for p in parameters)
