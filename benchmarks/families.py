@@ -32,6 +32,9 @@ from recipes.models import smollm2
 DATA = Path(os.environ.get("HF_AUXSELECT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 """Folder of the real text, which has licences of its own and is not part of the repository."""
 
+INSTRUCTION = re.compile(r"\A.*?\n\nInput: ", re.DOTALL)
+"""Comes before the input, and says the same in every row of a task."""
+
 Generator = tuple[str, dict[str, Any]]
 
 # bfloat16 is twice as fast on processors that multiply it, with attention spelled out, and 40 times
@@ -164,48 +167,53 @@ def _recipe(*, num_rows: int, **options: Any) -> Family:
     )
 
 
-def _small(**changes: Any) -> Family:
+def _small(*, target: str = small.TARGET, **changes: Any) -> Family:
+    """String tasks; the auxiliary ones are all of them but the target."""
+
     def make_task(name: str, position: int) -> Dataset:
         if name == "shuffled":
-            return shuffled_answers(small.examples("target", 128, 77), 0)
+            return shuffled_answers(small.examples(target, 128, 77), 0)
         return small.examples(name, 128, position)
 
     return Family(
-        tasks=(*small.TASKS, "shuffled"),
+        tasks=(*(name for name in small.TASKS if name != target), "shuffled"),
         make_task=make_task,
-        make_target=lambda seed: small.examples("target", 128, 1000 + seed),
+        make_target=lambda seed: small.examples(target, 128, 1000 + seed),
         model=small.small_model,
         **{"warm_up_steps": 60, "steps": 120} | changes,
     )
 
 
 def _read_text(name: str, num_rows: int, skipped: int = 0) -> Dataset:
-    """Rows of a file of prompts and completions, after some that are skipped."""
+    """Rows of a file of prompts and completions, after some that are skipped.
+
+    Of an instruction that goes on with an input, the input alone is kept.
+    """
     path = DATA / f"{name}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: set HF_AUXSELECT_DATA to the folder of data.")
     lines = path.read_text().splitlines()[skipped : skipped + num_rows]
     rows = [json.loads(line) for line in lines]
-    return Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
+    return Dataset.from_list(
+        [
+            {"prompt": INSTRUCTION.sub("", row["prompt"]), "completion": row["completion"]}
+            for row in rows
+        ]
+    )
 
 
-def _text(*, folder: str, target: str, tasks: tuple[str, ...]) -> Family:
-    """Tasks of real text, and a target: 96 rows of each task, and 64 held-out rows."""
+def _text(*, target: str, tasks: dict[str, str]) -> Family:
+    """Tasks of real text, 96 rows of each, and 64 rows of a target that is none of them."""
 
     def make_task(name: str, position: int) -> Dataset:
         if name == "shuffled":
-            return shuffled_answers(_read_text(f"{folder}/{target}", 96), 0)
-        return _read_text(f"{folder}/{name}", 96)
-
-    def make_target(seed: int) -> Dataset:
-        if seed == 0:
-            return _read_text(f"{folder}/{target}.heldout", 64)
-        return _read_text(f"{folder}/{target}", 64, 96 + 64 * (seed - 1))
+            return shuffled_answers(_read_text(target, 96), 0)
+        return _read_text(tasks[name], 96)
 
     return Family(
         tasks=(*tasks, "shuffled"),
         make_task=make_task,
-        make_target=make_target,
+        make_target=lambda seed: _read_text(target, 64, 96 + 64 * seed),
         arguments={"per_device_train_batch_size": 8, "learning_rate": 1.5e-3, **FAST},
     )
 
@@ -300,20 +308,35 @@ FAMILIES: dict[str, Family] = {
     "demo": _recipe(num_rows=demo.NUM_ROWS, warm_up_steps=demo.WARM_UP_STEPS, steps=demo.STEPS),
     "sparse": _recipe(num_rows=256, warm_up_steps=16, steps=40, examples_per_task=32),
     "small": _small(),
+    "shifting": _small(target="shift back"),
     "sentiment": _text(
-        folder="domains",
-        target="phones",
-        tasks=(
-            "cameras",
-            "mp3_players",
-            "dvd_player",
-            "network_router",
-            "household_tools",
-            "antivirus_software",
-            "movies",
-            "pros_and_cons",
-            "subjectivity",
-        ),
+        target="domains/phones",
+        tasks={
+            "cameras": "domains/cameras",
+            "music players": "domains/mp3_players",
+            "DVD players": "domains/dvd_player",
+            "routers": "domains/network_router",
+            "tools": "domains/household_tools",
+            "antivirus": "domains/antivirus_software",
+            "movies": "domains/movies",
+            "pros and cons": "domains/pros_and_cons",
+            "subjectivity": "domains/subjectivity",
+        },
+    ),
+    "analogies": _text(
+        target="instruct/task1157_bard_analogical_reasoning_rooms_for_containers",
+        tasks={
+            "affordance": "instruct/task1153_bard_analogical_reasoning_affordance",
+            "travel": "instruct/task1154_bard_analogical_reasoning_travel",
+            "tools": "instruct/task1156_bard_analogical_reasoning_tools",
+            "containers": "instruct/task1159_bard_analogical_reasoning_containers",
+            "facts": "instruct/task036_qasc_topic_word_to_generate_related_fact",
+            "sentences": "instruct/task102_commongen_sentence_generation",
+            "questions": "instruct/task879_schema_guided_dstc8_classification",
+            "causes": "instruct/task392_inverse_causal_relationship",
+            "relations": "instruct/task970_sherliic_causal_relationship",
+            "causes and effects": "instruct/task828_copa_commonsense_cause_effect",
+        },
     ),
 }
 

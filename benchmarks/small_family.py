@@ -46,14 +46,15 @@ TASKS: dict[str, tuple[str, Callable[[str], str]]] = {
     "length": ("P", lambda w: str(len(w))),
     "rotate": ("K", lambda w: w[1:] + w[:1]),
 }
-TARGET: tuple[str, Callable[[str], str]] = ("V", lambda w: w[-1] + w[:-1])
+TARGET = "target"
+"""Name of the task that is none of them: the word rotated backward."""
 PRETRAINING = ("copy", "sort", "double", "length", "first letters")
 
 
 def examples(task: str, num_rows: int, seed: int) -> Dataset:
-    """Rows of one of ``TASKS``, or of the target, the word rotated backward."""
+    """Rows of one of ``TASKS``, or of ``TARGET``."""
     rng = random.Random(f"{task}/{seed}")
-    letter, function = TASKS.get(task, TARGET)
+    letter, function = TASKS.get(task, ("V", lambda w: w[-1] + w[:-1]))
     words = [_word(rng) for _ in range(num_rows)]
     return Dataset.from_list(
         [{"prompt": f"{letter}:{word}=", "completion": function(word)} for word in words]
