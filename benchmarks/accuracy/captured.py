@@ -51,7 +51,7 @@ class _Tokens(LinearizedTraining):
     probes: bool = False
 
 
-class _Stop(TrainerCallback):
+class StopAfterOneStep(TrainerCallback):
     """Ends the run after one step: the gradients are captured before it."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -128,7 +128,7 @@ def _captured(
             projection_dim=dim,
             seed=0,
         )
-        trainer = make_trainer(family, directory, [callback, _Stop()])
+        trainer = make_trainer(family, directory, [callback, StopAfterOneStep()])
         trainer.train(resume_from_checkpoint=str(warm_up(family)))
         store = GradientStore.load(path)
     return store

@@ -33,6 +33,7 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -50,7 +51,14 @@ from benchmarks import RESULTS
 from benchmarks.accuracy.baselines import Array, trainer_at_switch
 from benchmarks.accuracy.ground_truth import TRUTH, warm_up
 from benchmarks.families import FAMILIES
-from hf_auxselect import AbstractEstimator, Estimate, FittedEstimator, GradientStore
+from hf_auxselect import (
+    AbstractEstimator,
+    Estimate,
+    FittedEstimator,
+    ForwardSelection,
+    GradientStore,
+    SelectionProblem,
+)
 from hf_auxselect.capture.check import check_per_example_gradients
 from hf_auxselect.capture.hooks import GradientHooks
 from hf_auxselect.capture.memory import evaluation_mode
@@ -284,44 +292,76 @@ def _run_mixtures(
     seed: int,
     path: Path,
 ) -> None:
-    trainer.remove_callback(PrinterCallback)
-    projection = Rademacher(dim=PROJECTION_DIM, seed=seed)
-    parameters = trainable(trainer)
-    start_values = [p.detach().clone() for p in parameters.values()]
-    start = time.perf_counter()
-    gradients_Nd = projected_margins(trainer, trainer.train_dataset, projection)
+    steps = PrescribedSteps(trainer, record["tasks"], seed)
     record |= {
-        "num_parameters": sum(p.numel() for p in start_values),
-        "adapter_norm": norm(start_values),
+        "num_parameters": sum(p.numel() for p in steps.start_values),
+        "adapter_norm": steps.adapter_norm,
         "switch_loss": round(trainer.evaluate()["eval_loss"], 6),
-        "seconds_of_capture": round(time.perf_counter() - start, 1),
+        "seconds_of_capture": round(steps.seconds_of_capture, 1),
     }
-    position = {name: k for k, name in enumerate(record["tasks"])}
-    task_ids_N = np.array([position[name] for name in trainer.train_dataset["task"]])
     for weights, scales in missing.items():
+        for run in steps.measure(weights, scales):
+            record["runs"].append(run)
+            write_atomically(path, to_json(record))
+            print(f"{record['family']} scale {run['scale']}: {run['loss']:.4f}", flush=True)
+
+
+class PrescribedSteps:
+    """Moves a trainer's adapter as the scripts do, and measures the target's loss there."""
+
+    def __init__(self, trainer: SFTTrainer, tasks: Sequence[str], seed: int) -> None:
+        trainer.remove_callback(PrinterCallback)
+        self._trainer, self._seed = trainer, seed
+        self._projection = Rademacher(dim=PROJECTION_DIM, seed=seed)
+        self._parameters = trainable(trainer)
+        self.start_values = [p.detach().clone() for p in self._parameters.values()]
+        self.adapter_norm = norm(self.start_values)
         start = time.perf_counter()
-        weights_N = example_weights(np.array(weights), task_ids_N)
-        words = random_words(len(weights_N), "random labels", seed, weights)
+        self._gradients_Nd = projected_margins(trainer, trainer.train_dataset, self._projection)
+        self.seconds_of_capture = time.perf_counter() - start
+        position = {name: k for k, name in enumerate(tasks)}
+        self.task_ids_N = np.array([position[name] for name in trainer.train_dataset["task"]])
+
+    def measure(self, weights: Sequence[float], scales: list[float]) -> Iterator[dict[str, Any]]:
+        """The target's loss of a mixture [K] at each length of the step, with its particulars."""
+        start = time.perf_counter()
+        weights_N = example_weights(np.array(weights), self.task_ids_N)
+        words = random_words(len(weights_N), "random labels", self._seed, tuple(weights))
         labels_N = words < SHARE_OF_ONES * 2.0**64
-        w_d = regress(gradients_Nd, weights_N, labels_N)
-        mean_d = weights_N @ gradients_Nd
+        w_d = regress(self._gradients_Nd, weights_N, labels_N)
+        mean_d = weights_N @ self._gradients_Nd
         cosine = float(w_d @ mean_d / np.linalg.norm(w_d) / np.linalg.norm(mean_d))
-        step = direction(projection, parameters, w_d)
+        step = direction(self._projection, self._parameters, w_d)
         seconds_of_step = time.perf_counter() - start
         for scale in scales:
             start = time.perf_counter()
-            _move(parameters, start_values, step, scale * record["adapter_norm"])
-            run = {
+            _move(self._parameters, self.start_values, step, scale * self.adapter_norm)
+            yield {
                 "weights": list(weights),
                 "scale": scale,
-                "seed": seed,
-                "loss": round(trainer.evaluate()["eval_loss"], 6),
+                "seed": self._seed,
+                "loss": round(self._trainer.evaluate()["eval_loss"], 6),
                 "cosine_to_mean_gradient": round(cosine, 4),
                 "seconds": round(seconds_of_step + time.perf_counter() - start, 3),
             }
-            record["runs"].append(run)
-            write_atomically(path, to_json(record))
-            print(f"{record['family']} scale {scale}: {run['loss']:.4f}", flush=True)
+
+
+def forward_selection(family: str, scale: float = SCALES[0], seed: int = 0) -> Array:
+    """Weights [K] of the subset that forward selection on these estimates chooses."""
+    tasks = FAMILIES[family].tasks
+    with trainer_at_switch(family) as trainer:
+        steps = PrescribedSteps(trainer, tasks, seed)
+
+        sizes_K = np.bincount(steps.task_ids_N)
+
+        def estimate(masks: ArrayLike) -> Estimate:
+            shares_MK = normalize_mixtures(masks, sizes_K)
+            runs = [next(steps.measure(row.tolist(), [scale])) for row in shares_MK]
+            loss_M = np.array([run["loss"] for run in runs])
+            return Estimate(loss=loss_M, low=loss_M, high=loss_M, weights=shares_MK)
+
+        selection = ForwardSelection().select(SelectionProblem(estimate, tasks, sizes_K.tolist()))
+    return np.array([selection.weights[name] for name in tasks])
 
 
 def _move(

@@ -37,6 +37,8 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks import RESULTS
 from benchmarks.families import FAMILIES, VARIANTS, with_fixed_hashes
 from hf_auxselect import FixedSelection, TaskSelectionCallback, concatenate_tasks
+from hf_auxselect.capture.memory import evaluation_mode
+from hf_auxselect.capture.scalars import forward_label_logits
 from hf_auxselect.files import to_json, write_atomically
 
 TRUTH = RESULTS / "truth"
@@ -68,6 +70,7 @@ def make_trainer(
     directory: Path,
     callbacks: list[TrainerCallback],
     *,
+    train_dataset: Any = None,
     eval_dataset: Any = None,
     **options: Any,
 ) -> SFTTrainer:
@@ -81,7 +84,9 @@ def make_trainer(
     return SFTTrainer(
         model=own.model(),
         args=SFTConfig(output_dir=str(directory), **arguments),
-        train_dataset=concatenate_tasks(own.training_tasks()),
+        train_dataset=(
+            concatenate_tasks(own.training_tasks()) if train_dataset is None else train_dataset
+        ),
         eval_dataset=own.make_target(0) if eval_dataset is None else eval_dataset,
         peft_config=LoraConfig(**lora(family)),
         callbacks=callbacks,
@@ -141,24 +146,38 @@ def _round_of_mixtures(num_tasks: int, seed: int) -> list[list[float]]:
 
 def train_on(family: str, weights: dict[str, float], mode: str, seed: int) -> dict[str, Any]:
     """Fine-tune on one mixture from the warm-up's checkpoint and measure the target's loss."""
-    start = time.perf_counter()
-    checkpoint = warm_up(family)
+    callback = TaskSelectionCallback(
+        warmup=FAMILIES[family].warm_up_steps,
+        after=mode,
+        selector=FixedSelection({k: w for k, w in weights.items() if w > 0}, estimate=False),
+        seed=seed,
+    )
     with tempfile.TemporaryDirectory() as directory:
-        callback = TaskSelectionCallback(
-            warmup=FAMILIES[family].warm_up_steps,
-            after=mode,
-            selector=FixedSelection({k: w for k, w in weights.items() if w > 0}, estimate=False),
-            seed=seed,
-        )
         trainer = make_trainer(family, Path(directory), [callback])
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-        loss = trainer.evaluate()["eval_loss"]
+        result = train_and_measure(family, trainer)
+    return {"weights": [weights[name] for name in weights], "seed": seed} | result
+
+
+def train_and_measure(family: str, trainer: SFTTrainer) -> dict[str, float]:
+    """Train from the warm-up's checkpoint to the end: the target's loss and exact matches then."""
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(warm_up(family)))
     return {
-        "weights": [weights[name] for name in weights],
-        "seed": seed,
-        "loss": round(loss, 6),
+        "loss": round(trainer.evaluate()["eval_loss"], 6),
+        "exact_match": round(exact_match(trainer), 6),
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def exact_match(trainer: SFTTrainer) -> float:
+    """Share of the rows of the target whose completion greedy decoding gives, token by token."""
+    matches: list[bool] = []
+    with evaluation_mode(trainer.model), torch.no_grad():
+        for batch in trainer.get_eval_dataloader():
+            found = forward_label_logits(trainer.model, batch)
+            right_L = (found.logits.argmax(1) == found.labels).float()
+            matches += (found.mean_over_tokens(right_L) == 1).tolist()
+    return float(np.mean(matches))
 
 
 def switch_loss(family: str) -> float:
