@@ -27,6 +27,10 @@ error is of its square, rounding of 1e-13 over it."""
 _CHUNK = 2**22
 """Weights that are estimated at once where slopes are measured: 32 MiB; a convention."""
 
+_PATIENCE = 20
+"""Steps after which a search ends if they have lowered its best value by less than the tolerance.
+A convention. It is for functions with kinks, at which the gap does not become small."""
+
 _BISECTIONS = 100
 _MEMORY = 10
 """Of how many losses the largest one is what a step must improve on."""
@@ -174,8 +178,8 @@ def minimize(
     """The least values of a smooth function of mixtures near M starts: projected gradient descent.
 
     A start ends when a mixture within the bounds cannot be lower by more than ``tolerance`` on the
-    tangent there (the Frank-Wolfe gap), when no shorter step lowers the function, or after
-    ``max_steps``.
+    tangent there (the Frank-Wolfe gap), when 20 steps have lowered the function by less than
+    ``tolerance``, when no shorter step lowers it, or after ``max_steps``.
 
     Args:
         value: the function: [M, K], starts [M] -> [M].
@@ -195,6 +199,7 @@ def minimize(
     best, best_values = weights.copy(), values.copy()
     gaps, best_gaps = np.full(len(weights), np.inf), np.full(len(weights), np.inf)
     recent = np.repeat(values[:, None], _MEMORY, 1)
+    earlier = np.full((_PATIENCE, len(weights)), np.inf)  # best values of the last steps
     centred = gradients - gradients @ shares_K[:, None]
     rates = 1 / np.maximum(np.abs(centred).max(1), 1e-300)
     active, steps = everyone, 0
@@ -204,7 +209,9 @@ def minimize(
         improved = active[values[active] <= best_values[active]]
         best[improved], best_values[improved] = weights[improved], values[improved]
         best_gaps[improved] = gaps[improved]
-        active = active[gaps[active] > tolerance]
+        is_stalled = earlier[step % _PATIENCE] - best_values < tolerance
+        earlier[step % _PATIENCE] = best_values
+        active = active[(gaps[active] > tolerance) & ~is_stalled[active]]
         if not len(active) or step == max_steps:
             break
         moves = box.project(weights[active] - rates[active, None] * shares_K * gradients[active])

@@ -249,3 +249,24 @@ def test_weights_too_small_to_draw_become_zero():
     assert found[:3] == pytest.approx([0.5, 0.3, 0.2], abs=1e-6)
     one = np.array([0.5, 0.3, 0.2, 0.0])
     assert box.drawable(one) is one
+
+
+def test_a_search_ends_at_a_kink_where_no_gap_becomes_small() -> None:
+    rng = np.random.default_rng(0)
+    a_RK = rng.normal(size=(8, 40))
+    asked = []
+
+    def estimate(weights_MK: np.ndarray) -> Estimate:
+        loss_M = np.abs(weights_MK @ a_RK.T - 0.05).sum(1)
+        return Estimate(loss=loss_M, low=loss_M - 0.01, high=loss_M + 0.01)
+
+    def gradient(weights_MK: np.ndarray) -> np.ndarray:
+        asked.append(len(weights_MK))
+        return np.sign(weights_MK @ a_RK.T - 0.05) @ a_RK
+
+    names = [f"task {k}" for k in range(40)]
+    problem = SelectionProblem(estimate, names, [1] * 40, gradient=gradient)
+    chosen = MixtureOptimization(shrinkage=0.0, starts=1).select(problem)
+    assert chosen.estimate is not None
+    assert chosen.estimate.loss[0] < estimate(np.full((1, 40), 1 / 40)).loss[0]
+    assert sum(asked) < 250
