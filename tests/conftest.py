@@ -76,6 +76,13 @@ def _no_rendering(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk():
+    """No test cuts the power."""
+    with patch("os.fsync"):
+        yield
+
+
 @pytest.fixture
 def run_dir(tmp_path):
     return tmp_path / "run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -295,10 +296,11 @@ class ModelRows(Sequence[Any]):
 
     def without_format(self, index: int) -> Any:
         """An example as it is stored, whatever the dataset's format and transform."""
-        if not isinstance(self._dataset, Dataset):
-            return self[index]
-        row = self._dataset.with_format(None)[int(self.packed_rows[index])]
-        return self._document(row, index)
+        return self._document(self._unformatted[int(self.packed_rows[index])], index)
+
+    @cached_property
+    def _unformatted(self) -> Any:
+        return self._dataset.with_format(None) if self.is_stored else self._dataset
 
     @property
     def is_stored(self) -> bool:
