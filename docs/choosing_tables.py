@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from results import RESULTS, markdown, number, percent, read, table
 
-ALL_TASKS = "all tasks"
+ALL_TASKS, DEFAULT = "all tasks", "MixtureOptimization()"
+RANDOM = ("random 1", "random 2", "random 3")
 
 
 @table
@@ -151,45 +151,100 @@ def selections() -> dict[str, dict[str, Any]]:
     return {path.stem: read(f"selection/{path.stem}") for path in paths}
 
 
-def of_strategy(name: str) -> Iterator[dict[str, float]]:
-    """A strategy's line in every family in which it has been measured."""
-    for record in selections().values():
-        if name in record["summary"]:
-            yield record["summary"][name]
+Lines = dict[str, dict[str, float]]
+"""Family -> what was measured of a strategy there."""
+
+
+def lines_of_strategies() -> dict[str, Lines]:
+    """What was measured of each strategy but all tasks, random subsets as one."""
+    records = selections()
+    names = dict.fromkeys(name for record in records.values() for name in record["summary"])
+    found: dict[str, Lines] = {}
+    for name in names:
+        own = {f: r["summary"][name] for f, r in records.items() if name in r["summary"]}
+        if name.startswith("random "):
+            own = {
+                family: {key: fmean(r["summary"][n][key] for n in RANDOM) for key in line}
+                for family, line in own.items()
+                for r in [records[family]]
+                if all(n in r["summary"] for n in RANDOM)
+            }
+            name = "random subset, mean of three"
+        if name != ALL_TASKS:
+            found[name] = own
+    return found
 
 
 @table
 def choices() -> str:
     """What strategies' mixtures gain over all tasks, by ground truth."""
     records = selections()
-    names = list(dict.fromkeys(name for r in records.values() for name in r["choices"]))
-    rows = []
-    for name in names:
-        if name == ALL_TASKS:
-            continue
-        cells = []
-        for record in records.values():
-            line = record["summary"].get(name)
-            cells.append("not run" if line is None else gain(line))
-        lines = list(of_strategy(name))
-        runs = sum(line["seeds"] for line in lines)
-        worse = sum(line["seeds"] * line["worse_than_all_tasks"] for line in lines)
-        regret = percent(fmean(line["regret"] for line in lines)) if lines else ""
-        rows.append([name, *cells, f"{worse:.0f} of {runs:.0f}", regret])
-    base = [
-        f"{number(r['summary'][ALL_TASKS]['loss'], 2)} nats, regret "
-        f"{percent(r['summary'][ALL_TASKS]['regret'])}"
-        for r in records.values()
+    rows = [
+        [name, *(gain(lines[f]) if f in lines else "not run" for f in records)]
+        for name, lines in lines_of_strategies().items()
     ]
-    rows.insert(0, [f"*{ALL_TASKS}: loss*", *base, "", ""])
-    header = ["", *records, "worse than all tasks", "mean regret"]
+    base = [f"{number(r['summary'][ALL_TASKS]['loss'], 2)} nats" for r in records.values()]
+    return markdown(["", *records], [[f"*{ALL_TASKS}: loss*", *base], *rows])
+
+
+@table
+def choices_summary() -> str:
+    """Harm, regret, exact matches and cost of strategies, over families."""
+    records = selections()
+    everything = {family: record["summary"][ALL_TASKS] for family, record in records.items()}
+    strategies = {ALL_TASKS: everything} | lines_of_strategies()
+    rows = []
+    for name, lines in strategies.items():
+        runs = sum(line["seeds"] for line in lines.values())
+        worse = sum(line["seeds"] * line["worse_than_all_tasks"] for line in lines.values())
+        is_mixture = name != "target only"  # it trains on rows that no mixture has
+        rows.append(
+            [
+                name,
+                str(len(lines)),
+                "" if name == ALL_TASKS else f"{worse:.0f} of {runs:.0f}",
+                percent(fmean(of("regret", lines))) if is_mixture else "",
+                more_regret(lines, strategies[DEFAULT]) if is_mixture and name != DEFAULT else "",
+                signed(100 * fmean(matches), 1)
+                if (matches := of("exact_match_gain", lines))
+                else "",
+                number(fmean(costs), 1) if (costs := of("cost", lines)) else "",
+            ]
+        )
+    header = [
+        "",
+        "families",
+        "worse than all tasks",
+        "mean regret",
+        "regret above the default's",
+        "exact match, points",
+        "cost, runs",
+    ]
     return markdown(header, rows)
+
+
+def of(key: str, lines: Lines) -> list[float]:
+    """A figure, of the families in which it was measured."""
+    return [line[key] for line in lines.values() if key in line]
+
+
+def more_regret(lines: Lines, others: Lines) -> str:
+    """By how much regrets are above others' in the same families: mean and standard error."""
+    values = [100 * (line["regret"] - others[f]["regret"]) for f, line in lines.items()]
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{signed(fmean(values), 0)} ± {error:.0f} points"
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign."""
+    return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
 def gain(line: dict[str, float]) -> str:
     """Gain, with its standard error over seeds where there are several."""
-    text = f"{line['gain']:+.3f}".replace("-", "\u2212")
-    return text + (f" ± {number(line['gain_se'], 3)}" if line["seeds"] > 1 else "")
+    return signed(line["gain"], 3) + (
+        f" ± {number(line['gain_se'], 3)}" if line["seeds"] > 1 else ""
+    )
 
 
 @table

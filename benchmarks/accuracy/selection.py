@@ -160,6 +160,7 @@ STRATEGIES: dict[str, Callable[[Case], list[np.ndarray]]] = {
     "GradEx, as published": lambda case: [gradex_reference.forward_selection(case.family)],
     "interpolated adapters (OP-Mix)": lambda case: [interpolated_adapters(case.family)],
     **{f"random {seed}": partial(_random, seed=seed) for seed in (1, 2, 3)},
+    "best of three random subsets": lambda case: [_random(case, i)[0] for i in (1, 2, 3)],
     "representations (RDS+)": lambda case: case.best(RepresentationSimilarity(family=case.family)),
     "n-grams, importance (DSIR)": lambda case: case.best(
         NgramOverlap(family=case.family, importance=True)
