@@ -431,10 +431,10 @@ def claims() -> str:
         "loss. One constant has been set since then after a look at all families, so no family is "
         "held out from the present version "
         f"(now {number(now['spearman'])} and {now['error']:.1%}).",
-        "**A bad case.** In *sparse*, 32 of 256 examples of each task are captured after 16 steps. "
-        f"The default ranks with {number(worst['spearman'])}, the number of tasks ranks with "
-        f"{of('number of tasks')(bad)}, and losses are {percent(worst['error'])} off. The report "
-        "warns of it.",
+        "**A bad case.** In *sparse*, only 32 of 256 examples of each task are captured, after 16 "
+        f"steps of warm-up. The Spearman is {number(worst['spearman'])}; that of the number of tasks "
+        f"in a mixture is {of('number of tasks')(bad)}. Losses are {percent(worst['error'])} off, "
+        "and the report warns.",
         f"**Error bars.** The 90% intervals hold {inside / total:.0%} of {total} ground-truth "
         "losses. Eight ground-truth runs (`calibrate=8`) correct scale and offset.",
     )

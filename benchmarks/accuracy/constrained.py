@@ -112,12 +112,12 @@ def main() -> None:
     selectors: dict[str, AbstractSelector] = {
         "all tasks": FixedSelection(FAMILIES[FAMILY].tasks),
         "ForwardSelection()": ForwardSelection(),
-        "MixtureOptimization(shrinkage=0)": MixtureOptimization(shrinkage=0, starts=2),
+        "MixtureOptimization()": MixtureOptimization(),
         "ConstrainedSelection(...)": ConstrainedSelection(
-            ceilings=dict.fromkeys(protected, MARGIN),
-            relative_to="all tasks",
-            shrinkage=0,
-            starts=2,
+            ceilings=dict.fromkeys(protected, MARGIN), relative_to="all tasks"
+        ),
+        "ConstrainedSelection(..., shrinkage=0.5)": ConstrainedSelection(
+            ceilings=dict.fromkeys(protected, MARGIN), relative_to="all tasks", shrinkage=0.5
         ),
     }
     with tempfile.TemporaryDirectory() as directory:
