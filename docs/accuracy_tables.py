@@ -432,8 +432,8 @@ def claims() -> str:
         "held out from the present version "
         f"(now {number(now['spearman'])} and {now['error']:.1%}).",
         "**A bad case.** In *sparse*, only 32 of 256 examples of each task are captured, after 16 "
-        f"steps of warm-up. The Spearman is {number(worst['spearman'])}; that of the number of tasks "
-        f"in a mixture is {of('number of tasks')(bad)}. Losses are {percent(worst['error'])} off, "
+        f"steps of warm-up. The Spearman is {number(worst['spearman'])}; that of the number of "
+        f"tasks in a mixture is {of('number of tasks')(bad)}. Losses are {percent(worst['error'])} off, "
         "and the report warns.",
         f"**Error bars.** The 90% intervals hold {inside / total:.0%} of {total} ground-truth "
         "losses. Eight ground-truth runs (`calibrate=8`) correct scale and offset.",
