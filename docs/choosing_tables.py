@@ -68,6 +68,35 @@ def constrained() -> str:
 
 
 @table
+def protected() -> str:
+    """Losses after really training under ceilings, of ``benchmarks.accuracy.constrained``."""
+    found = read("constrained")
+    names, limit = found["protected"], found["limit_nats"]
+    base = next(line["measured"] for line in found["lines"] if line["selector"] == ALL_TASKS)
+    rows = []
+    for line in found["lines"]:
+        above = {
+            name: [
+                own - other for own, other in zip(line["measured"][name], base[name], strict=True)
+            ]
+            for name in names
+        }
+        kept = sum(
+            all(above[name][i] <= limit for name in names) for i in range(len(found["seeds"]))
+        )
+        rows.append(
+            [
+                line["selector"],
+                number(fmean(line["measured"]["target"]), 2),
+                *(signed(fmean(above[name]), 3) for name in names),
+                f"{kept} of {len(found['seeds'])}",
+            ]
+        )
+    header = ["", "target", *(f"{name}, above all tasks" for name in names), "within the limit"]
+    return markdown(header, rows)
+
+
+@table
 def coreset_noise() -> str:
     """Precision and recall of coresets and of a loss filter, by share of wrong tasks."""
     found = {

@@ -264,7 +264,7 @@ class TaskSelectionCallback(TrainerCallback):
     def _select(self, trainer: Trainer, run: Run, step: int) -> None:
         """Make the decision of a switch step, if it is due, and follow it."""
         switch = Switch(trainer=trainer, run=run, options=self._options(), step=step)
-        if not switch.is_due():
+        if not switch.test_drift():
             if self.report is not None:
                 self.report.decisions = run.decision_lines
                 run.last_directory.save_report(self.report)

@@ -56,7 +56,7 @@ def choose(
     return selector.select(problem)
 
 
-def averaged_with(
+def average_with_earlier(
     earlier: Mapping[str, float],
     selection: Selection,
     fitted: FittedEstimator,

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from hf_auxselect.capture.layer_gradients import parameter_rates
 from hf_auxselect.confirmation import confirmed, finalists, run_race, rungs
-from hf_auxselect.decision import averaged_with, choose, report_on
+from hf_auxselect.decision import average_with_earlier, choose, report_on
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import FittedEstimator
 from hf_auxselect.gradient_pass import GradientPass
@@ -182,8 +182,8 @@ class Switch:
     def _is_first(self) -> bool:
         return self.step == self.run.plan.switch_steps[0]
 
-    def is_due(self) -> bool:
-        """Test, where asked for, whether the target has changed since the last decision."""
+    def test_drift(self) -> bool:
+        """Test, where asked for, whether the target has changed; False: the last decision stays."""
         run, reselection = self.run, self.options.reselection
         last = run.last_decision
         if last is None or reselection is None or reselection.significance is None:
@@ -229,7 +229,9 @@ class Switch:
         if options.calibrate and fitted is not None:
             fitted, calibration = self._calibrate(fitted)
         with access.preserved_rng():
-            selection = self._choose(store, fitted, record)
+            selection = self._choose(store, fitted, is_repeated=record is not None)
+            if record is not None and fitted is not None:
+                selection = self._average(selection, fitted, record)
         race = None
         if options.confirmation is not None:
             selection, race = self._confirm(options.confirmation, selection, fitted)
@@ -335,13 +337,14 @@ class Switch:
         self,
         store: GradientStore | None,
         fitted: MainProcessValue[FittedEstimator] | None,
-        record: checkpoints.ReselectionRecord | None,
+        *,
+        is_repeated: bool,
     ) -> MainProcessValue[Selection]:
-        """Step 3: the choice; ``record`` is told of an earlier one that it is averaged with."""
+        """Step 3: the choice, from the shadow prices of the last one where the run repeats it."""
         options, last = self.options, self.run.last_decision
         rows_to_read = self.run.rows_to_read(self.trainer, self.step)
-        prices = last.get("shadow_prices", {}) if last is not None and record is not None else {}
-        selection = MainProcessValue(
+        prices = last.get("shadow_prices", {}) if last is not None and is_repeated else {}
+        return MainProcessValue(
             lambda: choose(
                 None if fitted is None else fitted.value,
                 plan=self.plan,
@@ -351,13 +354,22 @@ class Switch:
                 rows_to_read=rows_to_read,
             )
         )
-        step = None if record is None else self._step_to_average_with(record)
-        if step is None or fitted is None or record is None or options.reselection is None:
+
+    def _average(
+        self,
+        selection: MainProcessValue[Selection],
+        fitted: MainProcessValue[FittedEstimator],
+        record: checkpoints.ReselectionRecord,
+    ) -> MainProcessValue[Selection]:
+        """The choice, averaged with an earlier one that has helped; ``record`` names that one."""
+        step, reselection = self._step_to_average_with(record), self.options.reselection
+        if step is None or reselection is None:
             return selection
         record["averaged_with"] = step
-        earlier, memory = self.run.decisions[step]["weights"], options.reselection.memory
+        earlier, memory = self.run.decisions[step]["weights"], reselection.memory
+        rows_to_read = self.run.rows_to_read(self.trainer, self.step)
         return MainProcessValue(
-            lambda: averaged_with(
+            lambda: average_with_earlier(
                 earlier, selection.value, fitted.value, memory=memory, rows_to_read=rows_to_read
             )
         )

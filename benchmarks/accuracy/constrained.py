@@ -2,9 +2,10 @@
 
 The family ``small``: a model of 3 million parameters learns to rotate words backward. Two other
 tasks are protected, rotating forward, which it is learning, and sorting, which it could do before:
-their losses on new rows must not end above what training on all tasks leads to. From one warm-up,
-gradients are captured once; then each mixture is trained to the end, with several seeds, and the
-trainer's own losses are compared.
+their losses on new rows may end 0.05 nats above those after training on all tasks. As estimates
+have errors, ceilings are also set lower by these 0.05 nats. From one warm-up, gradients are
+captured once; then each mixture is trained to the end, with several seeds, and the trainer's own
+losses are compared.
 
     python -m benchmarks.accuracy.constrained [--seeds 1,2,3]
         [--protected rotate,sort] [--no-probes]
@@ -43,8 +44,8 @@ from hf_auxselect.selectors import selection_problem
 
 FAMILY = "small"
 NUM_ROWS, SEED_OF_ROWS = 128, 5000
-MARGIN = 0.0
-"""Nats above the loss after all tasks that a protected task may have."""
+LIMIT = 0.05
+"""Nats above the loss after all tasks that a protected task may have; a convention."""
 
 
 class _Stop(TrainerCallback):
@@ -113,11 +114,11 @@ def main() -> None:
         "all tasks": FixedSelection(FAMILIES[FAMILY].tasks),
         "ForwardSelection()": ForwardSelection(),
         "MixtureOptimization()": MixtureOptimization(),
-        "ConstrainedSelection(...)": ConstrainedSelection(
-            ceilings=dict.fromkeys(protected, MARGIN), relative_to="all tasks"
+        "ConstrainedSelection, ceilings at the limit": ConstrainedSelection(
+            ceilings=dict.fromkeys(protected, LIMIT), relative_to="all tasks"
         ),
-        "ConstrainedSelection(..., shrinkage=0.5)": ConstrainedSelection(
-            ceilings=dict.fromkeys(protected, MARGIN), relative_to="all tasks", shrinkage=0.5
+        "ConstrainedSelection, ceilings 0.05 lower": ConstrainedSelection(
+            ceilings=dict.fromkeys(protected, LIMIT - 0.05), relative_to="all tasks"
         ),
     }
     with tempfile.TemporaryDirectory() as directory:
@@ -153,7 +154,7 @@ def main() -> None:
     result = {
         "family": FAMILY,
         "protected": protected,
-        "margin_nats": MARGIN,
+        "limit_nats": LIMIT,
         "seeds": seeds,
         "probes": not options.no_probes,
         "lines": lines,

@@ -219,16 +219,25 @@ def random_states_of_checkpoint(trainer: Trainer) -> Iterator[None]:
 
 def save_decision(trainer: Trainer, decision: SavedDecision) -> None:
     """Put a copy of the decisions into the checkpoint that has just been saved."""
-    folder = Path(trainer._get_output_dir(trial=None))
-    path = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}" / DECISION_FILE
-    write_atomically(path, to_json(decision))
+    write_atomically(_saved_checkpoint(trainer) / DECISION_FILE, to_json(decision))
 
 
 def save_clusters(trainer: Trainer, tasks: TaskRows) -> None:
     """Put a copy of the rows' clusters into the checkpoint that has just been saved."""
+    write_atomically(_saved_checkpoint(trainer) / CLUSTERS_FILE, to_json(clusters_of(tasks)))
+
+
+def _saved_checkpoint(trainer: Trainer) -> Path:
+    """The directory of the checkpoint that has just been saved."""
     folder = Path(trainer._get_output_dir(trial=None))
-    path = folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}" / CLUSTERS_FILE
-    write_atomically(path, to_json(clusters_of(tasks)))
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+
+
+def _resumed_copy(trainer: Trainer, name: str, of_run: Path) -> Path | None:
+    """The resumed checkpoint's copy of a file, or else the run's; None if there is neither."""
+    checkpoint = resumed_checkpoint(trainer)
+    places = [*([checkpoint / name] if checkpoint else []), of_run]
+    return next((path for path in places if path.is_file()), None)
 
 
 def read_clusters(trainer: Trainer, of_run: Path, tasks: TaskRows) -> TaskRows:
@@ -243,11 +252,8 @@ def read_clusters(trainer: Trainer, of_run: Path, tasks: TaskRows) -> TaskRows:
     Raises:
         ValueError: the file is damaged, or about another training set; names it.
     """
-    checkpoint = resumed_checkpoint(trainer)
-    for path in [*([checkpoint / CLUSTERS_FILE] if checkpoint else []), of_run]:
-        if path.is_file():
-            return load_clusters(path, len(tasks.ids))
-    return tasks
+    path = _resumed_copy(trainer, CLUSTERS_FILE, of_run)
+    return tasks if path is None else load_clusters(path, len(tasks.ids))
 
 
 def load_clusters(path: Path, num_rows: int) -> TaskRows:
@@ -278,11 +284,8 @@ def read_decision(
     Raises:
         ValueError: the file is damaged, or about other tasks; names it.
     """
-    checkpoint = resumed_checkpoint(trainer)
-    for path in [*([checkpoint / DECISION_FILE] if checkpoint else []), of_run]:
-        if path.is_file():
-            return load_decision(path, task_names)
-    return None
+    path = _resumed_copy(trainer, DECISION_FILE, of_run)
+    return None if path is None else load_decision(path, task_names)
 
 
 def load_decision(path: Path, task_names: Sequence[str]) -> SavedDecision:
