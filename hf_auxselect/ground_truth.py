@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -168,40 +168,65 @@ class GroundTruthRuns:
         write_atomically(self._path, to_json(_RunsRecord(training=self._training, runs=runs)))
 
 
+class Measured(NamedTuple):
+    """What ground-truth runs have measured."""
+
+    runs: list[Measurement]
+    """Those whose loss is finite."""
+    warnings: list[str]
+    """For the report: that training diverged on other mixtures; empty if on none."""
+
+
 def measure(
     runs: GroundTruthRuns,
     mixtures: Mapping[str, np.ndarray],
     fitted: MainProcessValue[FittedEstimator],
     purpose: str,
-) -> list[Measurement]:
+) -> Measured:
     """Train on each mixture to the end of the run, and compare the loss with the estimate.
 
-    Every process must call this.
+    A run that diverges is left out: its loss is not finite, and no estimate can be compared with
+    it. Every process must call this.
 
     Args:
         runs: trains.
         mixtures: shares [K] by the name of the mixture.
         fitted: the estimator to compare with.
-        purpose: title of the progress bar.
+        purpose: title of the progress bar; begins the warning.
     """
     rest = runs.rest
     unknown = [shares for shares in mixtures.values() if not runs.knows(shares, rest.last_step)]
     with runs.bar(purpose, len(unknown) * (rest.last_step - rest.first_step)) as progress:
-        measured = [runs.loss(shares, rest.last_step, progress) for shares in mixtures.values()]
+        measured = {
+            name: runs.loss(shares, rest.last_step, progress) for name, shares in mixtures.items()
+        }
+    finite = {name: loss for name, loss in measured.items() if math.isfinite(loss)}
+    diverged = [name for name in measured if name not in finite]
+    warnings = []
+    if diverged:
+        warnings.append(
+            f"{purpose}: {len(diverged)} of {len(measured)} ground-truth runs are left out, since "
+            f"training diverges (the loss is not finite) on: {'; '.join(diverged)}. Lower the "
+            "learning rate."
+        )
 
     def compare(fitted: FittedEstimator) -> list[Measurement]:
-        estimate = fitted.estimate(np.array([*mixtures.values()]))
+        for warning in warnings:
+            logger.warning(warning)
+        if not finite:
+            return []
+        estimate = fitted.estimate(np.array([mixtures[name] for name in finite]))
         return [
             Measurement(
                 name=name,
-                weights=dict(zip(rest.tasks.names, shares.tolist(), strict=True)),
+                weights=dict(zip(rest.tasks.names, mixtures[name].tolist(), strict=True)),
                 estimated=float(estimate.loss[i]),
                 low=float(estimate.low[i]),
                 high=float(estimate.high[i]),
-                measured=measured[i],
-                seconds=runs.seconds(shares),
+                measured=loss,
+                seconds=runs.seconds(mixtures[name]),
             )
-            for i, (name, shares) in enumerate(mixtures.items())
+            for i, (name, loss) in enumerate(finite.items())
         ]
 
-    return fitted.ask(compare)
+    return Measured(fitted.ask(compare), warnings)
