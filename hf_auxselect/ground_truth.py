@@ -22,13 +22,20 @@ from tqdm.auto import tqdm
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import FittedEstimator
 from hf_auxselect.files import read_json, to_json, write_atomically
+from hf_auxselect.fingerprint import digest
+from hf_auxselect.plan import Plan
 from hf_auxselect.report import Measurement
+from hf_auxselect.trainer.data import ModelRows
 from hf_auxselect.trainer.trial_runs import RestOfRun, TrialRun
 
 logger = logging.getLogger(__name__)
 
 _SAME_SHARE = 1e-9
 """Shares of mixtures that differ by less are the same: rounding. A convention."""
+
+
+_CHUNK = 1000
+"""Rows that are read at once for a hash; a convention."""
 
 
 class _RunRecord(TypedDict):
@@ -42,7 +49,7 @@ class _RunsRecord(TypedDict):
     """The content of the file."""
 
     training: str
-    """Hash of the state that the runs start from, and of the training arguments."""
+    """Hash of the state that the runs start from, of the training arguments, and of the data."""
     runs: list[_RunRecord]
 
 
@@ -63,18 +70,22 @@ class GroundTruthRuns:
 
     Args:
         rest: the remaining steps of the run, before anything has moved its random states.
-        path: of the file. What it holds counts if it was measured from the same state, bit for bit.
+        path: of the file. What it holds counts if it was measured from the same state, bit for bit,
+            and on the same data; an earlier run may have written it.
         stops: optimizer steps at which every run that goes beyond them is evaluated, too.
+        data: from :func:`digest_of_data`.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, rest: RestOfRun, path: Path, stops: Sequence[int] = ()) -> None:
+    def __init__(
+        self, rest: RestOfRun, path: Path, stops: Sequence[int] = (), *, data: str
+    ) -> None:
         self.rest = rest
         self._path = path
         self._stops = tuple(stops)
-        self._training = rest.digest()
+        self._training = f"{rest.digest()}-{data}"
         self._runs: list[_Run] = on_main_process(self._read)
 
     def bar(self, title: str, total: int) -> tqdm:
@@ -166,6 +177,30 @@ class GroundTruthRuns:
             if run.losses
         ]
         write_atomically(self._path, to_json(_RunsRecord(training=self._training, runs=runs)))
+
+
+def digest_of_data(plan: Plan) -> str:
+    """A hash of the rows that ground-truth runs train on and are evaluated on; all must ask.
+
+    The state at the switch tells only of the rows that the warm-up has read. Of rows that are not
+    in a table, those that the plan's fingerprint has looked at stand for all.
+
+    Args:
+        plan: of the run, with the target of the selection.
+    """
+
+    def read() -> str:
+        hashes = [digest(plan.fingerprint, plan.target_key, plan.tasks.names, plan.tasks.ids)]
+        for rows in (plan.examples[0].rows, plan.target.rows):
+            assert isinstance(rows, ModelRows)
+            columns = sorted(rows.columns) if rows.is_table else []
+            if columns:
+                for first in range(0, len(rows), _CHUNK):
+                    ids = range(first, min(first + _CHUNK, len(rows)))
+                    hashes.append(digest(*rows.stored(ids, columns)))
+        return digest(*hashes).hex()
+
+    return on_main_process(read)
 
 
 class Measured(NamedTuple):

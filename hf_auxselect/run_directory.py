@@ -73,13 +73,16 @@ class RunDirectory:
         """Where the gradients of the targets that a test compares are."""
         return self.path / "drift_gradients"
 
-    @property
-    def ground_truth_runs(self) -> Path:
-        """The file of what ground-truth runs have measured."""
-        return self.path / "ground_truth_runs.json"
+    def ground_truth_runs(self, plan: Plan, step: int) -> Path:
+        """The file of what ground-truth runs from the switch after a step have measured."""
+        later = "" if step == plan.switch_steps[0] else f"_{step_name(step)}"
+        return self.path / f"ground_truth_runs{later}.json"
 
     def start(self, plan: Plan) -> Plan:
-        """Write the plan of a new run, and delete what an earlier one has decided and measured.
+        """Write the plan of a new run, and delete what an earlier one has decided.
+
+        What ground-truth runs have measured stays: it counts only from the same state and data, so
+        that a run that was stopped before its first checkpoint finds it again.
 
         Raises:
             OSError: the directory cannot be written to; names ``output_dir``.
@@ -94,7 +97,6 @@ class RunDirectory:
                     "pass output_dir=... to TaskSelectionCallback, or change the trainer's."
                 ) from error
             self.decision.unlink(missing_ok=True)
-            self.ground_truth_runs.unlink(missing_ok=True)
             self.clusters.unlink(missing_ok=True)
             shutil.rmtree(self._report, ignore_errors=True)  # its pictures would be of that run
             for later in self.path.glob(step_name("*")):

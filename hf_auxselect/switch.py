@@ -21,7 +21,7 @@ from hf_auxselect.decision import averaged_with, choose, report_on
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import FittedEstimator
 from hf_auxselect.gradient_pass import GradientPass
-from hf_auxselect.ground_truth import GroundTruthRuns, Measured, measure
+from hf_auxselect.ground_truth import GroundTruthRuns, Measured, digest_of_data, measure
 from hf_auxselect.layers import LayersRecord, layer_scores, rates_in_training
 from hf_auxselect.options import Confirmation, Options
 from hf_auxselect.plan import Plan
@@ -476,7 +476,8 @@ class Switch:
         if confirmation is not None:
             number, share = confirmation.finalists, confirmation.share
             stops = [step for _, step in rungs(number, rest.first_step, rest.last_step, share)]
-        return GroundTruthRuns(rest, self.directory.ground_truth_runs, stops)
+        path = run.directory.ground_truth_runs(run.plan, self.step)
+        return GroundTruthRuns(rest, path, stops, data=digest_of_data(self.plan))
 
     def restart(self) -> None:
         """Reset parameters, optimizer and schedule, if training restarts."""

@@ -373,7 +373,7 @@ class TestOtherOptions:
         assert race.measured(race.winner) == trainer.evaluate()["eval_loss"]
         assert cb.report.verification[0].measured == race.measured(race.winner)
         files = run_dir / "_task_selection"
-        assert (files / "step_7" / "ground_truth_runs.json").is_file()
+        assert (files / "ground_truth_runs_step_7.json").is_file()
         assert SelectionReport.load(files / "report").confirmation.steps == [10]
 
     def test_calibration_at_each_selection(self, run_dir):
