@@ -312,8 +312,7 @@ class TaskSelectionCallback(TrainerCallback):
             self._publication.target = switch.plan.target_key
             is_new = self._verify_again or not self.report.verification
             if self.verify and decided == step and is_new:
-                with checkpoints.random_states_of_checkpoint(trainer):
-                    switch.verify(self.report, MainProcessValue(self.report.fitted))
+                self._verify(trainer, switch, self.report)
             switch.follow()
         if at_switch and not run.is_settled(step):
             with checkpoints.random_states_of_checkpoint(trainer):
@@ -339,6 +338,24 @@ class TaskSelectionCallback(TrainerCallback):
                 f"but neither the checkpoint nor {run.directory.decision} holds a decision. "
                 f"Resume from a checkpoint of step {switch_step} or before."
             )
+
+    def _verify(self, trainer: Trainer, switch: Switch, report: SelectionReport) -> None:
+        """Verify what a resumed run has selected, if its estimates can be made again."""
+        own = self.estimator if strategy_record(self.estimator) == report.estimator else None
+        try:
+            fitted = MainProcessValue(lambda: report.fitted(own))
+        except (OSError, KeyError, ValueError) as error:
+            if self._verify_again:  # nothing else was asked for
+                raise
+            logger.warning(
+                "verify=%d: the selection is not verified, since its estimates cannot be made "
+                "again: %s Training goes on.",
+                self.verify,
+                error,
+            )
+            return
+        with checkpoints.random_states_of_checkpoint(trainer):
+            switch.verify(report, fitted)
 
     def _make_plan(self, trainer: Trainer, max_steps: int) -> Plan:
         return make_plan(

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import shutil
 import signal
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +17,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import callback, trained
 
-from hf_auxselect import FixedSelection, RandomEnsemble, SelectionReport
+from hf_auxselect import (
+    AbstractEstimator,
+    FixedSelection,
+    GaussNewton,
+    RandomEnsemble,
+    SelectionReport,
+)
 from hf_auxselect.trainer.checkpoints import is_whole
 
 
@@ -247,6 +254,32 @@ class TestResumption:
         cb = callback()
         self.resume(moved, 6, cb)
         assert cb.report.selected == SelectionReport.load(finished / "_task_selection").selected
+
+    def test_verifying_without_the_gradients(self, finished, tmp_path, caplog):
+        moved = tmp_path / "moved"
+        shutil.copytree(finished / "checkpoint-4", moved / "checkpoint-4")
+        with caplog.at_level(logging.WARNING):
+            trainer = self.resume(moved, 4, callback(verify=1))
+        assert trainer.state.global_step == 10
+        assert "verify=1: the selection is not verified" in caplog.text
+        assert (
+            f"gradient store is not available, so nothing can be estimated (looked for {moved}"
+            in (caplog.text)
+        )
+
+    def test_verifying_the_estimates_of_an_estimator_of_the_user(self, run_dir):
+        @dataclass(frozen=True)
+        class Doubled(AbstractEstimator):
+            factor: float = 2.0
+            scalars: ClassVar = GaussNewton().scalars
+
+            def fit(self, store):
+                return GaussNewton().fit(store)
+
+        trained(tiny.sft_trainer, run_dir, callback(estimator=Doubled()), **self.options)
+        cb = callback(estimator=Doubled(), verify=1)
+        self.resume(run_dir, 4, cb)
+        assert [one.name for one in cb.report.verification] == ["chosen"]
 
     def test_an_observed_run_goes_on_without(self, run_dir, caplog):
         torch.manual_seed(3)
