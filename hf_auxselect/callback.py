@@ -204,16 +204,19 @@ class TaskSelectionCallback(TrainerCallback):
         self._end_run()  # of a `train()` that was broken off
         self.report = initial = batches = None
         self._publication.begin(trainer)
+        directory = RunDirectory(Path(self.output_dir or args.output_dir) / DIRECTORY_NAME)
+        resumed = state.global_step > 0
+        on_disk = directory.read_plan() if resumed else None
+        # Examples are drawn by the seed, and those of the run are in its gradient store.
+        seed = None if on_disk is None else self._resumed_seed(trainer, on_disk["seed"])
         with access.preserved_rng():
-            plan = self._make_plan(trainer, state.max_steps)
+            plan = self._make_plan(trainer, state.max_steps, seed)
             warn_of_leaked_target(plan, self.task_column)
             support.warn_of_differences(trainer, is_rewritten=self.after != "observe")
             gradient_pass = GradientPass(trainer=trainer, plan=plan, options=options)
             is_needed = options.needs_estimates or options.clusters is not None
             notes = gradient_pass.check() if is_needed else []
-        directory = RunDirectory(Path(self.output_dir or args.output_dir) / DIRECTORY_NAME)
-        resumed = state.global_step > 0
-        plan = directory.resume(plan) if resumed else directory.start(plan)
+        plan = directory.resume(plan, on_disk) if resumed else directory.start(plan)
         if self.after == "restart":
             if resumed:
                 initial = directory.load_initial() or self._initial
@@ -357,10 +360,24 @@ class TaskSelectionCallback(TrainerCallback):
         with checkpoints.random_states_of_checkpoint(trainer):
             switch.verify(report, fitted)
 
-    def _make_plan(self, trainer: Trainer, max_steps: int) -> Plan:
+    def _resumed_seed(self, trainer: Trainer, on_disk: int) -> int:
+        """The seed of the run that is resumed; warns if the options ask for another one."""
+        asked = access.data_seed(trainer) if self.seed is None else self.seed
+        if asked != on_disk:
+            logger.warning(
+                "%s=%d, but the run that is resumed was started with %d, which stands for the "
+                "task selection. To change it, start anew in another output_dir.",
+                "data_seed (or seed) of the training arguments" if self.seed is None else "seed",
+                asked,
+                on_disk,
+            )
+        return on_disk
+
+    def _make_plan(self, trainer: Trainer, max_steps: int, seed: int | None = None) -> Plan:
+        options = self._options()
         return make_plan(
             trainer,
-            self._options(),
+            options if seed is None else replace(options, seed=seed),
             max_steps=max_steps,
             must_train_on=self.after != "observe" or needs_optimizer(self.estimator),
         )

@@ -238,6 +238,23 @@ class TestResumption:
         assert cb.report.selected == selected
         assert "the decision of the resumed run" in caplog.text
 
+    def test_the_seed_and_the_warm_up_are_those_of_the_run(self, run_dir, tmp_path, caplog):
+        def few(**options):
+            return callback(examples_per_task=5, seed=1, **options)
+
+        whole = few()
+        trained(tiny.sft_trainer, run_dir / "whole", whole, **self.options)
+        shutil.copytree(run_dir / "whole", run_dir / "resumed")
+        other = few()
+        other.seed, other.warmup = 2, 6
+        with caplog.at_level(logging.WARNING):
+            self.resume(run_dir / "resumed", 2, other)
+        assert other.report.to_dict()["rows"] == whole.report.to_dict()["rows"]
+        stores = [cb.report.gradients() for cb in (whole, other)]
+        assert stores[0].example_ids.tolist() == stores[1].example_ids.tolist()
+        assert "seed=2, but the run that is resumed was started with 1" in caplog.text
+        assert "warmup asks for a first selection after step 6, but" in caplog.text
+
     @pytest.mark.parametrize("step", [2, 4])
     def test_a_run_that_was_started_without_the_callback(self, run_dir, step):
         torch.manual_seed(3)
