@@ -291,20 +291,22 @@ class TaskSelectionCallback(TrainerCallback):
             if run.decisions:
                 run.directory.forget_later(run.record())
         decision = run.last_decision
-        if decision is not None and not _made_with(decision, options):
+        if decision is not None and (changed := changed_options(decision, options)):
             if decision["switch_step"] == step and (
                 self.after != "restart" or not options.needs_estimates
             ):
                 logger.warning(
-                    "the checkpoint's decision was made with other options; nothing has been "
-                    "trained on it yet, so it is made anew."
+                    "the checkpoint's decision was made with other options: %s. Nothing has been "
+                    "trained on it yet, so it is made anew.",
+                    in_words(changed),
                 )
                 run.forget(step)
                 decision = run.last_decision
             else:
                 logger.warning(
-                    "options of the selection have changed since it was made; the decision of the "
-                    "resumed run (%s) stands.",
+                    "options of the selection have changed since it was made: %s. Training on its "
+                    "mixture has begun; the decision of the resumed run (%s) stands.",
+                    in_words(changed),
                     decision["selected"],
                 )
         if decision is not None:
@@ -402,13 +404,34 @@ class TaskSelectionCallback(TrainerCallback):
         return trainer
 
 
-def _made_with(decision: checkpoints.Decision, options: Options) -> bool:
-    """Whether a decision was made with the present strategies and finalists."""
-    strategies = strategy_record(options.estimator), strategy_record(options.selector)
-    asked, had = options.confirmation, decision.get("confirmation")
-    layers = decision.get("layers")
-    if (layers and layers["selection"]) != (options.layers and strategy_record(options.layers)):
-        return False
-    return (decision["estimator"], decision["selector"]) == strategies and (
-        (had and (had["finalists"], had["share"])) == (asked and (asked.finalists, asked.share))
-    )
+def changed_options(decision: checkpoints.Decision, options: Options) -> dict[str, str]:
+    """Options that differ from those that a decision was made with: what was before, what is now.
+
+    A decision does not record ``keep``, which differs if a task was dropped that is to stay.
+    """
+    race, layers = decision.get("confirmation"), decision.get("layers")
+    asked = options.confirmation
+    before = {
+        "estimator": decision["estimator"],
+        "selector": decision["selector"],
+        "layers": layers and layers["selection"],
+        "confirm": race and {"finalists": race["finalists"], "share": race["share"]},
+    }
+    now = {
+        "estimator": strategy_record(options.estimator),
+        "selector": strategy_record(options.selector),
+        "layers": options.layers and strategy_record(options.layers),
+        "confirm": asked and {"finalists": asked.finalists, "share": asked.share},
+    }
+    changed = {
+        name: f"{before[name]} before, {now[name]} now" for name in now if before[name] != now[name]
+    }
+    dropped = [name for name in options.keep if not decision["weights"][name] > 0]
+    if dropped:
+        changed["keep"] = f"{dropped} dropped before, {list(options.keep)} now"
+    return changed
+
+
+def in_words(changed: Mapping[str, str]) -> str:
+    """What :func:`changed_options` has found, for a message."""
+    return "; ".join(f"{name} ({what})" for name, what in changed.items())

@@ -11,13 +11,12 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from hf_auxselect.callback import TaskSelectionCallback
+from hf_auxselect.callback import TaskSelectionCallback, changed_options, in_words
 from hf_auxselect.files import read_json
-from hf_auxselect.options import Confirmation, confirmation_of
 from hf_auxselect.plan import PlanRecord
-from hf_auxselect.report import SelectionReport, strategy_record
+from hf_auxselect.report import SelectionReport
 from hf_auxselect.report.report import later_switch_step
-from hf_auxselect.run_directory import DIRECTORY_NAME
+from hf_auxselect.run_directory import DIRECTORY_NAME, decision_of
 
 
 class _Verified(BaseException):
@@ -99,21 +98,10 @@ def _training_replaced(directory: Path, num_mixtures: int, checkpoint: Path) -> 
 
 def _require_same_options(callback: TaskSelectionCallback, report: SelectionReport) -> None:
     """Raise ValueError if the script would select anew instead of checking what was selected."""
-    for name, strategy, before in [
-        ("estimator", callback.estimator, report.estimator),
-        ("selector", callback.selector, report.selector),
-    ]:
-        if strategy_record(strategy) != before:
-            raise ValueError(
-                f"the script's {name} is {strategy!r}, but the selection was made with {before}; "
-                "run the script with the options of that run."
-            )
-    race = report.confirmation
-    asked = None if race is None else Confirmation(finalists=race.asked, share=race.share)
-    if confirmation_of(callback.confirm) != asked:
+    if changed := changed_options(decision_of(report), callback._options()):
         raise ValueError(
-            f"the script's confirm is {callback.confirm!r}, but the selection was made with "
-            f"{asked}; run the script with the options of that run."
+            f"the script's options differ from those of the selection: {in_words(changed)}. Run "
+            "the script with the options of that run."
         )
 
 

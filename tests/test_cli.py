@@ -397,7 +397,9 @@ print("ended with", trainer.evaluate()["eval_loss"])
         script.write_text("from hf_auxselect import GradExLogistic\n" + script.read_text())
         capsys.readouterr()
         assert main(command) == 1
-        assert "the script's estimator is GradExLogistic(" in capsys.readouterr().err
+        reason = capsys.readouterr().err
+        assert "the script's options differ from those of the selection: estimator (" in reason
+        assert "'GradExLogistic'" in reason
         assert (directory / "report" / "report.json").read_bytes() == before
 
     def test_what_cannot_be_verified(self, script, directory, tmp_path, capsys):

@@ -20,6 +20,7 @@ from tiny import callback, trained
 from hf_auxselect import (
     AbstractEstimator,
     FixedSelection,
+    ForwardSelection,
     GaussNewton,
     RandomEnsemble,
     SelectionReport,
@@ -230,6 +231,19 @@ class TestResumption:
         trainer.train(resume_from_checkpoint=str(finished / "checkpoint-4"))
         assert set("".join(seen)) == {"d"}
 
+    def test_a_kept_task_that_was_dropped_makes_a_branch(self, run_dir, caplog):
+        selector = ForwardSelection(max_tasks=1)
+        trained(tiny.sft_trainer, run_dir, callback(selector=selector), **self.options)
+        record = json.loads((run_dir / "_task_selection/selection.json").read_text())
+        dropped = next(name for name in record["weights"] if name not in record["selected"])
+        cb = callback(selector=selector, keep=[dropped])
+        with caplog.at_level(logging.WARNING):
+            self.resume(run_dir, 4, cb)
+        assert cb.report.selected == [dropped]
+        assert f"other options: keep (['{dropped}'] dropped before, ['{dropped}'] now)" in (
+            caplog.text
+        )
+
     def test_other_strategies_later_change_nothing(self, finished, caplog):
         cb = callback(selector=FixedSelection(["d"], estimate=False))
         selected = json.loads((finished / "_task_selection/selection.json").read_text())["selected"]
@@ -237,6 +251,7 @@ class TestResumption:
             self.resume(finished, 6, cb)
         assert cb.report.selected == selected
         assert "the decision of the resumed run" in caplog.text
+        assert "since it was made: selector ({'name': 'MixtureOptimization'" in caplog.text
 
     def test_the_seed_and_the_warm_up_are_those_of_the_run(self, run_dir, tmp_path, caplog):
         def few(**options):
