@@ -53,13 +53,7 @@ def verify_with_script(
         raise ValueError(f"{str(directory)!r} is not the {DIRECTORY_NAME} directory of a run.")
     first = read_json(directory / "plan.json", PlanRecord)["switch_step"]
     step = later_switch_step(directory) or first
-    checkpoint = directory.parent / f"checkpoint-{step}"
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(
-            f"there is no {str(checkpoint)!r}: verification starts from the checkpoint at the "
-            f"switch. Keep it (save_steps={step}), or pass verify={num_mixtures} to the callback."
-        )
-    with _training_replaced(directory, num_mixtures, checkpoint), _command_line(script, arguments):
+    with _training_replaced(directory, num_mixtures, step), _command_line(script, arguments):
         try:
             runpy.run_path(str(script), run_name="__main__")
         except _Verified:
@@ -71,7 +65,7 @@ def verify_with_script(
 
 
 @contextmanager
-def _training_replaced(directory: Path, num_mixtures: int, checkpoint: Path) -> Iterator[None]:
+def _training_replaced(directory: Path, num_mixtures: int, step: int) -> Iterator[None]:
     """Let ``Trainer.train`` resume at the switch, verify, and raise :class:`_Verified`.
 
     Replaced for all trainers: the script makes its own, and may add the callback just before.
@@ -83,6 +77,7 @@ def _training_replaced(directory: Path, num_mixtures: int, checkpoint: Path) -> 
             if isinstance(callback, TaskSelectionCallback):
                 output_dir = Path(callback.output_dir or self.args.output_dir)
                 if (output_dir / DIRECTORY_NAME).resolve() == directory:
+                    checkpoint = _checkpoint(self, step, num_mixtures)
                     _require_same_options(callback, SelectionReport.load(directory))
                     callback.verify, callback._verify_again = num_mixtures, True
                     self.add_callback(_StopBeforeTraining())
@@ -94,6 +89,21 @@ def _training_replaced(directory: Path, num_mixtures: int, checkpoint: Path) -> 
         yield
     finally:
         Trainer.train = original
+
+
+def _checkpoint(trainer: Trainer, step: int, num_mixtures: int) -> Path:
+    """The checkpoint at the switch, which is the trainer's: the callback's files may be elsewhere.
+
+    Raises:
+        FileNotFoundError: it is missing.
+    """
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(
+            f"there is no {str(checkpoint)!r}: verification starts from the checkpoint at the "
+            f"switch. Keep it (save_steps={step}), or pass verify={num_mixtures} to the callback."
+        )
+    return checkpoint
 
 
 def _require_same_options(callback: TaskSelectionCallback, report: SelectionReport) -> None:
