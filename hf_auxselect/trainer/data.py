@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from transformers import DataCollatorWithFlattening, Trainer
 
 from hf_auxselect.capture.scalars import IGNORE_INDEX, Batch
+from hf_auxselect.sampler import MIN_SHARE
 from hf_auxselect.tasks import GROUP_EACH_TASK, TaskRows, are_characters_of, joined_tasks, task_name
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
 
     Raises:
         ValueError: there is no task column, a row names no task, a task has lost all its rows in
-            the trainer's preparation, or fewer than two tasks are left.
+            the trainer's preparation, fewer than two tasks are left, or one of them is too small a
+            part of the training set.
     """
     dataset = trainer.train_dataset
     with_task = getattr(dataset, "rows_with_task", None)
@@ -59,6 +61,14 @@ def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
         raise ValueError(
             f"train_dataset holds {len(tasks.names)} task(s) {list(tasks.names)} in its column "
             f"{task_column!r}; a selection needs at least two."
+        )
+    smallest = int(tasks.counts.argmin())
+    count, total = int(tasks.counts[smallest]), len(tasks.ids)
+    if count / total < MIN_SHARE:
+        raise ValueError(
+            f"the task {tasks.names[smallest]!r} has {count} of the {total} rows of train_dataset, "
+            f"a share below {MIN_SHARE:g}, the least that a mixture can hold. Leave the task out, "
+            "or join it with another one."
         )
     return tasks
 
