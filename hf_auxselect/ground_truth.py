@@ -180,10 +180,11 @@ class GroundTruthRuns:
 
 
 def digest_of_data(plan: Plan) -> str:
-    """A hash of the rows that ground-truth runs train on and are evaluated on; all must ask.
+    """A hash of the rows that ground-truth runs train on and are evaluated on.
 
     The state at the switch tells only of the rows that the warm-up has read. Of rows that are not
-    in a table, those that the plan's fingerprint has looked at stand for all.
+    in a table, those that the plan's fingerprint has looked at stand for all. Every process must
+    call this.
 
     Args:
         plan: of the run, with the target of the selection.
