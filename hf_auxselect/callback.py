@@ -204,16 +204,19 @@ class TaskSelectionCallback(TrainerCallback):
         self._end_run()  # of a `train()` that was broken off
         self.report = initial = batches = None
         self._publication.begin(trainer)
+        directory = RunDirectory(Path(self.output_dir or args.output_dir) / DIRECTORY_NAME)
+        resumed = state.global_step > 0
+        on_disk = directory.read_plan() if resumed else None
+        # Examples are drawn by the seed, and those of the run are in its gradient store.
+        seed = None if on_disk is None else self._resumed_seed(trainer, on_disk["seed"])
         with access.preserved_rng():
-            plan = self._make_plan(trainer, state.max_steps)
+            plan = self._make_plan(trainer, state.max_steps, seed)
             warn_of_leaked_target(plan, self.task_column)
             support.warn_of_differences(trainer, is_rewritten=self.after != "observe")
             gradient_pass = GradientPass(trainer=trainer, plan=plan, options=options)
             is_needed = options.needs_estimates or options.clusters is not None
             notes = gradient_pass.check() if is_needed else []
-        directory = RunDirectory(Path(self.output_dir or args.output_dir) / DIRECTORY_NAME)
-        resumed = state.global_step > 0
-        plan = directory.resume(plan) if resumed else directory.start(plan)
+        plan = directory.resume(plan, on_disk) if resumed else directory.start(plan)
         if self.after == "restart":
             if resumed:
                 initial = directory.load_initial() or self._initial
@@ -288,20 +291,22 @@ class TaskSelectionCallback(TrainerCallback):
             if run.decisions:
                 run.directory.forget_later(run.record())
         decision = run.last_decision
-        if decision is not None and not _made_with(decision, options):
+        if decision is not None and (changed := changed_options(decision, options)):
             if decision["switch_step"] == step and (
                 self.after != "restart" or not options.needs_estimates
             ):
                 logger.warning(
-                    "the checkpoint's decision was made with other options; nothing has been "
-                    "trained on it yet, so it is made anew."
+                    "the checkpoint's decision was made with other options: %s. Nothing has been "
+                    "trained on it yet, so it is made anew.",
+                    in_words(changed),
                 )
                 run.forget(step)
                 decision = run.last_decision
             else:
                 logger.warning(
-                    "options of the selection have changed since it was made; the decision of the "
-                    "resumed run (%s) stands.",
+                    "options of the selection have changed since it was made: %s. Training on its "
+                    "mixture has begun; the decision of the resumed run (%s) stands.",
+                    in_words(changed),
                     decision["selected"],
                 )
         if decision is not None:
@@ -312,8 +317,7 @@ class TaskSelectionCallback(TrainerCallback):
             self._publication.target = switch.plan.target_key
             is_new = self._verify_again or not self.report.verification
             if self.verify and decided == step and is_new:
-                with checkpoints.random_states_of_checkpoint(trainer):
-                    switch.verify(self.report, MainProcessValue(self.report.fitted))
+                self._verify(trainer, switch, self.report)
             switch.follow()
         if at_switch and not run.is_settled(step):
             with checkpoints.random_states_of_checkpoint(trainer):
@@ -340,10 +344,42 @@ class TaskSelectionCallback(TrainerCallback):
                 f"Resume from a checkpoint of step {switch_step} or before."
             )
 
-    def _make_plan(self, trainer: Trainer, max_steps: int) -> Plan:
+    def _verify(self, trainer: Trainer, switch: Switch, report: SelectionReport) -> None:
+        """Verify what a resumed run has selected, if its estimates can be made again."""
+        own = self.estimator if strategy_record(self.estimator) == report.estimator else None
+        try:
+            fitted = MainProcessValue(lambda: report.fitted(own))
+        except (OSError, KeyError, ValueError) as error:
+            if self._verify_again:  # nothing else was asked for
+                raise
+            logger.warning(
+                "verify=%d: the selection is not verified, since its estimates cannot be made "
+                "again: %s Training goes on.",
+                self.verify,
+                error,
+            )
+            return
+        with checkpoints.random_states_of_checkpoint(trainer):
+            switch.verify(report, fitted)
+
+    def _resumed_seed(self, trainer: Trainer, on_disk: int) -> int:
+        """The seed of the run that is resumed; warns if the options ask for another one."""
+        asked = access.data_seed(trainer) if self.seed is None else self.seed
+        if asked != on_disk:
+            logger.warning(
+                "%s=%d, but the run that is resumed was started with %d, which stands for the "
+                "task selection. To change it, start anew in another output_dir.",
+                "data_seed (or seed) of the training arguments" if self.seed is None else "seed",
+                asked,
+                on_disk,
+            )
+        return on_disk
+
+    def _make_plan(self, trainer: Trainer, max_steps: int, seed: int | None = None) -> Plan:
+        options = self._options()
         return make_plan(
             trainer,
-            self._options(),
+            options if seed is None else replace(options, seed=seed),
             max_steps=max_steps,
             must_train_on=self.after != "observe" or needs_optimizer(self.estimator),
         )
@@ -368,13 +404,34 @@ class TaskSelectionCallback(TrainerCallback):
         return trainer
 
 
-def _made_with(decision: checkpoints.Decision, options: Options) -> bool:
-    """Whether a decision was made with the present strategies and finalists."""
-    strategies = strategy_record(options.estimator), strategy_record(options.selector)
-    asked, had = options.confirmation, decision.get("confirmation")
-    layers = decision.get("layers")
-    if (layers and layers["selection"]) != (options.layers and strategy_record(options.layers)):
-        return False
-    return (decision["estimator"], decision["selector"]) == strategies and (
-        (had and (had["finalists"], had["share"])) == (asked and (asked.finalists, asked.share))
-    )
+def changed_options(decision: checkpoints.Decision, options: Options) -> dict[str, str]:
+    """Options that differ from those that a decision was made with: what was before, what is now.
+
+    A decision does not record ``keep``, which differs if a task was dropped that is to stay.
+    """
+    race, layers = decision.get("confirmation"), decision.get("layers")
+    asked = options.confirmation
+    before = {
+        "estimator": decision["estimator"],
+        "selector": decision["selector"],
+        "layers": layers and layers["selection"],
+        "confirm": race and {"finalists": race["finalists"], "share": race["share"]},
+    }
+    now = {
+        "estimator": strategy_record(options.estimator),
+        "selector": strategy_record(options.selector),
+        "layers": options.layers and strategy_record(options.layers),
+        "confirm": asked and {"finalists": asked.finalists, "share": asked.share},
+    }
+    changed = {
+        name: f"{before[name]} before, {now[name]} now" for name in now if before[name] != now[name]
+    }
+    dropped = [name for name in options.keep if not decision["weights"][name] > 0]
+    if dropped:
+        changed["keep"] = f"{dropped} dropped before, {list(options.keep)} now"
+    return changed
+
+
+def in_words(changed: Mapping[str, str]) -> str:
+    """What :func:`changed_options` has found, for a message."""
+    return "; ".join(f"{name} ({what})" for name, what in changed.items())

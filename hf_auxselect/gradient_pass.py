@@ -91,7 +91,7 @@ class GradientPass:
             trainer, data.target_dataset(trainer, target), self.plan.loss, "the target"
         )
         for group in self.plan.groups:
-            dataset = data.group_dataset(trainer, group.name, target)
+            dataset = data.group_dataset(trainer, group.name, [target])
             what = f"the group {group.name!r}"
             notes += compare_evaluation(trainer, dataset, self.plan.loss, what)
         return notes

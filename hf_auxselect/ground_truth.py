@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -22,13 +22,20 @@ from tqdm.auto import tqdm
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import FittedEstimator
 from hf_auxselect.files import read_json, to_json, write_atomically
+from hf_auxselect.fingerprint import digest
+from hf_auxselect.plan import Plan
 from hf_auxselect.report import Measurement
+from hf_auxselect.trainer.data import ModelRows
 from hf_auxselect.trainer.trial_runs import RestOfRun, TrialRun
 
 logger = logging.getLogger(__name__)
 
 _SAME_SHARE = 1e-9
 """Shares of mixtures that differ by less are the same: rounding. A convention."""
+
+
+_CHUNK = 1000
+"""Rows that are read at once for a hash; a convention."""
 
 
 class _RunRecord(TypedDict):
@@ -42,7 +49,7 @@ class _RunsRecord(TypedDict):
     """The content of the file."""
 
     training: str
-    """Hash of the state that the runs start from, and of the training arguments."""
+    """Hash of the state that the runs start from, of the training arguments, and of the data."""
     runs: list[_RunRecord]
 
 
@@ -63,18 +70,22 @@ class GroundTruthRuns:
 
     Args:
         rest: the remaining steps of the run, before anything has moved its random states.
-        path: of the file. What it holds counts if it was measured from the same state, bit for bit.
+        path: of the file. What it holds counts if it was measured from the same state, bit for bit,
+            and on the same data; an earlier run may have written it.
         stops: optimizer steps at which every run that goes beyond them is evaluated, too.
+        data: from :func:`digest_of_data`.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, rest: RestOfRun, path: Path, stops: Sequence[int] = ()) -> None:
+    def __init__(
+        self, rest: RestOfRun, path: Path, stops: Sequence[int] = (), *, data: str
+    ) -> None:
         self.rest = rest
         self._path = path
         self._stops = tuple(stops)
-        self._training = rest.digest()
+        self._training = f"{rest.digest()}-{data}"
         self._runs: list[_Run] = on_main_process(self._read)
 
     def bar(self, title: str, total: int) -> tqdm:
@@ -168,40 +179,90 @@ class GroundTruthRuns:
         write_atomically(self._path, to_json(_RunsRecord(training=self._training, runs=runs)))
 
 
+def digest_of_data(plan: Plan) -> str:
+    """A hash of the rows that ground-truth runs train on and are evaluated on.
+
+    The state at the switch tells only of the rows that the warm-up has read. Of rows that are not
+    in a table, those that the plan's fingerprint has looked at stand for all. Every process must
+    call this.
+
+    Args:
+        plan: of the run, with the target of the selection.
+    """
+
+    def read() -> str:
+        hashes = [digest(plan.fingerprint, plan.target_key, plan.tasks.names, plan.tasks.ids)]
+        for rows in (plan.examples[0].rows, plan.target.rows):
+            assert isinstance(rows, ModelRows)
+            columns = sorted(rows.columns) if rows.is_table else []
+            if columns:
+                for first in range(0, len(rows), _CHUNK):
+                    ids = range(first, min(first + _CHUNK, len(rows)))
+                    hashes.append(digest(*rows.stored(ids, columns)))
+        return digest(*hashes).hex()
+
+    return on_main_process(read)
+
+
+class Measured(NamedTuple):
+    """What ground-truth runs have measured."""
+
+    runs: list[Measurement]
+    """Those whose loss is finite."""
+    warnings: list[str]
+    """For the report: that training diverged on other mixtures; empty if on none."""
+
+
 def measure(
     runs: GroundTruthRuns,
     mixtures: Mapping[str, np.ndarray],
     fitted: MainProcessValue[FittedEstimator],
     purpose: str,
-) -> list[Measurement]:
+) -> Measured:
     """Train on each mixture to the end of the run, and compare the loss with the estimate.
 
-    Every process must call this.
+    A run that diverges is left out: its loss is not finite, and no estimate can be compared with
+    it. Every process must call this.
 
     Args:
         runs: trains.
         mixtures: shares [K] by the name of the mixture.
         fitted: the estimator to compare with.
-        purpose: title of the progress bar.
+        purpose: title of the progress bar; begins the warning.
     """
     rest = runs.rest
     unknown = [shares for shares in mixtures.values() if not runs.knows(shares, rest.last_step)]
     with runs.bar(purpose, len(unknown) * (rest.last_step - rest.first_step)) as progress:
-        measured = [runs.loss(shares, rest.last_step, progress) for shares in mixtures.values()]
+        measured = {
+            name: runs.loss(shares, rest.last_step, progress) for name, shares in mixtures.items()
+        }
+    finite = {name: loss for name, loss in measured.items() if math.isfinite(loss)}
+    diverged = [name for name in measured if name not in finite]
+    warnings = []
+    if diverged:
+        warnings.append(
+            f"{purpose}: {len(diverged)} of {len(measured)} ground-truth runs are left out, since "
+            f"training diverges (the loss is not finite) on: {'; '.join(diverged)}. Lower the "
+            "learning rate."
+        )
 
     def compare(fitted: FittedEstimator) -> list[Measurement]:
-        estimate = fitted.estimate(np.array([*mixtures.values()]))
+        for warning in warnings:
+            logger.warning(warning)
+        if not finite:
+            return []
+        estimate = fitted.estimate(np.array([mixtures[name] for name in finite]))
         return [
             Measurement(
                 name=name,
-                weights=dict(zip(rest.tasks.names, shares.tolist(), strict=True)),
+                weights=dict(zip(rest.tasks.names, mixtures[name].tolist(), strict=True)),
                 estimated=float(estimate.loss[i]),
                 low=float(estimate.low[i]),
                 high=float(estimate.high[i]),
-                measured=measured[i],
-                seconds=runs.seconds(shares),
+                measured=loss,
+                seconds=runs.seconds(mixtures[name]),
             )
-            for i, (name, shares) in enumerate(mixtures.items())
+            for i, (name, loss) in enumerate(finite.items())
         ]
 
-    return fitted.ask(compare)
+    return Measured(fitted.ask(compare), warnings)

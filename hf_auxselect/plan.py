@@ -270,7 +270,7 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
         tasks = TaskRows((ALL_ROWS,), np.zeros(len(trainer.train_dataset), np.int64))
         split = evenly_split(len(tasks.ids), options.clusters)
         _dry_run(options.selector, split, options.keep, options.groups)
-    warmup, seed = options.warmup, options.seed
+    warmup = options.warmup
     switch_step = warmup if isinstance(warmup, int) else max(1, round(warmup * max_steps))
     if switch_step + must_train_on > max_steps:
         raise ValueError(
@@ -285,11 +285,11 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
         switch_steps = reselection.steps(switch_step, max_steps)
         named = map(reselection.target_at, range(switch_step, max_steps))
         keys = list(dict.fromkeys(default_target if key is None else key for key in named))
-    target_sets = {key: data.target_dataset(trainer, key) for key in keys}
-    for key in keys:  # a group is none of the targets
-        group_sets = {name: data.group_dataset(trainer, name, key) for name in options.groups}
-    if seed is None:
-        seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+    target_sets = {
+        key: data.target_dataset(trainer, key, of_reselect=key != default_target) for key in keys
+    }
+    group_sets = {name: data.group_dataset(trainer, name, keys) for name in options.groups}
+    seed = access.data_seed(trainer) if options.seed is None else options.seed
     train_rows = data.ModelRows(trainer, trainer.train_dataset)
     target_rows = {key: data.ModelRows(trainer, one) for key, one in target_sets.items()}
 

@@ -137,6 +137,12 @@ class Reselection:
             )
         clock = () if self.every is None else range(first, last, self.every)
         steps = sorted({first, *clock, *(date for date in dates if date > first)})
+        if len(steps) == 1 and self.every is None:
+            raise ValueError(
+                f"reselect: all targets begin by step {dates[-1]}, but the first selection is "
+                f"after step {first}, so that no other one is due. Pass every=..., let a target "
+                "begin later, lower warmup, or leave reselect out."
+            )
         if len(steps) == 1:
             raise ValueError(
                 f"reselect: no selection is due between the first one, after step {first}, and the "

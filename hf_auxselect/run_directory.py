@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,13 +73,16 @@ class RunDirectory:
         """Where the gradients of the targets that a test compares are."""
         return self.path / "drift_gradients"
 
-    @property
-    def ground_truth_runs(self) -> Path:
-        """The file of what ground-truth runs have measured."""
-        return self.path / "ground_truth_runs.json"
+    def ground_truth_runs(self, plan: Plan, step: int) -> Path:
+        """The file of what ground-truth runs from the switch after a step have measured."""
+        later = "" if step == plan.switch_steps[0] else f"_{step_name(step)}"
+        return self.path / f"ground_truth_runs{later}.json"
 
     def start(self, plan: Plan) -> Plan:
-        """Write the plan of a new run, and delete what an earlier one has decided and measured.
+        """Write the plan of a new run, and delete what an earlier one has decided.
+
+        What ground-truth runs have measured stays: it counts only from the same state and data, so
+        that a run that was stopped before its first checkpoint finds it again.
 
         Raises:
             OSError: the directory cannot be written to; names ``output_dir``.
@@ -87,14 +90,13 @@ class RunDirectory:
 
         def write() -> None:
             try:
-                write_atomically(self.path / "plan.json", to_json(plan.to_dict()))
+                write_atomically(self._plan, to_json(plan.to_dict()))
             except OSError as error:
                 raise OSError(
                     f"output_dir: cannot write to {str(self.path)!r} ({error.strerror}); "
                     "pass output_dir=... to TaskSelectionCallback, or change the trainer's."
                 ) from error
             self.decision.unlink(missing_ok=True)
-            self.ground_truth_runs.unlink(missing_ok=True)
             self.clusters.unlink(missing_ok=True)
             shutil.rmtree(self._report, ignore_errors=True)  # its pictures would be of that run
             for later in self.path.glob(step_name("*")):
@@ -103,20 +105,40 @@ class RunDirectory:
         on_main_process(write)
         return plan
 
-    def resume(self, plan: Plan) -> Plan:
-        """The plan of the resumed run: the one on disk; a run that had none gets this one.
+    def read_plan(self) -> PlanRecord | None:
+        """What is on disk of the plan of the run that is resumed; None: it had none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self._plan
+        # Read on one process: another would find a plan that the main process has just written.
+        return on_main_process(lambda: read_json(path, PlanRecord) if path.is_file() else None)
+
+    def resume(self, plan: Plan, on_disk: PlanRecord | None) -> Plan:
+        """The plan of the resumed run, which selects when the one on disk does.
+
+        Args:
+            plan: as the options ask for it, with the seed on disk.
+            on_disk: from :meth:`read_plan`; None: the run gets this plan.
 
         Raises:
             ValueError: the run on disk is another one; names what differs.
         """
-        path = self.path / "plan.json"
-        # Read on one process: another would find a plan that the main process has just written.
-        on_disk = on_main_process(lambda: read_json(path, PlanRecord) if path.is_file() else None)
         if on_disk is None:
             logger.info("resuming a run that was started without a task selection.")
             return self.start(plan)
-        require_same_plan(plan, on_disk, path)
-        return replace(plan.starting_at(on_disk["switch_step"]), seed=on_disk["seed"])
+        require_same_plan(plan, on_disk, self._plan)
+        asked, step = plan.switch_steps[0], on_disk["switch_step"]
+        if asked != step:
+            logger.warning(
+                "warmup asks for a first selection after step %d, but in the run that is resumed "
+                "it is after step %d, which stands. To change it, start anew in another "
+                "output_dir.",
+                asked,
+                step,
+            )
+        return plan.starting_at(step)
 
     def save_initial(self, initial: dict[str, Tensor]) -> None:
         """Write the trainable parameters of step 0."""
@@ -141,6 +163,10 @@ class RunDirectory:
                 f"{self._initial}: damaged ({error}); after='restart' has nothing to go back to. "
                 "Start again, in another output_dir."
             ) from error
+
+    @property
+    def _plan(self) -> Path:
+        return self.path / "plan.json"
 
     @property
     def _report(self) -> Path:

@@ -11,13 +11,12 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from hf_auxselect.callback import TaskSelectionCallback
+from hf_auxselect.callback import TaskSelectionCallback, changed_options, in_words
 from hf_auxselect.files import read_json
-from hf_auxselect.options import Confirmation, confirmation_of
 from hf_auxselect.plan import PlanRecord
-from hf_auxselect.report import SelectionReport, strategy_record
+from hf_auxselect.report import SelectionReport
 from hf_auxselect.report.report import later_switch_step
-from hf_auxselect.run_directory import DIRECTORY_NAME
+from hf_auxselect.run_directory import DIRECTORY_NAME, decision_of
 
 
 class _Verified(BaseException):
@@ -54,13 +53,7 @@ def verify_with_script(
         raise ValueError(f"{str(directory)!r} is not the {DIRECTORY_NAME} directory of a run.")
     first = read_json(directory / "plan.json", PlanRecord)["switch_step"]
     step = later_switch_step(directory) or first
-    checkpoint = directory.parent / f"checkpoint-{step}"
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(
-            f"there is no {str(checkpoint)!r}: verification starts from the checkpoint at the "
-            f"switch. Keep it (save_steps={step}), or pass verify={num_mixtures} to the callback."
-        )
-    with _training_replaced(directory, num_mixtures, checkpoint), _command_line(script, arguments):
+    with _training_replaced(directory, num_mixtures, step), _command_line(script, arguments):
         try:
             runpy.run_path(str(script), run_name="__main__")
         except _Verified:
@@ -72,7 +65,7 @@ def verify_with_script(
 
 
 @contextmanager
-def _training_replaced(directory: Path, num_mixtures: int, checkpoint: Path) -> Iterator[None]:
+def _training_replaced(directory: Path, num_mixtures: int, step: int) -> Iterator[None]:
     """Let ``Trainer.train`` resume at the switch, verify, and raise :class:`_Verified`.
 
     Replaced for all trainers: the script makes its own, and may add the callback just before.
@@ -84,6 +77,7 @@ def _training_replaced(directory: Path, num_mixtures: int, checkpoint: Path) -> 
             if isinstance(callback, TaskSelectionCallback):
                 output_dir = Path(callback.output_dir or self.args.output_dir)
                 if (output_dir / DIRECTORY_NAME).resolve() == directory:
+                    checkpoint = _checkpoint(self, step, num_mixtures)
                     _require_same_options(callback, SelectionReport.load(directory))
                     callback.verify, callback._verify_again = num_mixtures, True
                     self.add_callback(_StopBeforeTraining())
@@ -97,23 +91,27 @@ def _training_replaced(directory: Path, num_mixtures: int, checkpoint: Path) -> 
         Trainer.train = original
 
 
+def _checkpoint(trainer: Trainer, step: int, num_mixtures: int) -> Path:
+    """The checkpoint at the switch, which is the trainer's: the callback's files may be elsewhere.
+
+    Raises:
+        FileNotFoundError: it is missing.
+    """
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(
+            f"there is no {str(checkpoint)!r}: verification starts from the checkpoint at the "
+            f"switch. Keep it (save_steps={step}), or pass verify={num_mixtures} to the callback."
+        )
+    return checkpoint
+
+
 def _require_same_options(callback: TaskSelectionCallback, report: SelectionReport) -> None:
     """Raise ValueError if the script would select anew instead of checking what was selected."""
-    for name, strategy, before in [
-        ("estimator", callback.estimator, report.estimator),
-        ("selector", callback.selector, report.selector),
-    ]:
-        if strategy_record(strategy) != before:
-            raise ValueError(
-                f"the script's {name} is {strategy!r}, but the selection was made with {before}; "
-                "run the script with the options of that run."
-            )
-    race = report.confirmation
-    asked = None if race is None else Confirmation(finalists=race.asked, share=race.share)
-    if confirmation_of(callback.confirm) != asked:
+    if changed := changed_options(decision_of(report), callback._options()):
         raise ValueError(
-            f"the script's confirm is {callback.confirm!r}, but the selection was made with "
-            f"{asked}; run the script with the options of that run."
+            f"the script's options differ from those of the selection: {in_words(changed)}. Run "
+            "the script with the options of that run."
         )
 
 

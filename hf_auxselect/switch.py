@@ -21,11 +21,11 @@ from hf_auxselect.decision import average_with_earlier, choose, report_on
 from hf_auxselect.distributed import MainProcessValue, on_main_process
 from hf_auxselect.estimators import FittedEstimator
 from hf_auxselect.gradient_pass import GradientPass
-from hf_auxselect.ground_truth import GroundTruthRuns, measure
+from hf_auxselect.ground_truth import GroundTruthRuns, Measured, digest_of_data, measure
 from hf_auxselect.layers import LayersRecord, layer_scores, rates_in_training
 from hf_auxselect.options import Confirmation, Options
 from hf_auxselect.plan import Plan
-from hf_auxselect.report import Measurement, SelectionReport, calibrated, strategy_record
+from hf_auxselect.report import SelectionReport, calibrated, strategy_record
 from hf_auxselect.report.console import for_stream
 from hf_auxselect.report.content import DecisionLine, Race
 from hf_auxselect.report.table_rows import table_rows
@@ -214,7 +214,7 @@ class Switch:
         start, options = time.perf_counter(), self.options
         fitted: MainProcessValue[FittedEstimator] | None = None
         store: GradientStore | None = None
-        calibration: list[Measurement] = []
+        calibration = Measured([], [])
         pass_seconds, notes = 0.0, list(self.run.notes)
         # Ground-truth runs start from the run's own random states, which are back after each part.
         with access.preserved_rng():
@@ -228,6 +228,7 @@ class Switch:
         layers = self._choose_layers(store)
         if options.calibrate and fitted is not None:
             fitted, calibration = self._calibrate(fitted)
+            notes += calibration.warnings
         with access.preserved_rng():
             selection = self._choose(store, fitted, is_repeated=record is not None)
             if record is not None and fitted is not None:
@@ -239,7 +240,7 @@ class Switch:
                 record["averaged_with"] = None
         with access.preserved_rng():
             report = self._report(store, fitted, selection, notes)
-        report.calibration, report.confirmation = calibration, race
+        report.calibration, report.confirmation = calibration.runs, race
         report.layers = layers
         report.sources = options.sources
         seconds = on_main_process(lambda: (pass_seconds, time.perf_counter() - start))
@@ -326,12 +327,12 @@ class Switch:
 
     def _calibrate(
         self, fitted: MainProcessValue[FittedEstimator]
-    ) -> tuple[MainProcessValue[FittedEstimator], list[Measurement]]:
+    ) -> tuple[MainProcessValue[FittedEstimator], Measured]:
         """Step 2b, if asked for: the estimator, corrected by ground-truth runs."""
         rest = self._runs.rest
         mixtures = mixtures_to_calibrate(rest.tasks, self.options.calibrate, rest.seed)
         calibration = measure(self._runs, mixtures, fitted, "calibration")
-        return MainProcessValue(lambda: calibrated(fitted.value, calibration)), calibration
+        return MainProcessValue(lambda: calibrated(fitted.value, calibration.runs)), calibration
 
     def _choose(
         self,
@@ -468,7 +469,10 @@ class Switch:
         rest = self._runs.rest
         counts, number = rest.tasks.counts, self.options.verify
         mixtures = mixtures_to_verify(report.weights, counts, number, rest.seed)
-        report.verification = measure(self._runs, mixtures, fitted, "verification")
+        report.verification, warnings = measure(self._runs, mixtures, fitted, "verification")
+        # A report that is verified again has the warnings of the last time.
+        earlier = [text for text in report.warnings if not text.startswith("verification:")]
+        report.warnings = earlier + warnings
         self.directory.save_report(report)
 
     @cached_property
@@ -484,7 +488,8 @@ class Switch:
         if confirmation is not None:
             number, share = confirmation.finalists, confirmation.share
             stops = [step for _, step in rungs(number, rest.first_step, rest.last_step, share)]
-        return GroundTruthRuns(rest, self.directory.ground_truth_runs, stops)
+        path = run.directory.ground_truth_runs(run.plan, self.step)
+        return GroundTruthRuns(rest, path, stops, data=digest_of_data(self.plan))
 
     def restart(self) -> None:
         """Reset parameters, optimizer and schedule, if training restarts."""

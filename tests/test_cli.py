@@ -397,24 +397,35 @@ print("ended with", trainer.evaluate()["eval_loss"])
         script.write_text("from hf_auxselect import GradExLogistic\n" + script.read_text())
         capsys.readouterr()
         assert main(command) == 1
-        assert "the script's estimator is GradExLogistic(" in capsys.readouterr().err
+        reason = capsys.readouterr().err
+        assert "the script's options differ from those of the selection: estimator (" in reason
+        assert "'GradExLogistic'" in reason
         assert (directory / "report" / "report.json").read_bytes() == before
 
+    def test_a_callback_with_a_directory_of_its_own(self, script, run_dir, tmp_path, monkeypatch):
+        """The checkpoints are the trainer's."""
+        own = tmp_path / "own"
+        script.write_text(
+            script.read_text().replace("warmup=4,", f"warmup=4, output_dir={str(own)!r},")
+        )
+        monkeypatch.setattr(sys, "argv", [str(script), str(run_dir)])
+        runpy.run_path(str(script), run_name="__main__")
+        directory = own / "_task_selection"
+        assert main(["verify", str(directory), "--num", "1", str(script), str(run_dir)]) == 0
+        assert len(SelectionReport.load(directory).verification) == 1
+
     def test_what_cannot_be_verified(self, script, directory, tmp_path, capsys):
+        run = str(directory.parent)
         for command, reason in [
             (["verify", str(directory), "nothing.py"], "no such script: 'nothing.py'"),
             (["verify", str(tmp_path), str(script)], "is not the _task_selection directory"),
-            (["verify", str(directory), str(script)], "Keep it (save_steps=4)"),
+            (["verify", str(directory), str(script), run], "Keep it (save_steps=4)"),
         ]:
             assert main(command) == 1
             assert reason in capsys.readouterr().err
 
     def test_a_script_of_another_run(self, directory, tmp_path, capsys):
-        (directory.parent / "checkpoint-4").mkdir()
         script = tmp_path / "nothing.py"
         script.write_text("")
-        try:
-            assert main(["verify", str(directory), str(script)]) == 1
-        finally:
-            (directory.parent / "checkpoint-4").rmdir()
+        assert main(["verify", str(directory), str(script)]) == 1
         assert "ended without training" in capsys.readouterr().err

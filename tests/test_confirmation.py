@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from peft import get_peft_model
 from tiny import trained
 
 from hf_auxselect import Confirmation, FixedSelection, SelectionReport, TaskSelectionCallback
@@ -21,6 +22,7 @@ from hf_auxselect.report.table_rows import table_rows
 from hf_auxselect.report.tables import parquet_tables
 from hf_auxselect.report.text import confirmation_sentence
 from hf_auxselect.selectors import Selection, Step
+from hf_auxselect.switch import Switch
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer.checkpoints import Decision
 from hf_auxselect.trainer.trial_runs import TrialRun
@@ -162,9 +164,30 @@ class TestNothingIsTrainedTwice:
         assert parts == [6] * 4
         assert ("measured again" in caplog.text) == (what == "damaged")
 
-    def test_a_new_run_in_the_same_directory_forgets(self, run_dir, parts):
-        for _ in range(2):
-            trained(tiny.plain_trainer, run_dir, callback(confirm=2))
+    def test_a_run_that_is_stopped_before_its_first_checkpoint(self, run_dir, parts, monkeypatch):
+        """It starts anew, from the same state, and finds what was measured."""
+
+        def stop(*args):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Switch, "publish", stop)
+            with pytest.raises(KeyboardInterrupt):
+                trained(tiny.plain_trainer, run_dir, callback(confirm=2))
+        assert parts == [10, 10]
+        trained(tiny.plain_trainer, run_dir, callback(confirm=2))
+        assert parts == [10, 10]
+
+    @pytest.mark.parametrize("what", ["adapter", "target"])
+    def test_a_new_run_of_another_kind_in_the_same_directory(self, what, run_dir, parts):
+        """A restart has the same initial parameters on another model, and for another target."""
+        options = [{}, {"eval_dataset": tiny.tokenize(tiny.sums(16, 10))}]
+        if what == "adapter":  # the factor of an adapter is no parameter
+            options = [
+                {"model": get_peft_model(tiny.llama(), tiny.lora(lora_alpha=a))} for a in (4, 8)
+            ]
+        for one in options:
+            trained(tiny.plain_trainer, run_dir, callback(confirm=2, after="restart"), **one)
         assert parts == [10] * 4
 
 

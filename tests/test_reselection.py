@@ -373,7 +373,7 @@ class TestOtherOptions:
         assert race.measured(race.winner) == trainer.evaluate()["eval_loss"]
         assert cb.report.verification[0].measured == race.measured(race.winner)
         files = run_dir / "_task_selection"
-        assert (files / "step_7" / "ground_truth_runs.json").is_file()
+        assert (files / "ground_truth_runs_step_7.json").is_file()
         assert SelectionReport.load(files / "report").confirmation.steps == [10]
 
     def test_calibration_at_each_selection(self, run_dir):
@@ -630,6 +630,12 @@ class TestTheSchedule:
         assert Reselection(every=30, targets=[(60, "b")]).steps(20, 100) == (20, 50, 60, 80)
         assert [dated.target_at(step) for step in (9, 10, 49, 50, 99)] == [None, "a", "a", "b", "c"]
 
+    def test_dates_before_the_first_selection(self):
+        dated = Reselection(targets=[(0, "a"), (50, "b")])
+        with pytest.raises(ValueError, match=r"begin by step 50, .* after step 100, .* every=\.\."):
+            dated.steps(100, 200)
+        assert Reselection(every=40, targets=dated.targets).steps(100, 200) == (100, 140, 180)
+
     def test_a_number_is_short_for_a_clock(self):
         assert reselection_of(7) == Reselection(every=7)
         assert reselection_of(None) is None
@@ -695,7 +701,14 @@ class TestRefusals:
                 Reselection(targets=[(10, "letters")]),
                 "one from step 10 on, but the run has only 10",
             ),
-            (Reselection(targets=[(6, "poems")]), "'poems' is not a key of eval_dataset"),
+            (
+                Reselection(targets=[(6, "poems")]),
+                r"reselect: targets names 'poems', which is not a key .* has \['letters', 'sums'\]",
+            ),
+            (
+                Reselection(targets=[(0, "sums"), (4, "letters")]),
+                "all targets begin by step 4, but the first selection is after step 4",
+            ),
             (
                 Reselection(every=2, targets=cast("Any", lambda step: 7)),
                 r"targets\(4\) must return a key",

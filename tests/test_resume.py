@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import shutil
 import signal
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +17,14 @@ import torch
 from safetensors.torch import load_file
 from tiny import callback, trained
 
-from hf_auxselect import FixedSelection, RandomEnsemble, SelectionReport
+from hf_auxselect import (
+    AbstractEstimator,
+    FixedSelection,
+    ForwardSelection,
+    GaussNewton,
+    RandomEnsemble,
+    SelectionReport,
+)
 from hf_auxselect.trainer.checkpoints import is_whole
 
 
@@ -223,6 +231,19 @@ class TestResumption:
         trainer.train(resume_from_checkpoint=str(finished / "checkpoint-4"))
         assert set("".join(seen)) == {"d"}
 
+    def test_a_kept_task_that_was_dropped_makes_a_branch(self, run_dir, caplog):
+        selector = ForwardSelection(max_tasks=1)
+        trained(tiny.sft_trainer, run_dir, callback(selector=selector), **self.options)
+        record = json.loads((run_dir / "_task_selection/selection.json").read_text())
+        dropped = next(name for name in record["weights"] if name not in record["selected"])
+        cb = callback(selector=selector, keep=[dropped])
+        with caplog.at_level(logging.WARNING):
+            self.resume(run_dir, 4, cb)
+        assert cb.report.selected == [dropped]
+        assert f"other options: keep (['{dropped}'] dropped before, ['{dropped}'] now)" in (
+            caplog.text
+        )
+
     def test_other_strategies_later_change_nothing(self, finished, caplog):
         cb = callback(selector=FixedSelection(["d"], estimate=False))
         selected = json.loads((finished / "_task_selection/selection.json").read_text())["selected"]
@@ -230,6 +251,24 @@ class TestResumption:
             self.resume(finished, 6, cb)
         assert cb.report.selected == selected
         assert "the decision of the resumed run" in caplog.text
+        assert "since it was made: selector ({'name': 'MixtureOptimization'" in caplog.text
+
+    def test_the_seed_and_the_warm_up_are_those_of_the_run(self, run_dir, tmp_path, caplog):
+        def few(**options):
+            return callback(examples_per_task=5, seed=1, **options)
+
+        whole = few()
+        trained(tiny.sft_trainer, run_dir / "whole", whole, **self.options)
+        shutil.copytree(run_dir / "whole", run_dir / "resumed")
+        other = few()
+        other.seed, other.warmup = 2, 6
+        with caplog.at_level(logging.WARNING):
+            self.resume(run_dir / "resumed", 2, other)
+        assert other.report.to_dict()["rows"] == whole.report.to_dict()["rows"]
+        stores = [cb.report.gradients() for cb in (whole, other)]
+        assert stores[0].example_ids.tolist() == stores[1].example_ids.tolist()
+        assert "seed=2, but the run that is resumed was started with 1" in caplog.text
+        assert "warmup asks for a first selection after step 6, but" in caplog.text
 
     @pytest.mark.parametrize("step", [2, 4])
     def test_a_run_that_was_started_without_the_callback(self, run_dir, step):
@@ -247,6 +286,32 @@ class TestResumption:
         cb = callback()
         self.resume(moved, 6, cb)
         assert cb.report.selected == SelectionReport.load(finished / "_task_selection").selected
+
+    def test_verifying_without_the_gradients(self, finished, tmp_path, caplog):
+        moved = tmp_path / "moved"
+        shutil.copytree(finished / "checkpoint-4", moved / "checkpoint-4")
+        with caplog.at_level(logging.WARNING):
+            trainer = self.resume(moved, 4, callback(verify=1))
+        assert trainer.state.global_step == 10
+        assert "verify=1: the selection is not verified" in caplog.text
+        assert (
+            f"gradient store is not available, so nothing can be estimated (looked for {moved}"
+            in (caplog.text)
+        )
+
+    def test_verifying_the_estimates_of_an_estimator_of_the_user(self, run_dir):
+        @dataclass(frozen=True)
+        class Doubled(AbstractEstimator):
+            factor: float = 2.0
+            scalars: ClassVar = GaussNewton().scalars
+
+            def fit(self, store):
+                return GaussNewton().fit(store)
+
+        trained(tiny.sft_trainer, run_dir, callback(estimator=Doubled()), **self.options)
+        cb = callback(estimator=Doubled(), verify=1)
+        self.resume(run_dir, 4, cb)
+        assert [one.name for one in cb.report.verification] == ["chosen"]
 
     def test_an_observed_run_goes_on_without(self, run_dir, caplog):
         torch.manual_seed(3)

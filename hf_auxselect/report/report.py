@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from hf_auxselect.estimators import Estimate, FittedEstimator
+from hf_auxselect.estimators import AbstractEstimator, Estimate, FittedEstimator
 from hf_auxselect.estimators.reliability import reliability_warnings
 from hf_auxselect.files import JsonDict, read_json, to_json, write_atomically
 from hf_auxselect.layers import require_layers_record
@@ -114,14 +114,20 @@ class SelectionReport(ReportContent):
             )
         return GradientStore.load(self.gradients_directory)
 
-    def fitted(self) -> FittedEstimator:
+    def fitted(self, estimator: AbstractEstimator | None = None) -> FittedEstimator:
         """The estimator, fitted to the stored gradients and calibrated.
+
+        Args:
+            estimator: the one that the report was made with, where it is none of this package;
+                None: it is made from the report's record of it.
 
         Raises:
             ValueError: the report's gradients or estimator are not available.
         """
         if self._fitted is None:
-            fitted = analysis.estimator_from(self.estimator).fit(self.gradients())
+            if estimator is None:
+                estimator = analysis.estimator_from(self.estimator)
+            fitted = estimator.fit(self.gradients())
             self._fitted = analysis.calibrated(fitted, self.calibration)
         return self._fitted
 

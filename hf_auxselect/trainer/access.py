@@ -141,6 +141,12 @@ def stop_workers(loader: Any) -> None:
         base._iterator = None
 
 
+def data_seed(trainer: Trainer) -> int:
+    """What rules the order of the trainer's data."""
+    args = trainer.args
+    return int(args.seed if args.data_seed is None else args.data_seed)
+
+
 def total_steps(trainer: Trainer, loader: Any) -> int:
     """Optimizer steps of the whole run, as ``Trainer.train`` will count them with this loader.
 

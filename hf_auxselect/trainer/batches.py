@@ -134,11 +134,11 @@ class BatchSource:
         Raises:
             ValueError: the trainer's loader does not take its sampler from ``_get_train_sampler``.
         """
-        sampler = MixtureSampler(tasks, tasks.counts / tasks.counts.sum(), seed)
         try:
+            sampler = MixtureSampler(tasks, tasks.counts / tasks.counts.sum(), seed)
             with preserved_rng():
                 self.mixture.build_loader(sampler)
-        except ValueError:
+        except BaseException:  # whatever it is, the trainer's method must be its own again
             self.remove()
             raise
 

@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from transformers import DataCollatorWithFlattening, Trainer
 
 from hf_auxselect.capture.scalars import IGNORE_INDEX, Batch
+from hf_auxselect.sampler import MIN_SHARE
 from hf_auxselect.tasks import GROUP_EACH_TASK, TaskRows, are_characters_of, joined_tasks, task_name
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
 
     Raises:
         ValueError: there is no task column, a row names no task, a task has lost all its rows in
-            the trainer's preparation, or fewer than two tasks are left.
+            the trainer's preparation, fewer than two tasks are left, or one of them is too small a
+            part of the training set.
     """
     dataset = trainer.train_dataset
     with_task = getattr(dataset, "rows_with_task", None)
@@ -59,6 +61,14 @@ def read_tasks(trainer: Trainer, task_column: str) -> TaskRows:
         raise ValueError(
             f"train_dataset holds {len(tasks.names)} task(s) {list(tasks.names)} in its column "
             f"{task_column!r}; a selection needs at least two."
+        )
+    smallest = int(tasks.counts.argmin())
+    count, total = int(tasks.counts[smallest]), len(tasks.ids)
+    if count / total < MIN_SHARE:
+        raise ValueError(
+            f"the task {tasks.names[smallest]!r} has {count} of the {total} rows of train_dataset, "
+            f"a share below {MIN_SHARE:g}, the least that a mixture can hold. Leave the task out, "
+            "or join it with another one."
         )
     return tasks
 
@@ -173,8 +183,13 @@ def target_key(trainer: Trainer, target: str | None) -> str | None:
     return target
 
 
-def target_dataset(trainer: Trainer, target: str | None) -> Any:
+def target_dataset(trainer: Trainer, target: str | None, *, of_reselect: bool = False) -> Any:
     """The evaluation set whose loss is minimised: ``eval_dataset``, or one of its dict.
+
+    Args:
+        trainer: a trainer.
+        target: key of its ``eval_dataset`` dict, or None.
+        of_reselect: whether ``reselect=`` names the target; else ``target=`` does.
 
     Raises:
         ValueError: there is none, or ``target`` does not name one.
@@ -185,6 +200,12 @@ def target_dataset(trainer: Trainer, target: str | None) -> Any:
             "the trainer has no eval_dataset; pass eval_dataset=... with examples of the target."
         )
     target = target_key(trainer, target)
+    if of_reselect and not (isinstance(datasets, Mapping) and target in datasets):
+        has = f"has {sorted(datasets)}" if isinstance(datasets, Mapping) else "is not a dict"
+        raise ValueError(
+            f"reselect: targets names {target!r}, which is not a key of eval_dataset: that {has}. "
+            "Name a key that is there, or pass eval_dataset={name: dataset, ...} with it."
+        )
     if isinstance(datasets, Mapping):
         if target not in datasets:
             raise ValueError(
@@ -202,16 +223,16 @@ def target_dataset(trainer: Trainer, target: str | None) -> Any:
     return _with_rows(dataset, "the target's eval_dataset")
 
 
-def group_dataset(trainer: Trainer, group: str, target: str | None) -> Any:
-    """The evaluation set of a group: one of the ``eval_dataset`` dict, other than the target's.
+def group_dataset(trainer: Trainer, group: str, targets: Sequence[str | None]) -> Any:
+    """The evaluation set of a group: one of the ``eval_dataset`` dict, other than the targets'.
 
     Args:
         trainer: a trainer.
         group: a key of its ``eval_dataset`` dict.
-        target: from :func:`target_key`.
+        targets: all that the run may have, each from :func:`target_key`.
 
     Raises:
-        ValueError: there is none of this name, or it is the target.
+        ValueError: there is none of this name, or it is a target.
     """
     datasets = trainer.eval_dataset
     if not isinstance(datasets, Mapping):
@@ -224,7 +245,7 @@ def group_dataset(trainer: Trainer, group: str, target: str | None) -> Any:
             f"groups names {group!r}, which is not a key of eval_dataset; it has "
             f"{sorted(datasets)}."
         )
-    if group == target:
+    if group in targets:
         raise ValueError(f"groups names the target {group!r}; leave it out of groups.")
     return _with_rows(datasets[group], f"the eval_dataset of the group {group!r}")
 

@@ -7,6 +7,7 @@ reading what was there. So what we add is put in right after each time.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -80,9 +81,10 @@ def add_model_tags(trainer: Trainer, tags: tuple[str, ...]) -> None:
 
 
 def final_loss(trainer: Trainer, target: str | None) -> float | None:
-    """The target's loss that was logged for the model as training ended; None if none was.
+    """The target's loss that was logged for the model as training ended.
 
-    That of the last step, or of the step whose checkpoint was loaded at the end.
+    None if none was logged, or it is not finite, as after training has diverged. The loss is that
+    of the last step, or of the step whose checkpoint was loaded at the end.
     """
     args, state = trainer.args, trainer.state
     step = state.global_step
@@ -91,7 +93,7 @@ def final_loss(trainer: Trainer, target: str | None) -> float | None:
     key = target_key(trainer, target)
     name = "_".join(["eval", *([] if key is None else [key]), "loss"])
     losses = [entry[name] for entry in state.log_history if entry["step"] == step and name in entry]
-    return float(losses[-1]) if losses else None
+    return float(losses[-1]) if losses and math.isfinite(losses[-1]) else None
 
 
 def finish_uploads(trainer: Trainer) -> None:

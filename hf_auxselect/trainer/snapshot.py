@@ -122,7 +122,8 @@ def digest_of_training(
 
     Args:
         trainer: between two optimizer steps.
-        initial: parameters that training restarts from, which then count instead of the state.
+        initial: parameters that training restarts from, if it does. The state counts all the same:
+            it tells of what no parameter or argument does, such as the model that an adapter is on.
         options: what else counts; plain values.
     """
     state = hashlib.blake2b(digest_size=16)
@@ -136,9 +137,8 @@ def digest_of_training(
     _feed(state, [steps, arguments, access.random_states(), groups, schedule, scale])
     if initial is not None:
         _feed(state, initial)
-    else:
-        moments = access.torch_optimizer(trainer).state
-        _feed(state, [dict(_changing(trainer)), [moments.get(p) for p in _trained(trainer)]])
+    moments = access.torch_optimizer(trainer).state
+    _feed(state, [dict(_changing(trainer)), [moments.get(p) for p in _trained(trainer)]])
     return state.hexdigest()
 
 

@@ -8,7 +8,8 @@ import tiny
 import torch
 
 from hf_auxselect import FixedSelection, TaskSelectionCallback
-from hf_auxselect.trainer.batches import consumed_batches
+from hf_auxselect.tasks import TaskRows
+from hf_auxselect.trainer.batches import BatchSource, consumed_batches
 
 TESTS = Path(__file__).parents[1]
 
@@ -139,6 +140,24 @@ class _StepSpy(tiny.TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.look()
+
+
+def test_trainers_get_their_methods_back_after_an_error(run_dir, monkeypatch):
+    trainer = tiny.plain_trainer(run_dir)
+    source = BatchSource(trainer)
+    tasks = TaskRows(("a", "b"), np.repeat([0, 1], [1, 1_000_001]))
+    with pytest.raises(ValueError, match="the share of task 'a' is below"):
+        source.require_own_sampler(tasks, 0)
+    assert "get_batch_samples" not in vars(trainer)
+
+    def fail():
+        raise OSError("no such file")
+
+    source = BatchSource(trainer)
+    monkeypatch.setattr(trainer, "get_train_dataloader", fail)
+    with pytest.raises(OSError, match="no such file"):
+        source.require_own_sampler(TaskRows(("a", "b"), np.array([0, 1])), 0)
+    assert "get_batch_samples" not in vars(trainer)
 
 
 def test_trainers_get_their_methods_back(run_dir):

@@ -38,6 +38,15 @@ from hf_auxselect.trainer.data import ModelRows, collate_function, read_tasks
 NAMES = ("a", "b", "c", "d")
 
 
+def test_a_task_whose_share_is_below_the_least_of_a_mixture():
+    labels = ["rare"] + ["common"] * 1_000_000
+    trainer = SimpleNamespace(
+        train_dataset=Dataset.from_dict({"task": labels}), args=SimpleNamespace()
+    )
+    with pytest.raises(ValueError, match="the task 'rare' has 1 of the 1000001 rows of train_data"):
+        read_tasks(trainer, "task")
+
+
 def planned(trainer, cb=None):
     """The plan of a trainer's run."""
     cb = cb or callback()

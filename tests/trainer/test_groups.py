@@ -151,7 +151,7 @@ class TestRefusals:
         trainer = tiny.sft_trainer(run_dir, callback())
         trainer.eval_dataset = sets
         with pytest.raises(ValueError, match=message):
-            group_dataset(trainer, "letters", "target")
+            group_dataset(trainer, "letters", ["target"])
 
     def test_of_the_only_key_as_target_and_group(self, run_dir):
         sets = {"letters": tiny.sums(4, 1)}
@@ -162,7 +162,7 @@ class TestRefusals:
         trainer = tiny.sft_trainer(run_dir, callback())
         trainer.eval_dataset = {"letters": tiny.sums(4, 1).to_iterable_dataset()}
         with pytest.raises(ValueError, match="of the group 'letters' is an iterable dataset"):
-            group_dataset(trainer, "letters", None)
+            group_dataset(trainer, "letters", [None])
 
     def test_of_a_group_without_label_tokens(self, run_dir):
         rows = tiny.tokenize(tiny.sums(6, 7))

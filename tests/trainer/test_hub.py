@@ -161,6 +161,9 @@ def test_the_measured_loss_is_that_of_the_pushed_model(run_dir):
     assert final_loss(trainer, None) == 1.0
     trainer.state.best_global_step, trainer.state.global_step = None, 9
     assert final_loss(trainer, None) is None
+    for loss in (float("nan"), float("inf")):  # no report, whose JSON has neither, could be pushed
+        trainer.state.log_history = [{"step": 9, "eval_loss": loss}]
+        assert final_loss(trainer, None) is None
 
 
 def test_a_repo_of_its_own_leaves_the_trainers_card_alone(hub, run_dir):

@@ -1,5 +1,7 @@
 """Fine-tunes inside the run: they are what the run would do, and leave no trace in it."""
 
+import logging
+import math
 import multiprocessing
 
 import numpy as np
@@ -12,6 +14,7 @@ from hf_auxselect import (
     SelectionReport,
     TaskSelectionCallback,
 )
+from hf_auxselect.trainer.trial_runs import TrialRun
 from hf_auxselect.verification import mixtures_to_verify
 
 
@@ -112,6 +115,40 @@ def test_a_choice_that_does_not_win_is_called_so(run_dir):
     gain = everything.measured - chosen.measured
     verdict = "below all tasks" if gain > 0 else "the choice did not win"
     assert verdict in cb.report.agreement()
+
+
+class TestRunsThatDiverge:
+    def train(self, directory, monkeypatch, losses):
+        """Two calibration runs, all tasks first; then the choice is verified, and all tasks."""
+        losses = iter(losses)
+        monkeypatch.setattr(TrialRun, "train_to", lambda self, step, progress=None: next(losses))
+        cb = callback(calibrate=2, verify=2)
+        trainer = tiny.plain_trainer(directory, cb)
+        trainer.train()
+        assert trainer.state.global_step == 10
+        assert next(losses, None) is None
+        loaded = SelectionReport.load(directory / "_task_selection")
+        assert loaded.to_dict() == cb.report.to_dict()
+        return cb.report
+
+    def test_they_are_left_out(self, run_dir, monkeypatch, caplog):
+        with caplog.at_level(logging.WARNING):
+            report = self.train(run_dir, monkeypatch, [1.5, math.nan, math.inf])
+        assert [one.name for one in report.calibration] == ["all tasks"]
+        assert [one.name for one in report.verification] == ["all tasks"]
+        assert "calibration_scale" in report.diagnostics
+        assert math.isfinite(report.row("chosen").loss)
+        left_out = [text for text in report.warnings if "ground-truth runs are left out" in text]
+        assert left_out[0].startswith("calibration: 1 of 2")
+        assert left_out[1].startswith("verification: 1 of 2")
+        assert "training diverges (the loss is not finite) on: chosen. Lower" in left_out[1]
+        assert all(text in caplog.text for text in left_out)
+
+    def test_if_all_do_the_run_goes_on_without_any(self, run_dir, monkeypatch):
+        report = self.train(run_dir, monkeypatch, [math.nan] * 3)
+        assert report.calibration == report.verification == []
+        assert "calibration_scale" not in report.diagnostics
+        assert any("verification: 2 of 2" in text for text in report.warnings)
 
 
 class TestMixturesToVerify:
