@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 
+from hf_auxselect.checks import is_count
 from hf_auxselect.files import JsonDict
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.store.records import LayerGradients
@@ -183,8 +184,8 @@ class LayerSelection:
         _require_one_of("by", self.by, Grouping)
         _require_one_of("training", self.training, TrainingOfLayers)
         keep = self.keep
-        is_number = isinstance(keep, int | float) and not isinstance(keep, bool)
-        if not is_number or not (0 < keep <= 1 if isinstance(keep, float) else keep >= 1):
+        is_share = isinstance(keep, float) and 0 < keep <= 1
+        if not is_share and not is_count(keep, 1):
             raise ValueError(
                 "keep must be a share of the layers, a float in (0, 1], or a number of layers, an "
                 f"int of at least 1; got {keep!r}."

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_auxselect.checks import is_count, is_number
 from hf_auxselect.sampler import MIN_SHARE
 from hf_auxselect.seeds import random_words
 
@@ -87,7 +88,7 @@ class Reselection:
 
     def __post_init__(self) -> None:
         every, significance, memory = self.every, self.significance, self.memory
-        if every is not None and not _is_step(every):
+        if every is not None and not is_count(every, 1):
             raise ValueError(
                 f"reselect must be a number of steps, 1 or more, a Reselection, or None; got "
                 f"{every!r}."
@@ -101,7 +102,7 @@ class Reselection:
             )
         least = 1 / (NUM_PERMUTATIONS + 1)
         if significance is not None:
-            if not _is_number(significance) or not least <= significance < 1:
+            if not is_number(significance) or not least <= significance < 1:
                 raise ValueError(
                     f"reselect: significance must be in [{least:g}, 1) or None, got "
                     f"{significance!r}."
@@ -111,7 +112,7 @@ class Reselection:
                     f"reselect: significance={significance} selects again only if the target has "
                     "changed, but there are no targets=... that change it; leave it out."
                 )
-        if not _is_number(memory) or not 0 <= memory < 1:
+        if not is_number(memory) or not 0 <= memory < 1:
             raise ValueError(f"reselect: memory must be in [0, 1), got {memory!r}.")
 
     @property
@@ -255,7 +256,7 @@ def _dated(targets: Sequence[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
     found: list[tuple[int, str]] = []
     for pair in targets:
         is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
-        if not is_pair or not (_is_step(pair[0]) or pair[0] == 0) or not isinstance(pair[1], str):
+        if not is_pair or not is_count(pair[0], 0) or not isinstance(pair[1], str):
             raise ValueError(
                 "reselect: targets must be pairs of a step and a key of eval_dataset, such as "
                 f"(500, 'news'); got {pair!r} among them."
@@ -266,11 +267,3 @@ def _dated(targets: Sequence[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
             )
         found.append((int(pair[0]), pair[1]))
     return tuple(found)
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_auxselect.checks import require_count
 from hf_auxselect.selectors.base import AbstractSelector, Array, Selection, SelectionProblem
 from hf_auxselect.selectors.subset_search import SubsetSearch
 
@@ -46,10 +47,8 @@ class BeamSearch(AbstractSelector):
     swaps: bool = True
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, got {self.width}.")
-        if self.max_tasks is not None and self.max_tasks < 1:
-            raise ValueError(f"max_tasks must be at least 1, got {self.max_tasks}.")
+        require_count("width", self.width, 1)
+        require_count("max_tasks", self.max_tasks, 1, optional=True)
 
     def select(self, problem: SelectionProblem) -> Selection:
         search = SubsetSearch(problem)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import ClassVar, Literal, TypedDict
 
 import numpy as np
 
+from hf_auxselect.checks import is_number
 from hf_auxselect.files import read_json
 from hf_auxselect.selectors.base import (
     AbstractSelector,
@@ -99,7 +99,7 @@ class ConstrainedSelection(AbstractSelector):
                 f"ceilings must map groups to their largest losses, got {self.ceilings!r}."
             )
         for name, ceiling in self.ceilings.items():
-            if not _is_number(ceiling):
+            if not is_number(ceiling):
                 raise ValueError(
                     f"ceilings[{name!r}] must be a number of nats per label token, got {ceiling!r}."
                 )
@@ -113,8 +113,13 @@ class ConstrainedSelection(AbstractSelector):
             if not path.is_file():
                 raise ValueError(f"initial_prices: there is no file {str(path)!r}.")
             prices = read_json(path, _PricesFile)["shadow_prices"]
+        if not isinstance(prices, Mapping):
+            raise ValueError(
+                "initial_prices must map groups to shadow prices, or be the path of a "
+                f"selection.json; got {prices!r}."
+            )
         for name, price in prices.items():
-            if not (_is_number(price) and price >= 0):
+            if not (is_number(price) and price >= 0):
                 raise ValueError(f"initial_prices[{name!r}] must be 0 or more, got {price!r}.")
         object.__setattr__(self, "ceilings", dict(self.ceilings))
         object.__setattr__(self, "initial_prices", dict(prices))
@@ -266,7 +271,3 @@ def base_losses(
     mixture_K = np.zeros(len(sizes_K)) if relative_to == "before" else sizes_K / sizes_K.sum()
     everything = Losses(problem, np.zeros(len(columns)), columns)
     return everything.all(mixture_K[None])[0][list(columns)]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

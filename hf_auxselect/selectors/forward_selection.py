@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_auxselect.checks import is_number, require_count
 from hf_auxselect.selectors.base import AbstractSelector, Selection, SelectionProblem
 from hf_auxselect.selectors.subset_search import SubsetSearch
 
@@ -41,8 +42,12 @@ class ForwardSelection(AbstractSelector):
     lazy: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tasks is not None and self.max_tasks < 1:
-            raise ValueError(f"max_tasks must be at least 1, got {self.max_tasks}.")
+        require_count("max_tasks", self.max_tasks, 1, optional=True)
+        if not is_number(self.min_improvement, finite=False):
+            raise ValueError(
+                "min_improvement must be a number of nats per label token, got "
+                f"{self.min_improvement!r}."
+            )
 
     def select(self, problem: SelectionProblem) -> Selection:
         search = SubsetSearch(problem)

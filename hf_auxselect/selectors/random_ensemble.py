@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from hf_auxselect.checks import is_count, is_number, require_count
 from hf_auxselect.estimators.base import NORMAL_95
 from hf_auxselect.estimators.diagnostics import rank_correlation
 from hf_auxselect.seeds import random_permutation
@@ -71,28 +72,27 @@ class RandomEnsemble(AbstractSelector):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_subsets is not None and self.num_subsets < 1:
-            raise ValueError(f"num_subsets must be at least 1, got {self.num_subsets}.")
+        require_count("num_subsets", self.num_subsets, 1, optional=True)
         is_share = isinstance(self.subset_size, float) and 0 < self.subset_size < 1
-        if not is_share and not (isinstance(self.subset_size, int) and self.subset_size >= 1):
+        if not is_share and not is_count(self.subset_size, 1):
             raise ValueError(
                 "subset_size must be a number of tasks or a share in (0, 1), got "
-                f"{self.subset_size}."
+                f"{self.subset_size!r}."
             )
         if self.threshold is not None and self.top_k is not None:
             raise ValueError("threshold and top_k exclude each other; give one of them.")
-        if isinstance(self.threshold, str):
-            if self.threshold != "cross-validation":
-                raise ValueError(
-                    f'threshold must be a number or "cross-validation", got {self.threshold!r}.'
-                )
-            if self.num_subsets is not None and self.num_subsets < _FOLDS:
-                raise ValueError(
-                    f"num_subsets must be at least {_FOLDS} for a cross-validation, got "
-                    f"{self.num_subsets}."
-                )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+        is_limit = self.threshold is None or is_number(self.threshold, finite=False)
+        if not is_limit and self.threshold != "cross-validation":
+            raise ValueError(
+                f'threshold must be a number, "cross-validation" or None, got {self.threshold!r}.'
+            )
+        is_too_few = self.num_subsets is not None and self.num_subsets < _FOLDS
+        if self.threshold == "cross-validation" and is_too_few:
+            raise ValueError(
+                f"num_subsets must be at least {_FOLDS} for a cross-validation, got "
+                f"{self.num_subsets}."
+            )
+        require_count("top_k", self.top_k, 1, optional=True)
 
     def select(self, problem: SelectionProblem) -> Selection:
         search = SubsetSearch(problem)

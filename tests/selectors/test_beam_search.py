@@ -90,8 +90,10 @@ def test_among_equals_the_first_tasks_win():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 0}, "width must be at least 1, got 0"),
-        ({"max_tasks": 0}, "max_tasks must be at least 1, got 0"),
+        ({"width": 0}, "width must be an int of at least 1, got 0"),
+        ({"width": 2.5}, "width must be an int of at least 1, got 2.5"),
+        ({"max_tasks": "2"}, "max_tasks must be an int of at least 1, or None; got '2'"),
+        ({"max_tasks": 0}, "max_tasks must be an int of at least 1, or None; got 0"),
     ],
 )
 def test_bad_options(options, message):

@@ -297,6 +297,7 @@ class TestOptions:
             ({"ceilings": {"a": "2"}}, r"ceilings\['a'\] must be a number of nats"),
             ({"relative_to": "later"}, "relative_to must be 'before', 'all tasks' or None"),
             ({"initial_prices": {"a": -1}}, r"initial_prices\['a'\] must be 0 or more, got -1"),
+            ({"initial_prices": 3}, "initial_prices must map groups to shadow prices, .*; got 3"),
             ({"initial_prices": "nowhere.json"}, "initial_prices: there is no file"),
             ({"shrinkage": 2}, "shrinkage must be in"),
             ({"starts": 0}, "starts must be"),

@@ -225,8 +225,13 @@ def test_a_run_follows_it_and_reports_the_error(tmp_path):
         ({"size": 0}, r"size must be a number of tasks or a share in \(0, 1\), got 0"),
         ({"size": 1.5}, "number of tasks or a share"),
         ({"size": True}, "number of tasks or a share"),
-        ({"size": 2, "min_members": 0}, "min_members must be at least 1, got 0"),
-        ({"size": 2, "num_candidates": 0}, "num_candidates must be at least 1, got 0"),
+        ({"size": "2"}, "number of tasks or a share in .*, got '2'"),
+        ({"size": 2, "min_members": 1.5}, "min_members must be an int of at least 1, got 1.5"),
+        ({"size": 2, "min_members": 0}, "min_members must be an int of at least 1, got 0"),
+        (
+            {"size": 2, "num_candidates": 0},
+            "num_candidates must be an int of at least 1, or None; got 0",
+        ),
     ],
 )
 def test_bad_options(options, message):

@@ -168,7 +168,10 @@ class TestCrossValidation:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"threshold": "cv"}, "threshold must be a number or \"cross-validation\", got 'cv'"),
+            (
+                {"threshold": "cv"},
+                "threshold must be a number, \"cross-validation\" or None, got 'cv'",
+            ),
             (
                 {"threshold": "cross-validation", "num_subsets": 4},
                 "num_subsets must be at least 5 for a cross-validation, got 4",

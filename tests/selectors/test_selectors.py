@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -202,8 +203,26 @@ class TestForwardSelection:
         assert ForwardSelection(max_tasks=2).select(problem(estimate)).selected == ["a", "b"]
         fussy = ForwardSelection(min_improvement=0.15)
         assert fussy.select(problem(estimate)).selected == ["a", "b", "c"]
-        with pytest.raises(ValueError, match="max_tasks must be at least 1, got 0"):
+        with pytest.raises(
+            ValueError, match="max_tasks must be an int of at least 1, or None; got 0"
+        ):
             ForwardSelection(max_tasks=0)
+
+    @pytest.mark.parametrize("kind", [ForwardSelection, BackwardElimination])
+    @pytest.mark.parametrize(
+        ("value", "name"),
+        [
+            (1.5, "tasks"),
+            (True, "tasks"),
+            ("2", "tasks"),
+            ("0", "improvement"),
+            (np.nan, "improve"),
+        ],
+    )
+    def test_options_that_are_no_numbers(self, kind, value, name):
+        option = next(field.name for field in fields(kind) if name in field.name)
+        with pytest.raises(ValueError, match=f"{option} must be .*got {value!r}"):
+            kind(**{option: value})
 
 
 class TestBackwardElimination:
@@ -213,7 +232,7 @@ class TestBackwardElimination:
         fussy = BackwardElimination(min_improvement=0.2)
         assert fussy.select(problem(estimate)).selected == ["a", "c", "d", "e"]
         assert len(BackwardElimination(min_tasks=4).select(problem(estimate)).selected) == 4
-        with pytest.raises(ValueError, match="min_tasks must be at least 1"):
+        with pytest.raises(ValueError, match="min_tasks must be an int of at least 1"):
             BackwardElimination(min_tasks=0)
 
 
@@ -258,11 +277,16 @@ class TestRandomEnsemble:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"num_subsets": 0}, "num_subsets must be at least 1"),
+            ({"num_subsets": 0}, "num_subsets must be an int of at least 1"),
             ({"subset_size": 0}, "number of tasks or a share"),
             ({"subset_size": 1.5}, "number of tasks or a share"),
             ({"top_k": 1, "threshold": 1.0}, "exclude each other"),
-            ({"top_k": 0}, "top_k must be at least 1"),
+            ({"top_k": 0}, "top_k must be an int of at least 1"),
+            ({"top_k": "3"}, "top_k must be an int of at least 1, or None; got '3'"),
+            ({"num_subsets": 10.5}, "num_subsets must be an int of at least 1, or None; got 10.5"),
+            ({"subset_size": True}, "number of tasks or a share in .*, got True"),
+            ({"threshold": float("nan")}, "threshold must be a number, .* or None, got nan"),
+            ({"threshold": True}, "threshold must be a number, .* or None, got True"),
         ],
     )
     def test_bad_options(self, options, message):
