@@ -32,8 +32,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_auxselect.checks import is_count, is_number
-from hf_auxselect.sampler import MIN_SHARE
 from hf_auxselect.seeds import random_words
+from hf_auxselect.selectors.simplex import LEAST_WEIGHT
 
 NUM_PERMUTATIONS = 999
 """Of a test. A convention: the smallest p-value is then 0.001, and that of 0.05 has a standard
@@ -237,11 +237,15 @@ def averaged(
         old: that of an earlier selection.
         memory: share of the old one.
         rows_to_read: number of training rows that the remaining steps read. A task that the new
-            choice has dropped stays only where they read a whole row of it.
+            choice has dropped stays only where they read a whole row of it. One that it has stays,
+            with a weight that the sampler can draw.
     """
     mixed = {name: (1 - memory) * weight + memory * old[name] for name, weight in new.items()}
-    least = max(1 / max(rows_to_read, 1), MIN_SHARE)
-    kept = {n: w if new[n] > 0 or w >= least else 0.0 for n, w in mixed.items()}
+    least = max(1 / max(rows_to_read, 1), LEAST_WEIGHT)
+    kept = {
+        name: max(weight, LEAST_WEIGHT) if new[name] > 0 else weight if weight >= least else 0.0
+        for name, weight in mixed.items()
+    }
     total = sum(kept.values())
     return {name: weight / total for name, weight in kept.items()}
 
