@@ -303,6 +303,12 @@ class TestFixedSelection:
         mixture = FixedSelection({"a": 3, "e": 1}).select(problem(estimate))
         assert mixture.weights == {"a": 0.75, "b": 0, "c": 0, "d": 0, "e": 0.25}
 
+    @pytest.mark.parametrize("tasks", [["a"], {"a": 1}, {"a": 1, "b": 0}])
+    def test_it_must_have_the_kept_tasks(self, tasks):
+        asked = problem(additive(np.ones(5)), keep=["a", "b"])
+        with pytest.raises(ValueError, match=r"FixedSelection leaves out \['b'\], which keep asks"):
+            FixedSelection(tasks).select(asked)
+
     def test_it_may_do_without_an_estimate(self):
         def never(weights):
             raise AssertionError
