@@ -183,6 +183,15 @@ def require_known(names: Iterable[str], task_names: Sequence[str], argument: str
             )
 
 
+def require_room(option: str, limit: int, problem: SelectionProblem) -> None:
+    """Raise ValueError if more tasks must be selected than an option allows."""
+    if (number := int(problem.kept.sum())) > limit:
+        raise ValueError(
+            f"{option} allows {limit} tasks, but keep={list(problem.keep)} asks for {number}; "
+            f"raise {option}, or keep fewer."
+        )
+
+
 def normalized_weights(
     weights: Array, estimate: LossEstimate | None, problem: SelectionProblem
 ) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_auxselect.checks import is_number, require_count
-from hf_auxselect.selectors.base import AbstractSelector, Selection, SelectionProblem
+from hf_auxselect.selectors.base import AbstractSelector, Selection, SelectionProblem, require_room
 from hf_auxselect.selectors.subset_search import SubsetSearch
 
 
@@ -50,10 +50,11 @@ class ForwardSelection(AbstractSelector):
             )
 
     def select(self, problem: SelectionProblem) -> Selection:
+        limit = len(problem.task_names) if self.max_tasks is None else self.max_tasks
+        require_room("max_tasks", limit, problem)
         search = SubsetSearch(problem)
         mask = search.kept.copy()
         loss = float(search.try_masks(mask[None])[0]) if mask.any() else np.inf
-        limit = len(problem.task_names) if self.max_tasks is None else self.max_tasks
         while mask.sum() < limit and not mask.all():
             goal = loss - (self.min_improvement if mask.any() else 0.0)
             more, lower = search.best_change(

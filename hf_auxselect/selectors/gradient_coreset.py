@@ -11,7 +11,13 @@ import numpy as np
 
 from hf_auxselect.checks import is_count, require_count
 from hf_auxselect.seeds import random_permutation
-from hf_auxselect.selectors.base import AbstractSelector, Array, Selection, SelectionProblem
+from hf_auxselect.selectors.base import (
+    AbstractSelector,
+    Array,
+    Selection,
+    SelectionProblem,
+    require_room,
+)
 from hf_auxselect.selectors.subset_search import SubsetSearch
 
 _ROUNDING = 1e-12
@@ -45,7 +51,7 @@ class GradientCoreset(AbstractSelector):
 
     Args:
         size: largest number of tasks, or their share in (0, 1). Fewer are selected where they
-            already have the gradients of all tasks, more where ``keep`` has more.
+            already have the gradients of all tasks.
         min_members: medoids of fewer tasks, themselves included, are dropped with these tasks: 2
             leaves out tasks that are near no other one. Where none has as many, all stay. Tasks of
             ``keep`` always stay.
@@ -79,6 +85,7 @@ class GradientCoreset(AbstractSelector):
         size = self.size if isinstance(self.size, int) else max(1, round(self.size * num_tasks))
         if size > num_tasks:
             raise ValueError(f"size is {size}, but there are {num_tasks} tasks.")
+        require_room("size", size, problem)
         gram_KK = _gram_of(problem)
         distances_KK = _distances(gram_KK)
         rows_K = np.asarray(problem.task_sizes, np.float64)

@@ -14,7 +14,13 @@ from hf_auxselect.checks import is_count, is_number, require_count
 from hf_auxselect.estimators.base import NORMAL_95
 from hf_auxselect.estimators.diagnostics import rank_correlation
 from hf_auxselect.seeds import random_permutation
-from hf_auxselect.selectors.base import AbstractSelector, Array, Selection, SelectionProblem
+from hf_auxselect.selectors.base import (
+    AbstractSelector,
+    Array,
+    Selection,
+    SelectionProblem,
+    require_room,
+)
 from hf_auxselect.selectors.subset_search import SubsetSearch
 
 # With num_subsets=None.
@@ -95,6 +101,8 @@ class RandomEnsemble(AbstractSelector):
         require_count("top_k", self.top_k, 1, optional=True)
 
     def select(self, problem: SelectionProblem) -> Selection:
+        if self.top_k is not None:
+            require_room("top_k", self.top_k, problem)
         search = SubsetSearch(problem)
         subsets, losses = self._estimated_subsets(search, len(problem.task_names))
         scores = _scores(subsets, losses)
@@ -105,7 +113,7 @@ class RandomEnsemble(AbstractSelector):
         elif self.threshold is not None:
             size = max(smallest, int(((scores <= self.threshold) | search.kept).sum()))
         elif self.top_k is not None:
-            size = max(smallest, min(self.top_k, len(scores)))
+            size = min(self.top_k, len(scores))
         else:
             size = smallest + int(np.argmin(search.try_masks(prefixes[smallest - 1 :])))
         named = zip(problem.task_names, scores, _half_widths(subsets, losses), strict=True)

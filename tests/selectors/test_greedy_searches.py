@@ -30,6 +30,8 @@ class TestGreedySearches:
     ):
         loss, gradient = kind(seed, 7)
         keep = [f"t{k}" for k in range(num_kept)]
+        if search is ForwardSelection:
+            limit = max(limit, num_kept)
         # Only a convex loss has bounds; without a gradient a lazy search tries all.
         problem = problem_of(
             loss, gradient if kind is convex else None, sizes=sizes_of(seed, 7), keep=keep

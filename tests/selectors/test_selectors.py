@@ -1,5 +1,5 @@
 import itertools
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -223,6 +223,24 @@ class TestForwardSelection:
         option = next(field.name for field in fields(kind) if name in field.name)
         with pytest.raises(ValueError, match=f"{option} must be .*got {value!r}"):
             kind(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("selector", "option"),
+    [
+        (ForwardSelection(max_tasks=2), "max_tasks"),
+        (BeamSearch(max_tasks=2), "max_tasks"),
+        (RandomEnsemble(top_k=2), "top_k"),
+        (GradientCoreset(size=2), "size"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_more_kept_tasks_than_an_option_allows_are_refused(selector, option):
+    asked = replace(problem(additive(np.ones(5)), keep=["a", "c", "d"]), gram=np.eye(5))
+    message = rf"{option} allows 2 tasks, but keep=\['a', 'c', 'd'\] asks for 3; raise {option}, or"
+    with pytest.raises(ValueError, match=message):
+        selector.select(asked)
+    assert selector.select(replace(asked, keep=["c", "d"])).selected == ["c", "d"]
 
 
 class TestBackwardElimination:
