@@ -188,9 +188,14 @@ class SubsetSearch:
                 low=one.low,
                 high=one.high,
                 accepted=one.accepted,
+                weights=None if one.mask.dtype == bool else self._weights_of(one.mask),
             )
             for one in tries
         )
+
+    def _weights_of(self, weights: Array) -> dict[str, float]:
+        chosen = np.flatnonzero(weights).tolist()
+        return {self._problem.task_names[k]: float(weights[k]) for k in chosen}
 
     def _tasks_of(self, mask: Array) -> tuple[str, ...]:
         return tuple(self._problem.task_names[k] for k in np.flatnonzero(mask).tolist())

@@ -84,7 +84,9 @@ def test_weights_are_the_rows_that_are_mapped_to_a_medoid():
     assert selection.scores == pytest.approx(
         {"t0": 1 / 9.2, "t1": 0, "t2": 0.1 / 9.2, "t3": 0.2 / 9.2, "t4": 0}
     )
-    assert [step.tasks for step in selection.history] == [("t1", "t4")]
+    (step,) = selection.history
+    assert step.tasks == ("t1", "t4") and step.accepted
+    assert step.weights == {name: w for name, w in selection.weights.items() if w > 0}
     assert selection.estimate.loss[0] == pytest.approx(0.65 * 1.25 + 0.35 * 2)
 
 
