@@ -116,6 +116,7 @@ class RandomEnsemble(AbstractSelector):
             size = min(self.top_k, len(scores))
         else:
             size = smallest + int(np.argmin(search.try_masks(prefixes[smallest - 1 :])))
+        search.accept(prefixes[size - 1])
         named = zip(problem.task_names, scores, _half_widths(subsets, losses), strict=True)
         found = [(name, float(score), float(half)) for name, score, half in named]
         return replace(

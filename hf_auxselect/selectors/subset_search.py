@@ -48,8 +48,8 @@ class SubsetSearch:
     """One search over subsets of the tasks of a problem.
 
     Its history has every try if there are at most 64 tasks; with more, the ten best of those that
-    are tried at once. It has no more than 100,000 names of tasks: if need be, the tries that were
-    not accepted are left out, and then tries at even distances.
+    are tried at once. It has no more than 100,000 names of tasks: if need be, tries that
+    were not accepted are recorded at even distances, and then accepted ones.
 
     Args:
         problem: what is searched.
@@ -158,11 +158,13 @@ class SubsetSearch:
         return losses_C
 
     def accept(self, mask: Array) -> None:
-        """Mark the last try of this subset as accepted."""
-        for one in reversed(self._tries):
-            if np.array_equal(one.mask, mask):
-                one.accepted = True
-                return
+        """Mark the last try of this subset as accepted; one that is not recorded is tried again."""
+        tries = (one for one in reversed(self._tries) if np.array_equal(one.mask, mask))
+        found = next(tries, None)
+        if found is None:
+            self.try_masks(mask[None])
+            found = self._tries[-1]
+        found.accepted = True
 
     def selection(self, mask: Array, scores: dict[str, float] | None = None) -> Selection:
         """The selection of the tasks of one mask [K]."""
@@ -175,12 +177,12 @@ class SubsetSearch:
         )
 
     def _history(self) -> tuple[Step, ...]:
-        tries = self._tries
-        if _names_in(tries) > _NAMES_RECORDED:
-            tries = [one for one in tries if one.accepted] or tries
-        every = -(-_names_in(tries) // _NAMES_RECORDED)
-        if every > 1:
-            tries = tries[::-1][::every][::-1]  # the last one is among them
+        accepted = [one for one in self._tries if one.accepted]
+        others = [one for one in self._tries if not one.accepted]
+        others = _spread_out(others, _NAMES_RECORDED - _names_in(accepted))
+        accepted = _spread_out(accepted, _NAMES_RECORDED)
+        recorded = {id(one) for one in (*accepted, *others)}
+        tries = [one for one in self._tries if id(one) in recorded]
         return tuple(
             Step(
                 tasks=self._tasks_of(one.mask),
@@ -199,6 +201,15 @@ class SubsetSearch:
 
     def _tasks_of(self, mask: Array) -> tuple[str, ...]:
         return tuple(self._problem.task_names[k] for k in np.flatnonzero(mask).tolist())
+
+
+def _spread_out(tries: list[_Try], most: int) -> list[_Try]:
+    """Tries at even distances that have at most about so many names, the last one among them."""
+    number = _names_in(tries)
+    if number <= most:
+        return tries
+    every = -(-number // most) if most > 0 else len(tries)
+    return tries[::-1][::every][::-1] if every < len(tries) else []
 
 
 def _names_in(tries: list[_Try]) -> int:

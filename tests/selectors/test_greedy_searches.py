@@ -115,7 +115,8 @@ class TestHistory:
         search = RandomEnsemble(num_subsets=6400, subset_size=19, top_k=1)
         history = history_of(38, search)
         assert sum(len(step.tasks) for step in history) <= 100_000
-        assert len(history) == 3200
+        assert len(history) == 3200 + 1
+        assert [step.tasks for step in history if step.accepted] == [history[-1].tasks]
 
     def test_it_stays_short_where_subsets_are_large(self):
         num_tasks = 500
