@@ -40,10 +40,17 @@ RelativeTo = Literal["before", "all tasks"]
 _HALVINGS = 40
 
 
-class _PricesFile(TypedDict):
+class _Decision(TypedDict):
+    """What every decision has."""
+
+    weights: dict[str, float]
+
+
+class _PricesFile(_Decision, total=False):
     """What is read of an earlier decision; other keys are left alone."""
 
     shadow_prices: dict[str, float]
+    """Missing where there are none, as where no mixture kept all ceilings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +119,7 @@ class ConstrainedSelection(AbstractSelector):
             path = Path(prices)
             if not path.is_file():
                 raise ValueError(f"initial_prices: there is no file {str(path)!r}.")
-            prices = read_json(path, _PricesFile)["shadow_prices"]
+            prices = read_json(path, _PricesFile).get("shadow_prices", {})
         if not isinstance(prices, Mapping):
             raise ValueError(
                 "initial_prices must map groups to shadow prices, or be the path of a "
@@ -146,7 +153,7 @@ class ConstrainedSelection(AbstractSelector):
         if violation_M.min() > 0:
             closest_K = box.drawable(self._closest(losses, starts_MK, box))
             if (excess_G := losses.values(closest_K[None])[1][0]).max() > self.tolerance:
-                return self._infeasible(problem, names, closest_K, excess_G, losses.ceilings_G)
+                return self._infeasible(problem, box, closest_K, excess_G, losses.ceilings_G)
             starts_MK = np.vstack([starts_MK, closest_K])
         assert isinstance(self.initial_prices, Mapping)
         found = saddle_point(
@@ -217,14 +224,14 @@ class ConstrainedSelection(AbstractSelector):
     def _infeasible(
         self,
         problem: SelectionProblem,
-        names: list[str],
+        box: Box,
         weights_K: Array,
         excess_G: Array,
         ceilings_G: Array,
     ) -> Selection:
         broken = ", ".join(
             f"{name!r} by {excess:.4f} above {ceiling:.4f}"
-            for name, excess, ceiling in zip(names, excess_G, ceilings_G, strict=True)
+            for name, excess, ceiling in zip(self.ceilings, excess_G, ceilings_G, strict=True)
             if excess > self.tolerance
         )
         estimate = problem.estimate(weights_K[None])
@@ -233,6 +240,7 @@ class ConstrainedSelection(AbstractSelector):
             estimate=estimate,
             history=(*steps_of(weights_K[None], estimate, problem, accepted=True),),
             notes=(
+                *box.notes,
                 "No mixture is estimated to keep all ceilings. The one with the least largest "
                 f"excess was chosen; it exceeds the ceilings of {broken} nats per label token.",
             ),
