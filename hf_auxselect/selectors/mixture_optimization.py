@@ -13,6 +13,7 @@ from hf_auxselect.selectors.base import (
     GradientFn,
     Selection,
     SelectionProblem,
+    checked,
     normalized_weights,
 )
 from hf_auxselect.selectors.shrinkage import (
@@ -25,7 +26,6 @@ from hf_auxselect.selectors.shrinkage import (
 from hf_auxselect.selectors.simplex import (
     Box,
     Minima,
-    checked,
     measured_slopes,
     minimize,
     steps_of,

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_auxselect.checks import is_number
-from hf_auxselect.selectors.base import Array, SelectionProblem
-from hf_auxselect.selectors.simplex import checked
+from hf_auxselect.selectors.base import Array, SelectionProblem, checked
 
 LEAST_SHRINKAGE = 0.1
 """The default never goes farther from all tasks than to 1 minus this. A convention: no interval

@@ -15,7 +15,9 @@ from hf_auxselect.selectors.base import (
     Selection,
     SelectionProblem,
     Step,
+    checked,
     normalized_weights,
+    tasks_of,
 )
 
 # What a history records. Conventions that keep ``report.json`` below a few megabytes.
@@ -74,9 +76,7 @@ class SubsetSearch:
             ValueError: an estimate is NaN.
         """
         result = self._problem.estimate(masks)
-        if np.isnan(result.loss).any():
-            tasks = self._tasks_of(masks[int(np.argmax(np.isnan(result.loss)))])
-            raise ValueError(f"the estimate for the tasks {list(tasks)} is NaN.")
+        checked(result.loss, masks, self._problem)
         if record is None:
             record = len(masks) if masks.shape[1] <= _ALL_RECORDED else _BEST_RECORDED
         self._tries += [
@@ -185,7 +185,7 @@ class SubsetSearch:
         tries = [one for one in self._tries if id(one) in recorded]
         return tuple(
             Step(
-                tasks=self._tasks_of(one.mask),
+                tasks=tasks_of(one.mask, self._problem),
                 loss=one.loss,
                 low=one.low,
                 high=one.high,
@@ -198,9 +198,6 @@ class SubsetSearch:
     def _weights_of(self, weights: Array) -> dict[str, float]:
         chosen = np.flatnonzero(weights).tolist()
         return {self._problem.task_names[k]: float(weights[k]) for k in chosen}
-
-    def _tasks_of(self, mask: Array) -> tuple[str, ...]:
-        return tuple(self._problem.task_names[k] for k in np.flatnonzero(mask).tolist())
 
 
 def _spread_out(tries: list[_Try], most: int) -> list[_Try]:
