@@ -264,6 +264,7 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
     support.refuse_unsupported(trainer)
     if options.clusters is None:
         tasks = split = data.read_tasks(trainer, options.task_column)
+        _warn_of_unknown_sources(options, tasks.names)
     else:
         tasks = TaskRows((ALL_ROWS,), np.zeros(len(trainer.train_dataset), np.int64))
         split = evenly_split(len(tasks.ids), options.clusters)
@@ -378,6 +379,17 @@ def _seed(trainer: Trainer, options: Options) -> int:
             f"too, got {seed!r}; change it, or give the callback its own seed=..."
         )
     return int(seed)
+
+
+def _warn_of_unknown_sources(options: Options, names: Sequence[str]) -> None:
+    """Warn of sources of other tasks; no error, since tasks may be left out on purpose."""
+    if unknown := [name for name in options.sources if name not in names]:
+        logger.warning(
+            "sources names %s, but the tasks of the training set are %s; exports and the model "
+            "card leave such sources out. Correct the names if these tasks should be there.",
+            unknown,
+            list(names),
+        )
 
 
 def _examples_of(

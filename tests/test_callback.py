@@ -31,7 +31,7 @@ from hf_auxselect import (
 from hf_auxselect.capture.memory import PeakMemory
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.gradient_pass import GradientPass
-from hf_auxselect.plan import CostPreview
+from hf_auxselect.plan import CostPreview, make_plan
 
 
 class TestARun:
@@ -479,6 +479,14 @@ class TestPreview:
             sketch.table_bytes(p.numel()) for p in trainer.model.parameters() if p.requires_grad
         )
         assert predicted == pytest.approx((peaks[0] + tables) / 2**20, rel=0.2)
+
+
+def test_sources_of_tasks_that_the_run_does_not_have_are_warned_of(run_dir, caplog):
+    cb = callback(sources={"a": {"path": "org/a"}, "misspelt": {"path": "org/b"}})
+    trainer = tiny.plain_trainer(run_dir, cb)
+    with caplog.at_level(logging.WARNING):
+        make_plan(trainer, cb._options(), max_steps=8, must_train_on=True)
+    assert "sources names ['misspelt'], but the tasks of the training set are ['a'" in caplog.text
 
 
 class TestRefusals:

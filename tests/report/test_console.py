@@ -144,7 +144,11 @@ def test_a_terminal_shows_what_the_text_has(report):
 def test_a_loss_that_is_not_finite_is_no_missing_one(report):
     finalists = [
         Finalist(name=name, weights={}, losses=losses, seconds=1.0)
-        for name, losses in [("good", [1.5, 1.25]), ("diverged", [1.5, None]), ("all tasks", [1.75])]
+        for name, losses in [
+            ("good", [1.5, 1.25]),
+            ("diverged", [1.5, None]),
+            ("all tasks", [1.75]),
+        ]
     ]
     report.confirmation = Race(
         finalists=finalists, steps=[4, 8], winner="good", choice="good", asked=3, share=1.0
