@@ -15,10 +15,10 @@ from hf_auxselect.selectors.subset_search import SubsetSearch
 class ForwardSelection(AbstractSelector):
     """Adds the task that lowers the estimated loss most, until none lowers it.
 
-    The default, and the choice where few of many tasks help. It starts from ``keep``, or else from
-    no task. Each step tries all remaining tasks and takes the best one, unlike the single pass in
-    index order of the authors' code. At least one task is always selected. A task that helps only
-    together with another one is missed; see ``BeamSearch``.
+    Choose it where few of many tasks help and whole tasks are wanted. It starts from ``keep``, or
+    else from no task. Each step tries all remaining tasks and takes the best one, unlike the single
+    pass in index order of the authors' code. At least one task is always selected. A task that
+    helps only together with another one is missed; see ``BeamSearch``.
 
     Cost: at most K (K + 1) / 2 estimates, those of a step in one call.
 
