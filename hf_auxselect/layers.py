@@ -6,12 +6,13 @@ Shapes: L layers, T examples of the target.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 
+from hf_auxselect.checks import is_count
 from hf_auxselect.files import JsonDict
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.store.records import LayerGradients
@@ -179,23 +180,23 @@ class LayerSelection:
     training: TrainingOfLayers = "all"
 
     def __post_init__(self) -> None:
-        _require_one_of("method", self.method, ScoreMethod)
-        _require_one_of("by", self.by, Grouping)
-        _require_one_of("training", self.training, TrainingOfLayers)
+        _require_one_of("layers: method", self.method, ScoreMethod)
+        _require_one_of("layers: by", self.by, Grouping)
+        _require_one_of("layers: training", self.training, TrainingOfLayers)
         keep = self.keep
-        is_number = isinstance(keep, int | float) and not isinstance(keep, bool)
-        if not is_number or not (0 < keep <= 1 if isinstance(keep, float) else keep >= 1):
+        is_share = isinstance(keep, float) and 0 < keep <= 1
+        if not is_share and not is_count(keep, 1):
             raise ValueError(
-                "keep must be a share of the layers, a float in (0, 1], or a number of layers, an "
-                f"int of at least 1; got {keep!r}."
+                "layers: keep must be a share of the layers, a float in (0, 1], or a number of "
+                f"layers, an int of at least 1; got {keep!r}."
             )
-        if isinstance(self.names, str):
+        if isinstance(self.names, str) or not isinstance(self.names, Iterable):
             raise TypeError(
-                f"names must be a sequence of names of layers, got the string {self.names!r}."
+                f"layers: names must be a sequence of names of layers, got {self.names!r}."
             )
         object.__setattr__(self, "names", tuple(self.names))
         if twice := [name for name in self.names if self.names.count(name) > 1]:
-            raise ValueError(f"names has {twice[0]!r} more than once.")
+            raise ValueError(f"layers: names has {twice[0]!r} more than once.")
 
     def require(self, layers: Sequence[str]) -> None:
         """Raise ValueError if the options do not fit the layers of a model."""

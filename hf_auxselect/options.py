@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_auxselect.checks import is_count, is_number, require_count
 from hf_auxselect.estimators import AbstractEstimator
 from hf_auxselect.files import JsonDict, to_json
 from hf_auxselect.layers import LayerSelection
@@ -40,13 +41,12 @@ class Confirmation:
 
     def __post_init__(self) -> None:
         number, share = self.finalists, self.share
-        if isinstance(number, bool) or not isinstance(number, int) or number < 2:
+        if not is_count(number, 2):
             raise ValueError(
                 "confirm must be a number of finalists, 2 or more (the choice and all tasks are "
                 f"always among them), or 0; got {number!r}."
             )
-        is_number = isinstance(share, int | float) and not isinstance(share, bool)
-        if not is_number or not 0 < share <= 1:
+        if not (is_number(share) and 0 < share <= 1):
             raise ValueError(
                 f"confirm: share must be a share of the remaining steps in (0, 1], got {share!r}."
             )
@@ -83,9 +83,13 @@ class Options:
     seed: int | None
 
     def __post_init__(self) -> None:
+        if self.target is not None and not isinstance(self.target, str):
+            raise TypeError(f"target must be a key of eval_dataset or None, got {self.target!r}.")
+        if not isinstance(self.task_column, str):
+            raise TypeError(f"task_column must be the name of a column, got {self.task_column!r}.")
         warmup = self.warmup
         is_share = isinstance(warmup, float) and 0 < warmup < 1
-        if isinstance(warmup, bool) or not (is_share or (isinstance(warmup, int) and warmup >= 1)):
+        if not (is_share or is_count(warmup, 1)):
             raise ValueError(
                 f"warmup must be a share of the run in (0, 1) or a number of steps (an int of at "
                 f"least 1), got {warmup!r}."
@@ -104,16 +108,14 @@ class Options:
                 f"groups={list(self.groups)} asks for estimates, but FixedSelection(estimate=False)"
                 " makes none; leave one of the two out."
             )
-        if self.examples_per_task is not None and self.examples_per_task < 2:
-            raise ValueError(
-                f"examples_per_task must be at least 2, or None; got {self.examples_per_task}."
-            )
-        if self.projection_dim < 2:
-            raise ValueError(f"projection_dim must be at least 2, got {self.projection_dim}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, or None; got {self.batch_size}.")
+        require_count("examples_per_task", self.examples_per_task, 2, optional=True)
+        require_count("projection_dim", self.projection_dim, 2)
+        require_count("batch_size", self.batch_size, 1, optional=True)
+        require_count("seed", self.seed, 0, optional=True)
+        if self.output_dir is not None and not isinstance(self.output_dir, str | Path):
+            raise TypeError(f"output_dir must be a path or None, got {self.output_dir!r}.")
         for name, number in (("verify", self.verify), ("calibrate", self.calibrate)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            if not is_count(number, 0):
                 raise ValueError(f"{name} must be a number of mixtures, 0 or more; got {number!r}.")
         _ = self.confirmation
         if self.reselection is not None:
@@ -183,7 +185,7 @@ class Options:
                 )
 
     def _require_clusters(self, number: int) -> None:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 2:
+        if not is_count(number, 2):
             raise ValueError(
                 f"clusters must be a number of clusters, 2 or more, or None; got {number!r}."
             )
@@ -213,12 +215,10 @@ def named_groups(groups: Sequence[str]) -> tuple[str, ...]:
     """The names in ``groups``.
 
     Raises:
-        TypeError: it is one name instead of a sequence of names.
+        TypeError: it is one name, or no sequence.
     """
-    if isinstance(groups, str):
-        raise TypeError(
-            f"groups must be a sequence of keys of eval_dataset, got the string {groups!r}."
-        )
+    if isinstance(groups, str) or not isinstance(groups, Iterable):
+        raise TypeError(f"groups must be a sequence of keys of eval_dataset, got {groups!r}.")
     return tuple(groups)
 
 
@@ -238,11 +238,15 @@ def kept_tasks(keep: Sequence[str]) -> tuple[str, ...]:
     """The names in ``keep``, as tasks are named.
 
     Raises:
-        TypeError: it is one name instead of a sequence of names.
+        TypeError: it is one name, no sequence, or holds something else.
     """
-    if isinstance(keep, str):
-        raise TypeError(f"keep must be a sequence of task names, got the string {keep!r}.")
-    return tuple(str(name) if isinstance(name, int) else name for name in keep)
+    if isinstance(keep, str) or not isinstance(keep, Iterable):
+        raise TypeError(f"keep must be a sequence of task names, got {keep!r}.")
+    names = tuple(keep)
+    for name in names:
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise TypeError(f"keep must be a sequence of task names, got {name!r} among them.")
+    return tuple(map(str, names))
 
 
 def checked_sources(sources: Mapping[str, Mapping[str, Any]] | None) -> dict[str, JsonDict]:
@@ -251,6 +255,11 @@ def checked_sources(sources: Mapping[str, Mapping[str, Any]] | None) -> dict[str
     Raises:
         TypeError: a source is no entry of ``datasets:``, or holds what JSON cannot express.
     """
+    if sources is not None and not isinstance(sources, Mapping):
+        raise TypeError(
+            "sources must map tasks to entries of TRL's datasets:, such as "
+            f"{{'my_task': {{'path': 'me/data'}}}}, got {sources!r}."
+        )
     for name, source in (sources or {}).items():
         if not isinstance(source, Mapping):
             raise TypeError(

@@ -11,7 +11,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import nn
 from transformers import Trainer
 
@@ -19,15 +18,15 @@ from hf_auxselect._version import __version__
 from hf_auxselect.capture.batching import TaskExamples
 from hf_auxselect.capture.check import examples_to_check
 from hf_auxselect.capture.scalars import CollateFn
+from hf_auxselect.checks import is_count
 from hf_auxselect.clusters import evenly_split
-from hf_auxselect.estimators import Estimate
+from hf_auxselect.dry_run import dry_run
 from hf_auxselect.files import JsonDict
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.options import Options
 from hf_auxselect.report.content import RunRecord
 from hf_auxselect.reselection import Reselection
 from hf_auxselect.seeds import random_permutation
-from hf_auxselect.selectors import AbstractSelector, SelectionProblem
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer import access, data, support
 from hf_auxselect.trainer.evaluation import evaluation_weights, has_label_tokens
@@ -264,13 +263,13 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
     """
     support.refuse_unsupported(trainer)
     if options.clusters is None:
-        tasks = data.read_tasks(trainer, options.task_column)
-        _dry_run(options.selector, tasks, options.keep, options.groups)
+        tasks = split = data.read_tasks(trainer, options.task_column)
+        _warn_of_unknown_sources(options, tasks.names)
     else:
         tasks = TaskRows((ALL_ROWS,), np.zeros(len(trainer.train_dataset), np.int64))
         split = evenly_split(len(tasks.ids), options.clusters)
-        _dry_run(options.selector, split, options.keep, options.groups)
-    warmup = options.warmup
+    dry_run(options, split)
+    warmup, seed = options.warmup, _seed(trainer, options)
     switch_step = warmup if isinstance(warmup, int) else max(1, round(warmup * max_steps))
     if switch_step + must_train_on > max_steps:
         raise ValueError(
@@ -289,7 +288,6 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
         key: data.target_dataset(trainer, key, of_reselect=key != default_target) for key in keys
     }
     group_sets = {name: data.group_dataset(trainer, name, keys) for name in options.groups}
-    seed = access.data_seed(trainer) if options.seed is None else options.seed
     train_rows = data.ModelRows(trainer, trainer.train_dataset)
     target_rows = {key: data.ModelRows(trainer, one) for key, one in target_sets.items()}
 
@@ -370,6 +368,31 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
     )
 
 
+def _seed(trainer: Trainer, options: Options) -> int:
+    """The callback's seed, or the trainer's that stands in for it."""
+    if options.seed is not None:
+        return options.seed
+    name = "seed" if trainer.args.data_seed is None else "data_seed"
+    seed = getattr(trainer.args, name)
+    if not is_count(seed, 0):
+        raise ValueError(
+            f"{name} of TrainingArguments must be an int of at least 0 to seed the selection "
+            f"too, got {seed!r}; change it, or give the callback its own seed=..."
+        )
+    return int(seed)
+
+
+def _warn_of_unknown_sources(options: Options, names: Sequence[str]) -> None:
+    """Warn of sources of other tasks; no error, since tasks may be left out on purpose."""
+    if unknown := [name for name in options.sources if name not in names]:
+        logger.warning(
+            "sources names %s, but the tasks of the training set are %s; exports and the model "
+            "card leave such sources out. Correct the names if these tasks should be there.",
+            unknown,
+            list(names),
+        )
+
+
 def _examples_of(
     tasks: TaskRows, rows: data.ModelRows, seed: int, at_most: int | None
 ) -> tuple[TaskExamples, ...]:
@@ -439,33 +462,6 @@ def _weights_in_evaluation(
             "or pass examples_per_task=None."
         )
     return tuple(weights)
-
-
-def _dry_run(
-    selector: AbstractSelector, tasks: TaskRows, keep: Sequence[str], groups: Sequence[str]
-) -> None:
-    """Let the selector meet its tasks, so that options that do not fit raise now.
-
-    There are no estimates or gradients yet: all are 0.
-    """
-    num_tasks = len(tasks.names)
-
-    def nothing(weights: ArrayLike) -> Estimate:
-        zeros = np.zeros(len(np.asarray(weights)))
-        of_groups = np.zeros((len(zeros), len(groups))) if groups else None
-        return Estimate(loss=zeros, low=zeros, high=zeros, group_losses=of_groups)
-
-    selector.select(
-        SelectionProblem(
-            nothing,
-            tasks.names,
-            tasks.counts.tolist(),
-            keep=keep,
-            groups=groups,
-            gram=np.zeros((num_tasks, num_tasks)),
-            rows_to_read=len(tasks.ids),
-        )
-    )
 
 
 def _digest_of_rows(rows: data.ModelRows, tasks: TaskRows | None = None) -> str:

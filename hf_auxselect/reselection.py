@@ -31,8 +31,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_auxselect.sampler import MIN_SHARE
+from hf_auxselect.checks import is_count, is_number
 from hf_auxselect.seeds import random_words
+from hf_auxselect.selectors.simplex import LEAST_WEIGHT
 
 NUM_PERMUTATIONS = 999
 """Of a test. A convention: the smallest p-value is then 0.001, and that of 0.05 has a standard
@@ -87,7 +88,7 @@ class Reselection:
 
     def __post_init__(self) -> None:
         every, significance, memory = self.every, self.significance, self.memory
-        if every is not None and not _is_step(every):
+        if every is not None and not is_count(every, 1):
             raise ValueError(
                 f"reselect must be a number of steps, 1 or more, a Reselection, or None; got "
                 f"{every!r}."
@@ -101,7 +102,7 @@ class Reselection:
             )
         least = 1 / (NUM_PERMUTATIONS + 1)
         if significance is not None:
-            if not _is_number(significance) or not least <= significance < 1:
+            if not is_number(significance) or not least <= significance < 1:
                 raise ValueError(
                     f"reselect: significance must be in [{least:g}, 1) or None, got "
                     f"{significance!r}."
@@ -111,7 +112,7 @@ class Reselection:
                     f"reselect: significance={significance} selects again only if the target has "
                     "changed, but there are no targets=... that change it; leave it out."
                 )
-        if not _is_number(memory) or not 0 <= memory < 1:
+        if not is_number(memory) or not 0 <= memory < 1:
             raise ValueError(f"reselect: memory must be in [0, 1), got {memory!r}.")
 
     @property
@@ -242,11 +243,15 @@ def averaged(
         old: that of an earlier selection.
         memory: share of the old one.
         rows_to_read: number of training rows that the remaining steps read. A task that the new
-            choice has dropped stays only where they read a whole row of it.
+            choice has dropped stays only where they read a whole row of it. One that it has stays,
+            with a weight that the sampler can draw.
     """
     mixed = {name: (1 - memory) * weight + memory * old[name] for name, weight in new.items()}
-    least = max(1 / max(rows_to_read, 1), MIN_SHARE)
-    kept = {n: w if new[n] > 0 or w >= least else 0.0 for n, w in mixed.items()}
+    least = max(1 / max(rows_to_read, 1), LEAST_WEIGHT)
+    kept = {
+        name: max(weight, LEAST_WEIGHT) if new[name] > 0 else weight if weight >= least else 0.0
+        for name, weight in mixed.items()
+    }
     total = sum(kept.values())
     return {name: weight / total for name, weight in kept.items()}
 
@@ -261,7 +266,7 @@ def _dated(targets: Sequence[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
     found: list[tuple[int, str]] = []
     for pair in targets:
         is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
-        if not is_pair or not (_is_step(pair[0]) or pair[0] == 0) or not isinstance(pair[1], str):
+        if not is_pair or not is_count(pair[0], 0) or not isinstance(pair[1], str):
             raise ValueError(
                 "reselect: targets must be pairs of a step and a key of eval_dataset, such as "
                 f"(500, 'news'); got {pair!r} among them."
@@ -272,11 +277,3 @@ def _dated(targets: Sequence[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
             )
         found.append((int(pair[0]), pair[1]))
     return tuple(found)
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -31,7 +31,7 @@ from hf_auxselect import (
 from hf_auxselect.capture.memory import PeakMemory
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.gradient_pass import GradientPass
-from hf_auxselect.plan import CostPreview
+from hf_auxselect.plan import CostPreview, make_plan
 
 
 class TestARun:
@@ -481,6 +481,14 @@ class TestPreview:
         assert predicted == pytest.approx((peaks[0] + tables) / 2**20, rel=0.2)
 
 
+def test_sources_of_tasks_that_the_run_does_not_have_are_warned_of(run_dir, caplog):
+    cb = callback(sources={"a": {"path": "org/a"}, "misspelt": {"path": "org/b"}})
+    trainer = tiny.plain_trainer(run_dir, cb)
+    with caplog.at_level(logging.WARNING):
+        make_plan(trainer, cb._options(), max_steps=8, must_train_on=True)
+    assert "sources names ['misspelt'], but the tasks of the training set are ['a'" in caplog.text
+
+
 class TestRefusals:
     """Every case raises before the first step."""
 
@@ -500,6 +508,9 @@ class TestRefusals:
     def test_no_task_column(self, run_dir):
         data = tiny.tasks().remove_columns("task")
         self.refuse("no column 'task'.*concatenate_tasks", directory=run_dir, train_dataset=data)
+
+    def test_a_seed_of_the_trainer_that_cannot_seed_the_selection(self, run_dir):
+        self.refuse("data_seed of TrainingArguments .*, got -1", directory=run_dir, data_seed=-1)
 
     def test_fewer_than_two_tasks(self, run_dir):
         data = concatenate_tasks({"a": tiny.sums(20, 1)})
@@ -710,11 +721,31 @@ class TestRefusals:
         ({"warmup": 0}, ValueError, "warmup must be"),
         ({"warmup": 1.5}, ValueError, "warmup must be"),
         ({"warmup": True}, ValueError, "warmup must be"),
+        ({"target": 3}, TypeError, "target must be a key of eval_dataset or None, got 3"),
+        ({"task_column": None}, TypeError, "task_column must be the name of a column, got None"),
         ({"after": "stop"}, ValueError, "after must be one of"),
         ({"keep": "abc"}, TypeError, "keep must be a sequence"),
-        ({"examples_per_task": 1}, ValueError, "examples_per_task must be at least 2"),
-        ({"projection_dim": 1}, ValueError, "projection_dim must be at least 2"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"keep": None}, TypeError, "keep must be a sequence of task names, got None"),
+        ({"keep": [2.5]}, TypeError, "keep must be a sequence of task names, got 2.5 among them"),
+        (
+            {"groups": None},
+            TypeError,
+            "groups must be a sequence of keys of eval_dataset, got None",
+        ),
+        ({"groups": "a"}, TypeError, "groups must be a sequence of keys of eval_dataset, got 'a'"),
+        ({"examples_per_task": 2.5}, ValueError, "examples_per_task must be an int .*; got 2.5"),
+        ({"examples_per_task": "256"}, ValueError, "examples_per_task must be an int .* got '256'"),
+        ({"projection_dim": 4096.5}, ValueError, "projection_dim must be an int .* got 4096.5"),
+        ({"projection_dim": None}, ValueError, "projection_dim must be an int of at least 2, got"),
+        ({"batch_size": 2.5}, ValueError, "batch_size must be an int .*, or None; got 2.5"),
+        ({"batch_size": True}, ValueError, "batch_size must be an int .*, or None; got True"),
+        ({"seed": -1}, ValueError, "seed must be an int of at least 0, or None; got -1"),
+        ({"seed": "x"}, ValueError, "seed must be an int of at least 0, or None; got 'x'"),
+        ({"output_dir": 3}, TypeError, "output_dir must be a path or None, got 3"),
+        ({"sources": ["a"]}, TypeError, r"sources must map tasks to entries .*, got \['a'\]"),
+        ({"examples_per_task": 1}, ValueError, "examples_per_task must be an int of at least 2"),
+        ({"projection_dim": 1}, ValueError, "projection_dim must be an int of at least 2"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an int of at least 1"),
         ({"sources": {"a": "me/data"}}, TypeError, "sources\\['a'\\] must be an entry of TRL's"),
         ({"sources": {"a": {"path": {1}}}}, TypeError, "sources must hold texts, numbers"),
         ({"estimator": "logistic"}, TypeError, "estimator must be an object"),

@@ -242,14 +242,19 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
-            ({"method": "best"}, ValueError, r"method must be one of .*got 'best'"),
-            ({"by": "head"}, ValueError, r"by must be one of \['block', 'module'\], got 'head'"),
-            ({"training": "some"}, ValueError, r"training must be one of .*got 'some'"),
-            ({"keep": 0}, ValueError, "keep must be a share of the layers, .*got 0"),
+            ({"method": "best"}, ValueError, r"^layers: method must be one of .*got 'best'"),
+            (
+                {"by": "head"},
+                ValueError,
+                r"^layers: by must be one of \['block', 'module'\], got 'head'",
+            ),
+            ({"training": "some"}, ValueError, r"^layers: training must be one of .*got 'some'"),
+            ({"keep": 0}, ValueError, "^layers: keep must be a share of the layers, .*got 0"),
             ({"keep": 1.5}, ValueError, r"keep must be a share .*got 1.5"),
             ({"keep": True}, ValueError, r"keep must be a share .*got True"),
-            ({"names": "model.layers.0"}, TypeError, "names must be a sequence of names of layers"),
-            ({"names": ["a", "a"]}, ValueError, "names has 'a' more than once"),
+            ({"names": "model.layers.0"}, TypeError, "^layers: names must be a sequence of names"),
+            ({"names": None}, TypeError, "^layers: names must be a sequence of names .*got None"),
+            ({"names": ["a", "a"]}, ValueError, "^layers: names has 'a' more than once"),
         ],
     )
     def test_bad_options(self, options, error, message):
@@ -577,7 +582,7 @@ def test_the_command_line_has_them(capsys):
     assert SelectionArguments().callback({}).layers is None
     from hf_auxselect.cli.options import UsageError
 
-    with pytest.raises(UsageError, match=r"--layers: keep must be a share"):
+    with pytest.raises(UsageError, match=r"^--layers: keep must be a share"):
         SelectionArguments(layers=["keep=0"]).callback({})
 
 

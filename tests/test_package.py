@@ -30,6 +30,7 @@ LAYERS = [
     "ground_truth",
     "leaked_target",
     "plan",
+    "dry_run",
     "report",
     "options",
     "reselection",
@@ -47,6 +48,7 @@ LAYERS = [
     "seeds",
     "distributed",
     "files",
+    "checks",
     "__init__",  # its names are imported when they are used
     "_version",
 ]

@@ -43,7 +43,9 @@ from hf_auxselect.reselection import (
     reselection_of,
     score_of,
 )
+from hf_auxselect.sampler import MIN_SHARE, MixtureSampler
 from hf_auxselect.switch import Run
+from hf_auxselect.tasks import TaskRows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -500,6 +502,13 @@ class TestCarryingOver:
         assert found == pytest.approx({"a": 0.575, "b": 0.375, "c": 0.05})
         few = averaged(new, old, memory=0.25, rows_to_read=19)
         assert few == pytest.approx({"a": 0.575 / 0.95, "b": 0.375 / 0.95, "c": 0})
+
+    def test_an_average_can_be_drawn(self):
+        new, old = {"a": 1 - 3e-6, "b": 3e-6, "c": 0.0}, {"a": 1 - 1e-6, "b": 0.0, "c": 1e-6}
+        found = averaged(new, old, memory=0.9, rows_to_read=10**7)
+        assert found["b"] >= MIN_SHARE and found["c"] == 0
+        tasks = TaskRows(("a", "b", "c"), np.array([0, 0, 1, 2]))
+        MixtureSampler(tasks, np.array([*found.values()]), 0)
 
     @given(
         st.lists(st.floats(0, 1), min_size=3, max_size=3),

@@ -102,7 +102,8 @@ def make_strategy(kind: type[T], options: Mapping[str, Any], flag: str) -> T:
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{flag}: {error}") from error
+        told = str(error).removeprefix(f"{flag.lstrip('-')}: ")  # the flag names it already
+        raise UsageError(f"{flag}: {told}") from error
 
 
 def _read(given: Any, kind: Any) -> Any:

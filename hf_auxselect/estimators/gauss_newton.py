@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from hf_auxselect.checks import is_number
 from hf_auxselect.estimators.base import TINY, AbstractEstimator, Array, all_tasks_pooled
 from hf_auxselect.estimators.predicted_update import FittedQuadratic, check_options
 from hf_auxselect.estimators.quadratic_model import QuadraticModel
@@ -80,8 +81,8 @@ class GaussNewton(AbstractEstimator):
             raise ValueError(
                 f"curvature must be one of {list(get_args(Curvature))}, got {self.curvature!r}."
             )
-        if not 0 < self.damping < np.inf:
-            raise ValueError(f"damping must be positive and finite, got {self.damping}.")
+        if not (is_number(self.damping) and self.damping > 0):
+            raise ValueError(f"damping must be positive and finite, got {self.damping!r}.")
         check_options(self.rank, self.model_error)
 
     @property

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_auxselect.checks import is_number
 from hf_auxselect.estimators.base import (
     NORMAL_95,
     AbstractEstimator,
@@ -103,10 +104,11 @@ class GradExLogistic(AbstractEstimator):
     tolerance: float = 1e-8
 
     def __post_init__(self) -> None:
-        if self.regularization is not None and not self.regularization > 0:
-            raise ValueError(f"regularization must be positive, got {self.regularization}.")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must be between 0 and 1, got {self.tolerance}.")
+        strength = self.regularization
+        if strength is not None and not (is_number(strength) and strength > 0):
+            raise ValueError(f"regularization must be positive or None, got {strength!r}.")
+        if not (is_number(self.tolerance) and 0 < self.tolerance < 1):
+            raise ValueError(f"tolerance must be between 0 and 1, got {self.tolerance!r}.")
 
     def fit(self, store: GradientStore) -> FittedGradExLogistic:
         return FittedGradExLogistic(self, store)

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_auxselect.checks import is_number, require_count
 from hf_auxselect.estimators.base import (
     NORMAL_95,
     TINY,
@@ -102,10 +103,9 @@ class _Side:
 
 def check_options(rank: int | None, model_error: float) -> None:
     """Raise ValueError unless these options of an estimator make sense."""
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
-    if not model_error >= 0:
-        raise ValueError(f"model_error must not be negative, got {model_error}.")
+    require_count("rank", rank, 1, optional=True)
+    if not (is_number(model_error) and model_error >= 0):
+        raise ValueError(f"model_error must be 0 or more, got {model_error!r}.")
 
 
 class FittedQuadratic(FittedEstimator):

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_auxselect.checks import require_count
 from hf_auxselect.estimators.base import (
     TINY,
     AbstractEstimator,
@@ -107,10 +108,7 @@ class AbstractSurrogate(AbstractEstimator):
             raise TypeError(
                 f"base must be an estimator such as LinearizedTraining(), got {self.base!r}."
             )
-        if self.num_subsets < _MIN_MIXTURES:
-            raise ValueError(
-                f"num_subsets must be at least {_MIN_MIXTURES}, got {self.num_subsets}."
-            )
+        require_count("num_subsets", self.num_subsets, _MIN_MIXTURES)
         object.__setattr__(self, "penalties", _positive("penalties", self.penalties))
 
     @property

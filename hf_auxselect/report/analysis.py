@@ -217,7 +217,8 @@ def calibrated(fitted: FittedEstimator, runs: Sequence[Measurement]) -> FittedEs
 def strategy_record(strategy: Any) -> JsonDict:
     """Name and options of an estimator or selector, as JSON values.
 
-    An option that is an estimator itself becomes a record of the same form.
+    An option that is an estimator itself becomes a record of the same form. JSON has no infinity,
+    which becomes the text "Infinity" or "-Infinity".
     """
     options = (
         {f.name: getattr(strategy, f.name) for f in dataclasses.fields(strategy)}
@@ -230,7 +231,8 @@ def strategy_record(strategy: Any) -> JsonDict:
             default=lambda value: (
                 strategy_record(value) if isinstance(value, AbstractEstimator) else repr(value)
             ),
-        )
+        ),
+        parse_constant=str,
     )
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from hf_auxselect.report.content import Measurement, Race, ReportContent, Row
+from hf_auxselect.report.content import GroupLine, Measurement, Race, ReportContent, Row
 from hf_auxselect.report.text import (
     agreement_sentence,
     calibration_sentence,
     comparison_sentence,
     confirmation_sentence,
     decision_sentence,
+    layers_sentence,
     nats,
     printable,
     to_text,
@@ -59,7 +60,8 @@ def _in_colour(content: ReportContent, *, width: int) -> str:
     if content.decisions:
         told = map(decision_sentence, content.decisions)
         console.print("Selections of this run, of which this is the last:", *told, sep="\n  ")
-    mixtures = [row for row in content.rows if row.left_out is None]
+    # Those without a task are in the table of tasks; those with one more are left to the page.
+    mixtures = [row for row in content.rows if row.left_out is None and row.added is None]
     if mixtures:
         table = _table("Estimated target loss, nats per label token", "trained on", "loss")
         for row in mixtures:
@@ -68,11 +70,15 @@ def _in_colour(content: ReportContent, *, width: int) -> str:
         console.print(table)
     if sentence := comparison_sentence(content):
         console.print(sentence)
+    if content.group_lines:
+        console.print(_groups(content.group_lines))
     console.print(_tasks(content))
     if content.confirmation is not None:
         if content.confirmation.steps:
             console.print(_race(content.confirmation))
         console.print(confirmation_sentence(content))
+    if content.layers is not None:
+        console.print(layers_sentence(content))
     for title, sentence, runs in [
         ("Ground-truth runs", agreement_sentence(content), content.verification),
         ("Calibration runs", calibration_sentence(content), content.calibration),
@@ -91,6 +97,18 @@ def _tasks(content: ReportContent) -> Table:
     for name, weight in content.weights.items():
         cells = without.get(name, ())
         table.add_row(printable(name), f"{weight:.1%}", *cells, style="bold" if weight else "dim")
+    return table
+
+
+def _groups(lines: Sequence[GroupLine]) -> Table:
+    has_prices = any(line.price is not None for line in lines)
+    columns = ["before", "all tasks", "chosen", *(["shadow price"] if has_prices else [])]
+    title = "Estimated losses of the groups, nats per label token"
+    table = _table(title, "group", *columns, interval=False)
+    for line in lines:
+        losses = [f"{loss:.4f}" for loss in (line.before, line.all_tasks, line.chosen)]
+        price = "" if line.price is None else f"{line.price:.3g}"
+        table.add_row(printable(line.name), *losses, *([price] if has_prices else []))
     return table
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from hf_auxselect.report.content import Measurement, Race, ReportContent, Row
+from hf_auxselect.report.text import nats
 
 TableRow = dict[str, str | float | bool]
 """Column -> value; losses are nats per label token, as exact as the report shows them."""
@@ -56,13 +57,17 @@ def _finalists(race: Race | None) -> list[TableRow]:
         {
             "trained on": one.name,
             **{
-                f"step {step}": "" if loss is None else round(loss, 4)
-                for step, loss in zip_longest(race.steps, one.losses)
+                f"step {step}": cell
+                for step, cell in zip_longest(race.steps, map(_measured, one.losses), fillvalue="")
             },
             "result": race.verdict(one),
         }
         for one in race.finalists
     ]
+
+
+def _measured(loss: float | None) -> float | str:
+    return nats(None) if loss is None else round(loss, 4)
 
 
 def _runs(runs: Sequence[Measurement]) -> list[TableRow]:

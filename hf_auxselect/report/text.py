@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from hf_auxselect.report.content import DecisionLine, Race, ReportContent
+from hf_auxselect.report.content import DecisionLine, Measurement, Race, ReportContent
 
 _LONGEST_NAME = 80
 """Characters of a finalist's name within a sentence."""
@@ -207,16 +207,24 @@ def to_text(content: ReportContent) -> str:
         lines.append(confirmation_sentence(content))
     if content.layers is not None:
         lines.append(layers_sentence(content))
-    if content.verification:
-        lines.append("Ground-truth runs: measured loss, estimated loss, 90% interval:")
-        width = max(len(printable(run.name)) for run in content.verification)
-        lines += [
+    lines += _runs("Ground-truth runs", content.verification, agreement_sentence(content))
+    lines += _runs("Calibration runs", content.calibration, calibration_sentence(content))
+    return "\n".join([*lines, *_warnings(content)])
+
+
+def _runs(title: str, runs: Sequence[Measurement], sentence: str) -> list[str]:
+    if not runs:
+        return []
+    width = max(len(printable(run.name)) for run in runs)
+    return [
+        f"{title}: measured loss, estimated loss, 90% interval:",
+        *(
             f"  {printable(run.name):<{width}}  {run.measured:7.4f}  {run.estimated:7.4f}  "
             f"[{run.low:.4f}, {run.high:.4f}]"
-            for run in content.verification
-        ]
-        lines.append(f"  {agreement_sentence(content)}")
-    return "\n".join([*lines, *_warnings(content)])
+            for run in runs
+        ),
+        f"  {sentence}",
+    ]
 
 
 def _race(race: Race) -> list[str]:

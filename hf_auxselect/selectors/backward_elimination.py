@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_auxselect.checks import is_number, require_count
 from hf_auxselect.selectors.base import AbstractSelector, Selection, SelectionProblem
 from hf_auxselect.selectors.subset_search import SubsetSearch
 
@@ -36,8 +37,12 @@ class BackwardElimination(AbstractSelector):
     lazy: bool = False
 
     def __post_init__(self) -> None:
-        if self.min_tasks < 1:
-            raise ValueError(f"min_tasks must be at least 1, got {self.min_tasks}.")
+        require_count("min_tasks", self.min_tasks, 1)
+        if not is_number(self.min_improvement, finite=False):
+            raise ValueError(
+                "min_improvement must be a number of nats per label token, got "
+                f"{self.min_improvement!r}."
+            )
 
     def select(self, problem: SelectionProblem) -> Selection:
         search = SubsetSearch(problem)

@@ -183,6 +183,41 @@ def require_known(names: Iterable[str], task_names: Sequence[str], argument: str
             )
 
 
+def require_room(option: str, limit: int, problem: SelectionProblem) -> None:
+    """Raise ValueError if more tasks must be selected than an option allows."""
+    if (number := int(problem.kept.sum())) > limit:
+        raise ValueError(
+            f"{option} allows {limit} tasks, but keep={list(problem.keep)} asks for {number}; "
+            f"raise {option}, or keep fewer."
+        )
+
+
+def checked(losses: Array, weights_MK: Array, problem: SelectionProblem) -> Array:
+    """Estimated losses, of which none is NaN.
+
+    Args:
+        losses: float [M, ...].
+        weights_MK: of their mixtures, or masks of subsets.
+        problem: whose tasks these are.
+
+    Raises:
+        ValueError: one is NaN; names the tasks of its mixture.
+    """
+    wrong_M = np.isnan(losses).any(axis=tuple(range(1, losses.ndim)))
+    if wrong_M.any():
+        tasks = tasks_of(weights_MK[int(np.argmax(wrong_M))], problem)
+        raise ValueError(
+            f"the estimate for the tasks {list(tasks)} is NaN. Leave out the task whose losses or "
+            "gradients are far larger than those of the others, or use another estimator."
+        )
+    return losses
+
+
+def tasks_of(weights_K: Array, problem: SelectionProblem) -> tuple[str, ...]:
+    """Names of the tasks with a positive weight, or of a mask."""
+    return tuple(problem.task_names[k] for k in np.flatnonzero(weights_K > 0).tolist())
+
+
 def normalized_weights(
     weights: Array, estimate: LossEstimate | None, problem: SelectionProblem
 ) -> dict[str, float]:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_auxselect.selectors.base import AbstractSelector, Array, Selection, SelectionProblem
+from hf_auxselect.checks import require_count
+from hf_auxselect.selectors.base import (
+    AbstractSelector,
+    Array,
+    Selection,
+    SelectionProblem,
+    require_room,
+)
 from hf_auxselect.selectors.subset_search import SubsetSearch
 
 _AT_ONCE = 4096
@@ -46,14 +53,13 @@ class BeamSearch(AbstractSelector):
     swaps: bool = True
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, got {self.width}.")
-        if self.max_tasks is not None and self.max_tasks < 1:
-            raise ValueError(f"max_tasks must be at least 1, got {self.max_tasks}.")
+        require_count("width", self.width, 1)
+        require_count("max_tasks", self.max_tasks, 1, optional=True)
 
     def select(self, problem: SelectionProblem) -> Selection:
-        search = SubsetSearch(problem)
         limit = len(problem.task_names) if self.max_tasks is None else self.max_tasks
+        require_room("max_tasks", limit, problem)
+        search = SubsetSearch(problem)
         mask, loss = self._grow(search, limit)
         while self.swaps:
             better, lower = self._best_change(search, mask, limit)

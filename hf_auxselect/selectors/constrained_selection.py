@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import ClassVar, Literal, TypedDict
 
 import numpy as np
 
+from hf_auxselect.checks import is_number
 from hf_auxselect.files import read_json
 from hf_auxselect.selectors.base import (
     AbstractSelector,
@@ -40,10 +40,17 @@ RelativeTo = Literal["before", "all tasks"]
 _HALVINGS = 40
 
 
-class _PricesFile(TypedDict):
+class _Decision(TypedDict):
+    """What every decision has."""
+
+    weights: dict[str, float]
+
+
+class _PricesFile(_Decision, total=False):
     """What is read of an earlier decision; other keys are left alone."""
 
     shadow_prices: dict[str, float]
+    """Missing where there are none, as where no mixture kept all ceilings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +106,7 @@ class ConstrainedSelection(AbstractSelector):
                 f"ceilings must map groups to their largest losses, got {self.ceilings!r}."
             )
         for name, ceiling in self.ceilings.items():
-            if not _is_number(ceiling):
+            if not is_number(ceiling):
                 raise ValueError(
                     f"ceilings[{name!r}] must be a number of nats per label token, got {ceiling!r}."
                 )
@@ -112,9 +119,14 @@ class ConstrainedSelection(AbstractSelector):
             path = Path(prices)
             if not path.is_file():
                 raise ValueError(f"initial_prices: there is no file {str(path)!r}.")
-            prices = read_json(path, _PricesFile)["shadow_prices"]
+            prices = read_json(path, _PricesFile).get("shadow_prices", {})
+        if not isinstance(prices, Mapping):
+            raise ValueError(
+                "initial_prices must map groups to shadow prices, or be the path of a "
+                f"selection.json; got {prices!r}."
+            )
         for name, price in prices.items():
-            if not (_is_number(price) and price >= 0):
+            if not (is_number(price) and price >= 0):
                 raise ValueError(f"initial_prices[{name!r}] must be 0 or more, got {price!r}.")
         object.__setattr__(self, "ceilings", dict(self.ceilings))
         object.__setattr__(self, "initial_prices", dict(prices))
@@ -141,7 +153,7 @@ class ConstrainedSelection(AbstractSelector):
         if violation_M.min() > 0:
             closest_K = box.drawable(self._closest(losses, starts_MK, box))
             if (excess_G := losses.values(closest_K[None])[1][0]).max() > self.tolerance:
-                return self._infeasible(problem, names, closest_K, excess_G, losses.ceilings_G)
+                return self._infeasible(problem, box, closest_K, excess_G, losses.ceilings_G)
             starts_MK = np.vstack([starts_MK, closest_K])
         assert isinstance(self.initial_prices, Mapping)
         found = saddle_point(
@@ -212,14 +224,14 @@ class ConstrainedSelection(AbstractSelector):
     def _infeasible(
         self,
         problem: SelectionProblem,
-        names: list[str],
+        box: Box,
         weights_K: Array,
         excess_G: Array,
         ceilings_G: Array,
     ) -> Selection:
         broken = ", ".join(
             f"{name!r} by {excess:.4f} above {ceiling:.4f}"
-            for name, excess, ceiling in zip(names, excess_G, ceilings_G, strict=True)
+            for name, excess, ceiling in zip(self.ceilings, excess_G, ceilings_G, strict=True)
             if excess > self.tolerance
         )
         estimate = problem.estimate(weights_K[None])
@@ -228,6 +240,7 @@ class ConstrainedSelection(AbstractSelector):
             estimate=estimate,
             history=(*steps_of(weights_K[None], estimate, problem, accepted=True),),
             notes=(
+                *box.notes,
                 "No mixture is estimated to keep all ceilings. The one with the least largest "
                 f"excess was chosen; it exceeds the ceilings of {broken} nats per label token.",
             ),
@@ -266,7 +279,3 @@ def base_losses(
     mixture_K = np.zeros(len(sizes_K)) if relative_to == "before" else sizes_K / sizes_K.sum()
     everything = Losses(problem, np.zeros(len(columns)), columns)
     return everything.all(mixture_K[None])[0][list(columns)]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

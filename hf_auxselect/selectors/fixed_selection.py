@@ -78,7 +78,11 @@ class FixedSelection(AbstractSelector):
     def select(self, problem: SelectionProblem) -> Selection:
         names = problem.task_names
         require_known(self.tasks, names, "FixedSelection")
-        left_out = sorted(set(problem.keep) - set(self.tasks))
+        if isinstance(self.tasks, Mapping):
+            chosen = {name for name, weight in self.tasks.items() if weight > 0}
+        else:
+            chosen = set(self.tasks)
+        left_out = sorted(set(problem.keep) - chosen)
         if left_out:
             raise ValueError(f"FixedSelection leaves out {left_out}, which keep asks for.")
         if isinstance(self.tasks, Mapping):

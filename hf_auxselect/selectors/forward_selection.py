@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_auxselect.selectors.base import AbstractSelector, Selection, SelectionProblem
+from hf_auxselect.checks import is_number, require_count
+from hf_auxselect.selectors.base import AbstractSelector, Selection, SelectionProblem, require_room
 from hf_auxselect.selectors.subset_search import SubsetSearch
 
 
@@ -14,10 +15,10 @@ from hf_auxselect.selectors.subset_search import SubsetSearch
 class ForwardSelection(AbstractSelector):
     """Adds the task that lowers the estimated loss most, until none lowers it.
 
-    The default, and the choice where few of many tasks help. It starts from ``keep``, or else from
-    no task. Each step tries all remaining tasks and takes the best one, unlike the single pass in
-    index order of the authors' code. At least one task is always selected. A task that helps only
-    together with another one is missed; see ``BeamSearch``.
+    Choose it where few of many tasks help and whole tasks are wanted. It starts from ``keep``, or
+    else from no task. Each step tries all remaining tasks and takes the best one, unlike the single
+    pass in index order of the authors' code. At least one task is always selected. A task that
+    helps only together with another one is missed; see ``BeamSearch``.
 
     Cost: at most K (K + 1) / 2 estimates, those of a step in one call.
 
@@ -41,14 +42,19 @@ class ForwardSelection(AbstractSelector):
     lazy: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tasks is not None and self.max_tasks < 1:
-            raise ValueError(f"max_tasks must be at least 1, got {self.max_tasks}.")
+        require_count("max_tasks", self.max_tasks, 1, optional=True)
+        if not is_number(self.min_improvement, finite=False):
+            raise ValueError(
+                "min_improvement must be a number of nats per label token, got "
+                f"{self.min_improvement!r}."
+            )
 
     def select(self, problem: SelectionProblem) -> Selection:
+        limit = len(problem.task_names) if self.max_tasks is None else self.max_tasks
+        require_room("max_tasks", limit, problem)
         search = SubsetSearch(problem)
         mask = search.kept.copy()
         loss = float(search.try_masks(mask[None])[0]) if mask.any() else np.inf
-        limit = len(problem.task_names) if self.max_tasks is None else self.max_tasks
         while mask.sum() < limit and not mask.all():
             goal = loss - (self.min_improvement if mask.any() else 0.0)
             more, lower = search.best_change(

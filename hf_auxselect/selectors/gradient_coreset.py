@@ -9,8 +9,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hf_auxselect.checks import is_count, require_count
 from hf_auxselect.seeds import random_permutation
-from hf_auxselect.selectors.base import AbstractSelector, Array, Selection, SelectionProblem
+from hf_auxselect.selectors.base import (
+    AbstractSelector,
+    Array,
+    Selection,
+    SelectionProblem,
+    require_room,
+)
 from hf_auxselect.selectors.subset_search import SubsetSearch
 
 _ROUNDING = 1e-12
@@ -44,7 +51,7 @@ class GradientCoreset(AbstractSelector):
 
     Args:
         size: largest number of tasks, or their share in (0, 1). Fewer are selected where they
-            already have the gradients of all tasks, more where ``keep`` has more.
+            already have the gradients of all tasks.
         min_members: medoids of fewer tasks, themselves included, are dropped with these tasks: 2
             leaves out tasks that are near no other one. Where none has as many, all stay. Tasks of
             ``keep`` always stay.
@@ -66,21 +73,19 @@ class GradientCoreset(AbstractSelector):
 
     def __post_init__(self) -> None:
         is_share = isinstance(self.size, float) and 0 < self.size < 1
-        is_number = isinstance(self.size, int) and not isinstance(self.size, bool)
-        if not is_share and not (is_number and self.size >= 1):
+        if not is_share and not is_count(self.size, 1):
             raise ValueError(
                 f"size must be a number of tasks or a share in (0, 1), got {self.size!r}."
             )
-        if self.min_members < 1:
-            raise ValueError(f"min_members must be at least 1, got {self.min_members}.")
-        if self.num_candidates is not None and self.num_candidates < 1:
-            raise ValueError(f"num_candidates must be at least 1, got {self.num_candidates}.")
+        require_count("min_members", self.min_members, 1)
+        require_count("num_candidates", self.num_candidates, 1, optional=True)
 
     def select(self, problem: SelectionProblem) -> Selection:
         num_tasks = len(problem.task_names)
         size = self.size if isinstance(self.size, int) else max(1, round(self.size * num_tasks))
         if size > num_tasks:
             raise ValueError(f"size is {size}, but there are {num_tasks} tasks.")
+        require_room("size", size, problem)
         gram_KK = _gram_of(problem)
         distances_KK = _distances(gram_KK)
         rows_K = np.asarray(problem.task_sizes, np.float64)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_auxselect.checks import is_count, is_number
 from hf_auxselect.selectors.base import (
     AbstractSelector,
     Array,
     GradientFn,
     Selection,
     SelectionProblem,
+    checked,
     normalized_weights,
 )
 from hf_auxselect.selectors.shrinkage import (
@@ -24,7 +26,6 @@ from hf_auxselect.selectors.shrinkage import (
 from hf_auxselect.selectors.simplex import (
     Box,
     Minima,
-    checked,
     measured_slopes,
     minimize,
     steps_of,
@@ -84,7 +85,7 @@ class MixtureOptimization(AbstractSelector):
         require_mixture_options(self.max_repetitions, self.starts, self.tolerance)
         if not is_shrinkage(self.shrinkage):
             raise ValueError(f"shrinkage must be in [0, 1] or None, got {self.shrinkage!r}.")
-        if isinstance(self.risk_aversion, bool) or not 0 <= self.risk_aversion < np.inf:
+        if not (is_number(self.risk_aversion) and self.risk_aversion >= 0):
             raise ValueError(f"risk_aversion must be 0 or more, got {self.risk_aversion!r}.")
 
     def select(self, problem: SelectionProblem) -> Selection:
@@ -135,15 +136,13 @@ class MixtureOptimization(AbstractSelector):
 
 def require_mixture_options(max_repetitions: float | None, starts: int, tolerance: float) -> None:
     """Raise ValueError for the first option of a search for weights that is wrong."""
-    if max_repetitions is not None and not (
-        np.isfinite(max_repetitions) and max_repetitions > 0 and max_repetitions is not True
-    ):
+    if max_repetitions is not None and not (is_number(max_repetitions) and max_repetitions > 0):
         raise ValueError(
             f"max_repetitions must be a positive number or None, got {max_repetitions!r}."
         )
-    if isinstance(starts, bool) or not isinstance(starts, int) or starts < 1:
+    if not is_count(starts, 1):
         raise ValueError(f"starts must be a number of starts, 1 or more, got {starts!r}.")
-    if not (np.isfinite(tolerance) and tolerance > 0):
+    if not (is_number(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance must be positive (nats per label token), got {tolerance!r}.")
 
 

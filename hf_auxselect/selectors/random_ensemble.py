@@ -10,10 +10,17 @@ from typing import Literal
 
 import numpy as np
 
+from hf_auxselect.checks import is_count, is_number, require_count
 from hf_auxselect.estimators.base import NORMAL_95
 from hf_auxselect.estimators.diagnostics import rank_correlation
 from hf_auxselect.seeds import random_permutation
-from hf_auxselect.selectors.base import AbstractSelector, Array, Selection, SelectionProblem
+from hf_auxselect.selectors.base import (
+    AbstractSelector,
+    Array,
+    Selection,
+    SelectionProblem,
+    require_room,
+)
 from hf_auxselect.selectors.subset_search import SubsetSearch
 
 # With num_subsets=None.
@@ -71,30 +78,31 @@ class RandomEnsemble(AbstractSelector):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_subsets is not None and self.num_subsets < 1:
-            raise ValueError(f"num_subsets must be at least 1, got {self.num_subsets}.")
+        require_count("num_subsets", self.num_subsets, 1, optional=True)
         is_share = isinstance(self.subset_size, float) and 0 < self.subset_size < 1
-        if not is_share and not (isinstance(self.subset_size, int) and self.subset_size >= 1):
+        if not is_share and not is_count(self.subset_size, 1):
             raise ValueError(
                 "subset_size must be a number of tasks or a share in (0, 1), got "
-                f"{self.subset_size}."
+                f"{self.subset_size!r}."
             )
         if self.threshold is not None and self.top_k is not None:
             raise ValueError("threshold and top_k exclude each other; give one of them.")
-        if isinstance(self.threshold, str):
-            if self.threshold != "cross-validation":
-                raise ValueError(
-                    f'threshold must be a number or "cross-validation", got {self.threshold!r}.'
-                )
-            if self.num_subsets is not None and self.num_subsets < _FOLDS:
-                raise ValueError(
-                    f"num_subsets must be at least {_FOLDS} for a cross-validation, got "
-                    f"{self.num_subsets}."
-                )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+        is_limit = self.threshold is None or is_number(self.threshold, finite=False)
+        if not is_limit and self.threshold != "cross-validation":
+            raise ValueError(
+                f'threshold must be a number, "cross-validation" or None, got {self.threshold!r}.'
+            )
+        is_too_few = self.num_subsets is not None and self.num_subsets < _FOLDS
+        if self.threshold == "cross-validation" and is_too_few:
+            raise ValueError(
+                f"num_subsets must be at least {_FOLDS} for a cross-validation, got "
+                f"{self.num_subsets}."
+            )
+        require_count("top_k", self.top_k, 1, optional=True)
 
     def select(self, problem: SelectionProblem) -> Selection:
+        if self.top_k is not None:
+            require_room("top_k", self.top_k, problem)
         search = SubsetSearch(problem)
         subsets, losses = self._estimated_subsets(search, len(problem.task_names))
         scores = _scores(subsets, losses)
@@ -105,9 +113,10 @@ class RandomEnsemble(AbstractSelector):
         elif self.threshold is not None:
             size = max(smallest, int(((scores <= self.threshold) | search.kept).sum()))
         elif self.top_k is not None:
-            size = max(smallest, min(self.top_k, len(scores)))
+            size = min(self.top_k, len(scores))
         else:
             size = smallest + int(np.argmin(search.try_masks(prefixes[smallest - 1 :])))
+        search.accept(prefixes[size - 1])
         named = zip(problem.task_names, scores, _half_widths(subsets, losses), strict=True)
         found = [(name, float(score), float(half)) for name, score, half in named]
         return replace(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_auxselect.selectors.base import Array, SelectionProblem
-from hf_auxselect.selectors.simplex import Box, checked, measured_slopes, minimize
+from hf_auxselect.selectors.base import Array, SelectionProblem, checked
+from hf_auxselect.selectors.simplex import Box, measured_slopes, minimize
 
 MAX_ROUNDS = 60
 """Most updates of the prices; a convention. Convex problems take about five."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_auxselect.selectors.base import Array, SelectionProblem
-from hf_auxselect.selectors.simplex import checked
+from hf_auxselect.checks import is_number
+from hf_auxselect.selectors.base import Array, SelectionProblem, checked
 
 LEAST_SHRINKAGE = 0.1
 """The default never goes farther from all tasks than to 1 minus this. A convention: no interval
@@ -36,7 +36,7 @@ KEPT_ALL = (
 
 def is_shrinkage(value: float | None) -> bool:
     """Whether it is a share, or None for the default."""
-    return value is None or (not isinstance(value, bool) and 0 <= value <= 1)
+    return value is None or (is_number(value) and 0 <= value <= 1)
 
 
 def shrink(weights_K: Array, shares_K: Array, shrinkage: float) -> Array:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hf_auxselect.selectors.base import Array, GradientFn, LossEstimate, SelectionProblem, Step
+from hf_auxselect.selectors.base import (
+    Array,
+    GradientFn,
+    LossEstimate,
+    SelectionProblem,
+    Step,
+    tasks_of,
+)
 
 ValueFn = Callable[[Array, Array], Array]
 """Weights [M, K] and from which start each of them comes [M] -> values [M] or slopes [M, K]."""
@@ -277,25 +284,6 @@ def measured_slopes(losses: GradientFn) -> GradientFn:
         return np.array(parts)
 
     return slopes
-
-
-def checked(losses: Array, weights_MK: Array, problem: SelectionProblem) -> Array:
-    """Estimated losses, of which none is NaN.
-
-    Raises:
-        ValueError: one is; names the tasks of its mixture.
-    """
-    wrong_M = np.isnan(losses).any(axis=tuple(range(1, losses.ndim)))
-    if wrong_M.any():
-        tasks = tasks_of(weights_MK[int(np.argmax(wrong_M))], problem)
-        raise ValueError(f"the estimate for the tasks {list(tasks)} is NaN.")
-    return losses
-
-
-def tasks_of(weights_K: Array, problem: SelectionProblem) -> tuple[str, ...]:
-    """Names of the tasks with a positive weight."""
-    named = zip(problem.task_names, weights_K, strict=True)
-    return tuple(name for name, weight in named if weight > 0)
 
 
 def steps_of(

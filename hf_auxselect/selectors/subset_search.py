@@ -15,7 +15,9 @@ from hf_auxselect.selectors.base import (
     Selection,
     SelectionProblem,
     Step,
+    checked,
     normalized_weights,
+    tasks_of,
 )
 
 # What a history records. Conventions that keep ``report.json`` below a few megabytes.
@@ -48,8 +50,8 @@ class SubsetSearch:
     """One search over subsets of the tasks of a problem.
 
     Its history has every try if there are at most 64 tasks; with more, the ten best of those that
-    are tried at once. It has no more than 100,000 names of tasks: if need be, the tries that were
-    not accepted are left out, and then tries at even distances.
+    are tried at once. It has no more than 100,000 names of tasks: if need be, tries that
+    were not accepted are recorded at even distances, and then accepted ones.
 
     Args:
         problem: what is searched.
@@ -74,9 +76,7 @@ class SubsetSearch:
             ValueError: an estimate is NaN.
         """
         result = self._problem.estimate(masks)
-        if np.isnan(result.loss).any():
-            tasks = self._tasks_of(masks[int(np.argmax(np.isnan(result.loss)))])
-            raise ValueError(f"the estimate for the tasks {list(tasks)} is NaN.")
+        checked(result.loss, masks, self._problem)
         if record is None:
             record = len(masks) if masks.shape[1] <= _ALL_RECORDED else _BEST_RECORDED
         self._tries += [
@@ -158,11 +158,13 @@ class SubsetSearch:
         return losses_C
 
     def accept(self, mask: Array) -> None:
-        """Mark the last try of this subset as accepted."""
-        for one in reversed(self._tries):
-            if np.array_equal(one.mask, mask):
-                one.accepted = True
-                return
+        """Mark the last try of this subset as accepted; one that is not recorded is tried again."""
+        tries = (one for one in reversed(self._tries) if np.array_equal(one.mask, mask))
+        found = next(tries, None)
+        if found is None:
+            self.try_masks(mask[None])
+            found = self._tries[-1]
+        found.accepted = True
 
     def selection(self, mask: Array, scores: dict[str, float] | None = None) -> Selection:
         """The selection of the tasks of one mask [K]."""
@@ -175,25 +177,36 @@ class SubsetSearch:
         )
 
     def _history(self) -> tuple[Step, ...]:
-        tries = self._tries
-        if _names_in(tries) > _NAMES_RECORDED:
-            tries = [one for one in tries if one.accepted] or tries
-        every = -(-_names_in(tries) // _NAMES_RECORDED)
-        if every > 1:
-            tries = tries[::-1][::every][::-1]  # the last one is among them
+        accepted = [one for one in self._tries if one.accepted]
+        others = [one for one in self._tries if not one.accepted]
+        others = _spread_out(others, _NAMES_RECORDED - _names_in(accepted))
+        accepted = _spread_out(accepted, _NAMES_RECORDED)
+        recorded = {id(one) for one in (*accepted, *others)}
+        tries = [one for one in self._tries if id(one) in recorded]
         return tuple(
             Step(
-                tasks=self._tasks_of(one.mask),
+                tasks=tasks_of(one.mask, self._problem),
                 loss=one.loss,
                 low=one.low,
                 high=one.high,
                 accepted=one.accepted,
+                weights=None if one.mask.dtype == bool else self._weights_of(one.mask),
             )
             for one in tries
         )
 
-    def _tasks_of(self, mask: Array) -> tuple[str, ...]:
-        return tuple(self._problem.task_names[k] for k in np.flatnonzero(mask).tolist())
+    def _weights_of(self, weights: Array) -> dict[str, float]:
+        chosen = np.flatnonzero(weights).tolist()
+        return {self._problem.task_names[k]: float(weights[k]) for k in chosen}
+
+
+def _spread_out(tries: list[_Try], most: int) -> list[_Try]:
+    """Tries at even distances that have at most about so many names, the last one among them."""
+    number = _names_in(tries)
+    if number <= most:
+        return tries
+    every = -(-number // most) if most > 0 else len(tries)
+    return tries[::-1][::every][::-1] if every < len(tries) else []
 
 
 def _names_in(tries: list[_Try]) -> int:

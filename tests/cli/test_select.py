@@ -184,7 +184,7 @@ class TestARunThatFollows:
         (["ForwardSelection", "--option", "max=1"], 2, "--option max: unknown option. ForwardSelection has the options max_tasks: integer or none; min_improvement: number; lazy: true or false."),
         (["ForwardSelection", "--option", "max_tasks=1.5"], 2, "--option max_tasks=1.5: expected integer or none."),
         (["ForwardSelection", "--option", "max_tasks"], 2, "--option 'max_tasks': give an option as name=value."),
-        (["ForwardSelection", "--option", "max_tasks=0"], 2, "--option: max_tasks must be at least 1, got 0."),
+        (["ForwardSelection", "--option", "max_tasks=0"], 2, "--option: max_tasks must be an int of at least 1, or None; got 0."),
         (["ExhaustiveSearch", "--option", "x=1"], 2, "ExhaustiveSearch has no options."),
         (["FixedSelection"], 2, "--option tasks=...: this option has no default; give it."),
         (["FixedSelection", "--option", "tasks=e"], 1, "names the unknown task 'e'"),

@@ -203,7 +203,7 @@ class TestGradExLogistic:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"regularization": 0}, "regularization must be positive, got 0"),
+            ({"regularization": 0}, "regularization must be positive or None, got 0"),
             ({"tolerance": 1}, "tolerance must be between 0 and 1, got 1"),
         ],
     )
@@ -542,8 +542,8 @@ class TestLinearizedTraining:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"rank": 0}, "rank must be at least 1, got 0"),
-            ({"model_error": -1}, "model_error must not be negative, got -1"),
+            ({"rank": 0}, "rank must be an int of at least 1, or None; got 0"),
+            ({"model_error": -1}, "model_error must be 0 or more, got -1"),
             ({"learning_rates": []}, "learning_rates must be the rates of one or more steps"),
             ({"learning_rates": [0.1, -0.1]}, "learning_rates must be the rates"),
         ],

@@ -228,8 +228,11 @@ class TestOptions:
             ({"curvature": "exact"}, r"one of \['sampled', 'empirical'\], got 'exact'"),
             ({"damping": 0}, "damping must be positive and finite, got 0"),
             ({"damping": float("inf")}, "damping must be positive and finite, got inf"),
-            ({"rank": 0}, "rank must be at least 1, got 0"),
-            ({"model_error": -1}, "model_error must not be negative, got -1"),
+            ({"rank": 0}, "rank must be an int of at least 1, or None; got 0"),
+            ({"rank": 2.5}, "rank must be an int of at least 1, or None; got 2.5"),
+            ({"damping": "1"}, "damping must be positive and finite, got '1'"),
+            ({"model_error": float("inf")}, "model_error must be 0 or more, got inf"),
+            ({"model_error": -1}, "model_error must be 0 or more, got -1"),
         ],
     )
     def test_bad_options(self, options, message):

@@ -400,7 +400,7 @@ class TestBadInput:
         ("options", "error", "message"),
         [
             ({"base": "LinearizedTraining"}, TypeError, "base must be an estimator such as"),
-            ({"num_subsets": 2}, ValueError, "num_subsets must be at least 3, got 2"),
+            ({"num_subsets": 2}, ValueError, "num_subsets must be an int of at least 3, got 2"),
             ({"penalties": []}, ValueError, r"penalties must be one or more positive.*\[\]"),
             ({"penalties": [1, 0]}, ValueError, r"penalties must be .* numbers, got \[1, 0\]"),
         ],

@@ -3,13 +3,14 @@
 import io
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 
 from hf_auxselect import SelectionReport
 from hf_auxselect.report import Measurement
 from hf_auxselect.report.console import for_stream
-from hf_auxselect.report.content import Row
+from hf_auxselect.report.content import Finalist, Race, Row, TaskSummary
 from hf_auxselect.report.table_rows import table_rows
 
 HOSTILE = "[bold red]x[/] :warning: \x1b[31m\n\u202e" + "long " * 60
@@ -109,3 +110,49 @@ def test_tables_hold_what_the_report_shows(report):
         "high": 1.5,
     }
     assert found["ground_truth_runs"][0]["measured"] == 1.28
+
+
+def test_a_terminal_shows_what_the_text_has(report):
+    pytest.importorskip("rich", reason="rich is not installed")
+    losses = {"before": {"safety": 2.125}, "all": {"safety": 2.25}, "chosen": {"safety": 2.375}}
+    chosen, everything, without = report.rows
+    report.rows = [
+        Row(name="no further training", loss=2, low=1, high=3, group_losses=losses["before"]),
+        replace(chosen, group_losses=losses["chosen"]),
+        replace(everything, group_losses=losses["all"]),
+        without,
+        Row(name="chosen and letters", added="letters", loss=1.875, low=1, high=2),
+    ]
+    report.groups = [TaskSummary(name="safety", rows=9, captured=9, label_tokens=9, loss=2.125)]
+    report.shadow_prices = {"safety": 0.125}
+    report.layers = {
+        "selection": {"method": "snr", "names": [], "training": "freeze"},
+        "scores": {"model.layers.0": 1.0, "model.layers.1": 0.5},
+        "rates": {"model.layers.0": 1.0, "model.layers.1": 0.0},
+    }
+    report.calibration = [replace(report.verification[0], name="spread", measured=1.375)]
+    text = report.to_text()
+    shown = " ".join(re.sub(r"\x1b\[[\d;]*m", "", for_stream(report, Terminal())).split())
+    for one in (text, shown):
+        for number in ("2.1250", "2.2500", "2.3750", "0.125", "1.3750", "[1.3000, 1.5000]"):
+            assert number in one, number
+        for told in ("safety", "spread", "1 of 2 layers are kept by snr", "before calibration"):
+            assert told in one, told
+        assert "1.8750" not in one and "chosen and letters" not in one
+
+
+def test_a_loss_that_is_not_finite_is_no_missing_one(report):
+    finalists = [
+        Finalist(name=name, weights={}, losses=losses, seconds=1.0)
+        for name, losses in [
+            ("good", [1.5, 1.25]),
+            ("diverged", [1.5, None]),
+            ("all tasks", [1.75]),
+        ]
+    ]
+    report.confirmation = Race(
+        finalists=finalists, steps=[4, 8], winner="good", choice="good", asked=3, share=1.0
+    )
+    rows = table_rows(report)["finalists"]
+    assert [row["step 8"] for row in rows] == [1.25, "not finite", ""]
+    assert "not finite" in report.to_text()

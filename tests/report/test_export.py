@@ -307,6 +307,13 @@ class TestSources:
         start = f"sources['a']: {tool} cannot express {key}={entry.get(key, 'train')!r}."
         assert str(raised.value).replace("LLaMA-Factory", "llamafactory").startswith(start)
 
+    def test_of_other_tasks_in_the_report_are_left_out(self):
+        report = report_of({"a": (1.0, 6), "b": (0.0, 6)})
+        report.sources = {"a": {"path": "org/a"}}
+        expected = report.export("trl")
+        report.sources["filtered"] = {"path": "org/filtered"}
+        assert report.export("trl") == expected
+
     @pytest.mark.parametrize(
         ("sources", "message"),
         [

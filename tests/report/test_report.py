@@ -1,4 +1,6 @@
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from reference import random_store
 
 from hf_auxselect import (
+    BackwardElimination,
     FixedSelection,
     ForwardSelection,
     GaussNewton,
@@ -19,6 +22,7 @@ from hf_auxselect import (
     SelectionReport,
 )
 from hf_auxselect.estimators.reliability import RELIABILITY_CHECKS, RESTART_WARNING
+from hf_auxselect.files import to_json
 from hf_auxselect.report.analysis import estimator_from, strategy_record
 from hf_auxselect.report.content import Interval, Row
 from hf_auxselect.report.markdown import escape_markdown
@@ -310,6 +314,20 @@ class TestStrategies:
         again = estimator_from(record)
         assert again == options
         assert strategy_record(again) == record
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ForwardSelection(min_improvement=-math.inf),
+            BackwardElimination(min_improvement=math.inf),
+            RandomEnsemble(threshold=math.inf),
+        ],
+        ids=repr,
+    )
+    def test_infinite_options_are_written_and_equal_those_read_back(self, options):
+        record = strategy_record(options)
+        assert json.loads(to_json(record)) == record == strategy_record(replace(options))
+        assert record != strategy_record(type(options)())
 
     def test_an_estimator_within_another_is_part_of_the_report(self, report, tmp_path):
         store = random_store(1)

@@ -21,13 +21,14 @@ def make(kind, seed, *, num_tasks=7, **options):
     swaps=st.booleans(),
 )
 def test_it_is_never_worse_than_forward_selection(kind_and_seed, width, max_tasks, num_kept, swaps):
+    num_kept = min(num_kept, max_tasks or num_kept)
     problem = make(*kind_and_seed, keep=[f"t{k}" for k in range(num_kept)])
     search = BeamSearch(width=width, max_tasks=max_tasks, swaps=swaps)
     found = search.select(problem)
     greedy = ForwardSelection(max_tasks=max_tasks).select(problem)
     assert found.estimate.loss[0] <= greedy.estimate.loss[0] + 1e-12
     assert set(problem.keep) <= set(found.selected)
-    assert len(found.selected) <= max(max_tasks or 7, num_kept)
+    assert len(found.selected) <= (max_tasks or 7)
 
 
 @given(kind_and_seed=PROBLEMS, max_tasks=st.none() | st.integers(1, 7))
@@ -90,8 +91,10 @@ def test_among_equals_the_first_tasks_win():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": 0}, "width must be at least 1, got 0"),
-        ({"max_tasks": 0}, "max_tasks must be at least 1, got 0"),
+        ({"width": 0}, "width must be an int of at least 1, got 0"),
+        ({"width": 2.5}, "width must be an int of at least 1, got 2.5"),
+        ({"max_tasks": "2"}, "max_tasks must be an int of at least 1, or None; got '2'"),
+        ({"max_tasks": 0}, "max_tasks must be an int of at least 1, or None; got 0"),
     ],
 )
 def test_bad_options(options, message):

@@ -120,12 +120,27 @@ class TestShadowPrices:
         assert selector.initial_prices == {"group 0": 0.5}
         quadratic = Quadratic.random(1, 3, num_groups=2)
         assert sum(selector.select(quadratic.problem()).weights.values()) == pytest.approx(1)
+
+    def test_a_decision_without_prices_has_none_to_start_from(self, tmp_path):
+        """As where no mixture kept all ceilings."""
+        path = tmp_path / "selection.json"
         path.write_text(json.dumps({"weights": {"a": 1}}))
-        with pytest.raises(ValueError, match="has no 'shadow_prices'"):
+        selector = ConstrainedSelection(ceilings={"group 1": 2}, initial_prices=str(path))
+        assert selector.initial_prices == {}
+        path.write_text(json.dumps({"scores": {"a": 1}}))
+        with pytest.raises(ValueError, match="has no 'weights'"):
             ConstrainedSelection(ceilings={"group 1": 2}, initial_prices=str(path))
 
 
 class TestInfeasible:
+    def test_a_cap_that_cannot_hold_is_told_too(self):
+        problem = Quadratic.random(0, 3, num_groups=1).problem()
+        problem = replace(problem, rows_to_read=100 * sum(problem.task_sizes))
+        selector = ConstrainedSelection(ceilings={"group 0": -9}, max_repetitions=2)
+        notes = selector.select(problem).notes
+        assert len(notes) == 2
+        assert "max_repetitions=2 cannot hold" in notes[0] and "No mixture is" in notes[1]
+
     def test_the_closest_mixture_is_chosen_and_named(self):
         for seed in range(4):
             quadratic = Quadratic.random(seed, 4, num_groups=2)
@@ -297,6 +312,7 @@ class TestOptions:
             ({"ceilings": {"a": "2"}}, r"ceilings\['a'\] must be a number of nats"),
             ({"relative_to": "later"}, "relative_to must be 'before', 'all tasks' or None"),
             ({"initial_prices": {"a": -1}}, r"initial_prices\['a'\] must be 0 or more, got -1"),
+            ({"initial_prices": 3}, "initial_prices must map groups to shadow prices, .*; got 3"),
             ({"initial_prices": "nowhere.json"}, "initial_prices: there is no file"),
             ({"shrinkage": 2}, "shrinkage must be in"),
             ({"starts": 0}, "starts must be"),

@@ -30,6 +30,8 @@ class TestGreedySearches:
     ):
         loss, gradient = kind(seed, 7)
         keep = [f"t{k}" for k in range(num_kept)]
+        if search is ForwardSelection:
+            limit = max(limit, num_kept)
         # Only a convex loss has bounds; without a gradient a lazy search tries all.
         problem = problem_of(
             loss, gradient if kind is convex else None, sizes=sizes_of(seed, 7), keep=keep
@@ -113,7 +115,8 @@ class TestHistory:
         search = RandomEnsemble(num_subsets=6400, subset_size=19, top_k=1)
         history = history_of(38, search)
         assert sum(len(step.tasks) for step in history) <= 100_000
-        assert len(history) == 3200
+        assert len(history) == 3200 + 1
+        assert [step.tasks for step in history if step.accepted] == [history[-1].tasks]
 
     def test_it_stays_short_where_subsets_are_large(self):
         num_tasks = 500

@@ -214,6 +214,13 @@ class TestOptions:
             ({"risk_aversion": -1}, "risk_aversion must be 0 or more, got -1"),
             ({"starts": 0}, "starts must be a number of starts, 1 or more, got 0"),
             ({"tolerance": 0}, "tolerance must be positive"),
+            ({"tolerance": "0.1"}, "tolerance must be positive .*, got '0.1'"),
+            ({"shrinkage": "0.1"}, "shrinkage must be in .* or None, got '0.1'"),
+            ({"risk_aversion": float("nan")}, "risk_aversion must be 0 or more, got nan"),
+            (
+                {"max_repetitions": "4"},
+                "max_repetitions must be a positive number or None, got '4'",
+            ),
         ],
     )
     def test_wrong_ones(self, options, message):

@@ -213,6 +213,8 @@ class TestEverySelector:
         keep = [f"t{k}" for k in kept]
         if isinstance(case.selector, FixedSelection):
             keep = [name for name in keep if name in case.selector.tasks]
+        limits = (getattr(case.selector, name, None) for name in ("max_tasks", "top_k", "size"))
+        keep = keep[: next(filter(None, limits), None)]
         selection = case.selector.select(problem_of(seed, keep=keep))
         assert set(keep) <= set(selection.selected)
 

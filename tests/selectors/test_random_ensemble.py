@@ -60,7 +60,7 @@ class TestStability:
             lambda w: w @ slopes + noise * rng.normal(size=len(w)), sizes=[1] * 10, calls=calls
         )
         found = RandomEnsemble(num_subsets=None, top_k=1).select(problem)
-        return found, len(calls) - 1
+        return found, len(calls) - 2  # the choice, for the history and for the selection
 
     def test_a_clear_ranking_takes_the_first_hundred(self):
         found, num_subsets = self.asked()
@@ -168,7 +168,10 @@ class TestCrossValidation:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"threshold": "cv"}, "threshold must be a number or \"cross-validation\", got 'cv'"),
+            (
+                {"threshold": "cv"},
+                "threshold must be a number, \"cross-validation\" or None, got 'cv'",
+            ),
             (
                 {"threshold": "cross-validation", "num_subsets": 4},
                 "num_subsets must be at least 5 for a cross-validation, got 4",
@@ -179,6 +182,17 @@ class TestCrossValidation:
     def test_bad_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             RandomEnsemble(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 2}, {"threshold": 0.0}, {"threshold": "cross-validation"}], ids=str
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_choice_alone_is_accepted_in_the_history(options, seed):
+    found = RandomEnsemble(num_subsets=40, subset_size=3, **options).select(make(rugged, seed, 6))
+    (step,) = [step for step in found.history if step.accepted]
+    assert step.tasks == tuple(found.selected)
+    assert step.loss == found.estimate.loss[0]
 
 
 class TestRandomAlternatives:

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ class TestEverySearch:
 
     def test_an_estimate_that_is_nan_is_refused(self, selector):
         estimate = estimate_of(lambda subset: np.nan if 0 in subset else 1 - len(subset))
-        with pytest.raises(ValueError, match=r"estimate for the tasks \['a'.*\] is NaN"):
+        with pytest.raises(ValueError, match=r"tasks \['a'.*\] is NaN\. Leave out .* another"):
             selector.select(problem(estimate))
 
     def test_it_sees_nothing_but_the_problem(self, selector):
@@ -202,8 +203,44 @@ class TestForwardSelection:
         assert ForwardSelection(max_tasks=2).select(problem(estimate)).selected == ["a", "b"]
         fussy = ForwardSelection(min_improvement=0.15)
         assert fussy.select(problem(estimate)).selected == ["a", "b", "c"]
-        with pytest.raises(ValueError, match="max_tasks must be at least 1, got 0"):
+        with pytest.raises(
+            ValueError, match="max_tasks must be an int of at least 1, or None; got 0"
+        ):
             ForwardSelection(max_tasks=0)
+
+    @pytest.mark.parametrize("kind", [ForwardSelection, BackwardElimination])
+    @pytest.mark.parametrize(
+        ("value", "name"),
+        [
+            (1.5, "tasks"),
+            (True, "tasks"),
+            ("2", "tasks"),
+            ("0", "improvement"),
+            (np.nan, "improve"),
+        ],
+    )
+    def test_options_that_are_no_numbers(self, kind, value, name):
+        option = next(field.name for field in fields(kind) if name in field.name)
+        with pytest.raises(ValueError, match=f"{option} must be .*got {value!r}"):
+            kind(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("selector", "option"),
+    [
+        (ForwardSelection(max_tasks=2), "max_tasks"),
+        (BeamSearch(max_tasks=2), "max_tasks"),
+        (RandomEnsemble(top_k=2), "top_k"),
+        (GradientCoreset(size=2), "size"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_more_kept_tasks_than_an_option_allows_are_refused(selector, option):
+    asked = replace(problem(additive(np.ones(5)), keep=["a", "c", "d"]), gram=np.eye(5))
+    message = rf"{option} allows 2 tasks, but keep=\['a', 'c', 'd'\] asks for 3; raise {option}, or"
+    with pytest.raises(ValueError, match=message):
+        selector.select(asked)
+    assert selector.select(replace(asked, keep=["c", "d"])).selected == ["c", "d"]
 
 
 class TestBackwardElimination:
@@ -213,7 +250,7 @@ class TestBackwardElimination:
         fussy = BackwardElimination(min_improvement=0.2)
         assert fussy.select(problem(estimate)).selected == ["a", "c", "d", "e"]
         assert len(BackwardElimination(min_tasks=4).select(problem(estimate)).selected) == 4
-        with pytest.raises(ValueError, match="min_tasks must be at least 1"):
+        with pytest.raises(ValueError, match="min_tasks must be an int of at least 1"):
             BackwardElimination(min_tasks=0)
 
 
@@ -258,11 +295,16 @@ class TestRandomEnsemble:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"num_subsets": 0}, "num_subsets must be at least 1"),
+            ({"num_subsets": 0}, "num_subsets must be an int of at least 1"),
             ({"subset_size": 0}, "number of tasks or a share"),
             ({"subset_size": 1.5}, "number of tasks or a share"),
             ({"top_k": 1, "threshold": 1.0}, "exclude each other"),
-            ({"top_k": 0}, "top_k must be at least 1"),
+            ({"top_k": 0}, "top_k must be an int of at least 1"),
+            ({"top_k": "3"}, "top_k must be an int of at least 1, or None; got '3'"),
+            ({"num_subsets": 10.5}, "num_subsets must be an int of at least 1, or None; got 10.5"),
+            ({"subset_size": True}, "number of tasks or a share in .*, got True"),
+            ({"threshold": float("nan")}, "threshold must be a number, .* or None, got nan"),
+            ({"threshold": True}, "threshold must be a number, .* or None, got True"),
         ],
     )
     def test_bad_options(self, options, message):
@@ -278,6 +320,12 @@ class TestFixedSelection:
         assert subset.estimate.loss[0] == 3
         mixture = FixedSelection({"a": 3, "e": 1}).select(problem(estimate))
         assert mixture.weights == {"a": 0.75, "b": 0, "c": 0, "d": 0, "e": 0.25}
+
+    @pytest.mark.parametrize("tasks", [["a"], {"a": 1}, {"a": 1, "b": 0}])
+    def test_it_must_have_the_kept_tasks(self, tasks):
+        asked = problem(additive(np.ones(5)), keep=["a", "b"])
+        with pytest.raises(ValueError, match=r"FixedSelection leaves out \['b'\], which keep asks"):
+            FixedSelection(tasks).select(asked)
 
     def test_it_may_do_without_an_estimate(self):
         def never(weights):

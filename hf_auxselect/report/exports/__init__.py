@@ -37,4 +37,6 @@ def export(
     content: ReportContent, format: str, sources: Mapping[str, Mapping[str, Any]] | None = None
 ) -> str:
     """The chosen mixture for a tool; arguments are those of ``SelectionReport.export``."""
-    return RENDERERS[format](mixture_of(content, {**content.sources, **(sources or {})}))
+    # The callback may know sources of tasks that the run did not have.
+    own = {task: source for task, source in content.sources.items() if task in content.weights}
+    return RENDERERS[format](mixture_of(content, {**own, **(sources or {})}))
