@@ -38,9 +38,10 @@ from hf_auxselect.plan import CostPreview, Plan, make_plan
 from hf_auxselect.publication import Publication
 from hf_auxselect.report import SelectionReport, strategy_record
 from hf_auxselect.reselection import Reselection
+from hf_auxselect.run import Run
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory
 from hf_auxselect.selectors import AbstractSelector, MixtureOptimization
-from hf_auxselect.switch import Run, Switch
+from hf_auxselect.switch import Switch
 from hf_auxselect.trainer import access, checkpoints, support
 from hf_auxselect.trainer.batches import BatchSource
 from hf_auxselect.trainer.schedule import schedule_restart
@@ -259,7 +260,7 @@ class TaskSelectionCallback(TrainerCallback):
     def _end_run(self) -> None:
         """Give the trainer its own batches and steps back."""
         if self._run is not None:
-            self._run.make_steps_whole()
+            self._run.remove_layer_rates()
             if self._run.batches is not None:
                 self._run.batches.remove()
         self._run = None

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import Dataset
 
 import benchmarks
 from hf_auxselect.capture.scalars import SCALARS, add_scalar
-from tests import tiny
 
 ROOT = Path(benchmarks.__file__).parent.parent
 MODULES = [m.name for m in pkgutil.walk_packages(benchmarks.__path__, "benchmarks.") if not m.ispkg]

@@ -21,6 +21,7 @@ LAYERS = [
     "script",
     "callback",
     "switch",
+    "run",
     "decision",
     "confirmation",
     "publication",
@@ -119,6 +120,7 @@ def test_only_these_modules_know_transformers():
         "gradient_pass.py",
         "plan.py",
         "publication.py",
+        "run.py",
         "script.py",
         "switch.py",
     }

@@ -43,8 +43,8 @@ from hf_auxselect.reselection import (
     reselection_of,
     score_of,
 )
+from hf_auxselect.run import Run
 from hf_auxselect.sampler import MIN_SHARE, MixtureSampler
-from hf_auxselect.switch import Run
 from hf_auxselect.tasks import TaskRows
 
 
