@@ -30,7 +30,7 @@ from hf_auxselect.selectors.shrinkage import (
     KEPT_ALL,
     GainBounds,
     is_shrinkage,
-    on_the_way,
+    points_on_segments,
     shrink,
 )
 from hf_auxselect.selectors.simplex import Box, steps_of
@@ -213,12 +213,12 @@ class ConstrainedSelection(AbstractSelector):
         shares_K = box.shares_K
         if self.shrinkage is not None:
             return self._within(shrink(optimum_K, shares_K, self.shrinkage), optimum_K, losses)
-        usable = self._keeps(on_the_way(optimum_K[None], shares_K), losses)[None]
+        usable = self._keeps(points_on_segments(optimum_K[None], shares_K), losses)[None]
         keeps_all = self._keeps(shares_K[None], losses)[0]
         if not usable.any():
             return shares_K if keeps_all else optimum_K
         bounds = GainBounds(problem, shares_K)
-        weights_K, upper = bounds.best_on_the_way(optimum_K[None], usable)
+        weights_K, upper = bounds.best_on_segments(optimum_K[None], usable)
         return shares_K if keeps_all and upper >= 0 else weights_K
 
     def _infeasible(

@@ -113,8 +113,8 @@ class MixtureOptimization(AbstractSelector):
         else:
             uppers_K = bounds.upper(singles_KK)
             order = np.argsort(uppers_K, kind="stable")[: max(1, self.starts - 1)]
-            ends_EK = np.vstack([minima.weights, singles_KK[order]])
-            weights_K, upper = bounds.best_on_the_way(ends_EK)
+            endpoints_EK = np.vstack([minima.weights, singles_KK[order]])
+            weights_K, upper = bounds.best_on_segments(endpoints_EK)
             weights_K = weights_K if upper < 0 else box.shares_K
         if bounds is not None and not notes and np.allclose(weights_K, box.shares_K):
             notes = (KEPT_ALL,)

@@ -1,6 +1,6 @@
 """Shrink a mixture towards all tasks, so that a choice does not rest on the noise of estimates.
 
-Shapes: K tasks, M mixtures, E ends.
+Shapes: K tasks, M mixtures, E endpoints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ knows all errors of an estimate, and of a convex loss it costs at most a tenth o
 ground-truth runs it gained more than the optimum in text and demo, and less in small."""
 
 FRACTIONS = np.linspace(0, 1 - LEAST_SHRINKAGE, 19)[1:]
-"""How much of the way from all tasks to an end is tried; a convention."""
+"""How far from all tasks to an endpoint mixtures are tried; a convention."""
 
 RISK_AVERSION = 0.25
 """How many half widths of its 90% interval count against an estimated gain, by default.
@@ -61,28 +61,30 @@ class GainBounds:
         loss, high = _difference(self.problem, weights_MK, self.shares_K)
         return loss + self.risk_aversion * (high - loss)
 
-    def best_on_the_way(self, ends_EK: Array, usable: Array | None = None) -> tuple[Array, float]:
-        """The mixture with the lowest bound on the ways from all tasks to some ends.
+    def best_on_segments(
+        self, endpoints_EK: Array, usable: Array | None = None
+    ) -> tuple[Array, float]:
+        """The mixture with the lowest bound on the segments from all tasks to some endpoints.
 
         Args:
-            ends_EK: where the ways lead; ``FRACTIONS`` of each are tried.
+            endpoints_EK: of the segments, at ``FRACTIONS`` of which mixtures are tried.
             usable: bool [E, len(FRACTIONS)]: which of these mixtures may be chosen; None: all.
 
         Returns:
             The mixture [K] and its bound.
         """
-        ways_MK = on_the_way(ends_EK, self.shares_K)
-        upper_M = self.upper(ways_MK)
+        points_MK = points_on_segments(endpoints_EK, self.shares_K)
+        upper_M = self.upper(points_MK)
         if usable is not None:
             upper_M = np.where(usable.ravel(), upper_M, np.inf)
         first = int(np.argmin(upper_M))
-        return ways_MK[first], float(upper_M[first])
+        return points_MK[first], float(upper_M[first])
 
 
-def on_the_way(ends_EK: Array, shares_K: Array) -> Array:
-    """The mixtures at ``FRACTIONS`` of the way from all tasks to each end: [E * fractions, K]."""
-    ways = shares_K + FRACTIONS[:, None] * (ends_EK - shares_K)[:, None]
-    return ways.reshape(-1, len(shares_K))
+def points_on_segments(endpoints_EK: Array, shares_K: Array) -> Array:
+    """Mixtures at ``FRACTIONS`` of the way from all tasks to each endpoint: [E * fractions, K]."""
+    points = shares_K + FRACTIONS[:, None] * (endpoints_EK - shares_K)[:, None]
+    return points.reshape(-1, len(shares_K))
 
 
 def _difference(
