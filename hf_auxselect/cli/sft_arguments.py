@@ -150,13 +150,14 @@ class SelectionArguments:
         options = {name: getattr(self, name) for name in _PASSED_ON}
         estimator = _strategy(self.estimator, self.estimator_options, ESTIMATORS, "estimator")
         selector = self._selector()
-        layers = _typed(self.layers, "--layers")
+        given = _typed(self.layers, "--layers")
+        layers = make_strategy(LayerSelection, given, "--layers") if given else None
         try:
             return TaskSelectionCallback(
                 warmup=self.warmup if is_share else int(self.warmup),
                 estimator=estimator,
                 selector=selector,
-                layers=make_strategy(LayerSelection, layers, "--layers") if layers else None,
+                layers=layers,
                 sources=sources,
                 report_to_hub=True if self.report_to_hub == "true" else self.report_to_hub,
                 **options,
