@@ -16,6 +16,7 @@ from tiny import trained
 from hf_auxselect import Confirmation, FixedSelection, SelectionReport, TaskSelectionCallback
 from hf_auxselect.confirmation import finalists, run_race, rungs, training_steps
 from hf_auxselect.files import read_json
+from hf_auxselect.ground_truth import digest_of_data
 from hf_auxselect.report import card
 from hf_auxselect.report.content import Finalist, Race
 from hf_auxselect.report.table_rows import table_rows
@@ -189,6 +190,26 @@ class TestNothingIsTrainedTwice:
         for one in options:
             trained(tiny.plain_trainer, run_dir, callback(confirm=2, after="restart"), **one)
         assert parts == [10] * 4
+
+
+@pytest.mark.parametrize("changed", ["train_dataset", "eval_dataset"])
+def test_every_row_counts_in_the_hash_of_the_data(changed, run_dir):
+    """Also one that the plan's fingerprint, of every third row of 200, has not looked at."""
+    sets = {"train_dataset": tiny.tasks(100), "eval_dataset": tiny.sums(200, 9)}
+    hashes, fingerprints = [], []
+    for row in (None, None, 1):
+        rows = sets[changed].map(
+            lambda one, i, row=row: one | ({"completion": "h"} if i == row else {}),
+            with_indices=True,
+        )
+        trainer = tiny.plain_trainer(
+            run_dir, **{name: tiny.tokenize(one) for name, one in (sets | {changed: rows}).items()}
+        )
+        plan = callback().attach(trainer)._make_plan(trainer, 10)
+        hashes.append(digest_of_data(plan))
+        fingerprints.append(plan.fingerprint)
+    assert fingerprints[0] == fingerprints[1] == fingerprints[2]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 class TestResumingAtTheSwitch:
