@@ -7,8 +7,10 @@ from typing import Any
 
 from results import RESULTS, markdown, number, percent, read, table
 
-ALL_TASKS, DEFAULT = "all tasks", "MixtureOptimization()"
+ALL_TASKS, CHOSEN = "all tasks", "MixtureOptimization()"
 RANDOM = ("random 1", "random 2", "random 3")
+TARGET_ONLY = "target only"
+"""It trains on rows that no mixture has, and has no regret."""
 
 
 @table
@@ -185,7 +187,7 @@ Lines = dict[str, dict[str, float]]
 
 
 def lines_of_strategies() -> dict[str, Lines]:
-    """What was measured of each strategy but all tasks, random subsets as one."""
+    """What was measured of each strategy, by regret; random subsets as one."""
     records = selections()
     names = dict.fromkeys(name for record in records.values() for name in record["summary"])
     found: dict[str, Lines] = {}
@@ -199,9 +201,9 @@ def lines_of_strategies() -> dict[str, Lines]:
                 if all(n in r["summary"] for n in RANDOM)
             }
             name = "random subset, mean of three"
-        if name != ALL_TASKS:
-            found[name] = own
-    return found
+        found[name] = own
+    by_regret = sorted(found, key=lambda name: fmean(of("regret", found[name])))
+    return {name: found[name] for name in sorted(by_regret, key=TARGET_ONLY.__eq__)}
 
 
 @table
@@ -211,6 +213,7 @@ def choices() -> str:
     rows = [
         [name, *(gain(lines[f]) if f in lines else "not run" for f in records)]
         for name, lines in lines_of_strategies().items()
+        if name != ALL_TASKS
     ]
     base = [f"{number(r['summary'][ALL_TASKS]['loss'], 2)} nats" for r in records.values()]
     return markdown(["", *records], [[f"*{ALL_TASKS}: loss*", *base], *rows])
@@ -219,21 +222,17 @@ def choices() -> str:
 @table
 def choices_summary() -> str:
     """Harm, regret, exact matches and cost of strategies, over families."""
-    records = selections()
-    everything = {family: record["summary"][ALL_TASKS] for family, record in records.items()}
-    strategies = {ALL_TASKS: everything} | lines_of_strategies()
+    strategies = lines_of_strategies()
     rows = []
     for name, lines in strategies.items():
-        runs = sum(line["seeds"] for line in lines.values())
-        worse = sum(line["seeds"] * line["worse_than_all_tasks"] for line in lines.values())
-        is_mixture = name != "target only"  # it trains on rows that no mixture has
+        is_mixture = name != TARGET_ONLY
         rows.append(
             [
                 name,
                 str(len(lines)),
-                "" if name == ALL_TASKS else f"{worse:.0f} of {runs:.0f}",
-                percent(fmean(of("regret", lines))) if is_mixture else "",
-                more_regret(lines, strategies[DEFAULT]) if is_mixture and name != DEFAULT else "",
+                "" if name == ALL_TASKS else times_worse(lines),
+                regret(lines) if is_mixture else "",
+                more_regret(lines, strategies[CHOSEN]) if is_mixture and name != CHOSEN else "",
                 signed(100 * fmean(matches), 1)
                 if (matches := of("exact_match_gain", lines))
                 else "",
@@ -255,6 +254,18 @@ def choices_summary() -> str:
 def of(key: str, lines: Lines) -> list[float]:
     """A figure, of the families in which it was measured."""
     return [line[key] for line in lines.values() if key in line]
+
+
+def times_worse(lines: Lines) -> str:
+    """In how many of how many runs a strategy was worse than all tasks."""
+    runs = sum(line["seeds"] for line in lines.values())
+    worse = sum(line["seeds"] * line["worse_than_all_tasks"] for line in lines.values())
+    return f"{worse:.0f} of {runs:.0f}"
+
+
+def regret(lines: Lines) -> str:
+    """Mean over families."""
+    return percent(fmean(of("regret", lines)))
 
 
 def more_regret(lines: Lines, others: Lines) -> str:

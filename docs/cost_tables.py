@@ -7,11 +7,9 @@ from results import bullets, listed, markdown, number, read, table
 
 @table
 def costs() -> str:
-    """The README's three numbers on cost."""
+    """The README's numbers on cost."""
     passes = {found["method"]: found["ratio"] for found in read("gradients")["lines"]}
     real = next(found for found in read("cost")["lines"] if found["family"] == "arithmetic")
-    speed = read("estimates")
-    per_second = 1 / speed["seconds_per_estimate"]["LinearizedTraining(), batch"]
     return bullets(
         "The gradient pass for `LinearizedTraining()`, without probes, takes "
         f"**{passes['ours, LinearizedTraining()']:.1f} times** the CPU time of training on the "
@@ -20,8 +18,6 @@ def costs() -> str:
         f"selection by training for runs of {real['steps_of_a_fine_tune']} steps (SmolLM2-135M). "
         "For runs of 1,000 steps of the same cost it would be "
         f"**{real['forward_selection_times_long']:.0f} times** cheaper.",
-        f"Two CPU cores make **{round(per_second, -2):,.0f} estimates a second** ({speed['tasks']} "
-        f"tasks, {speed['examples']:,} examples).",
     )
 
 
