@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_auxselect.checks import require_count
 from hf_auxselect.seeds import random_permutation
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.tasks import TaskRows, task_name
@@ -201,8 +202,9 @@ def _cluster_parts(
     seed: int,
 ) -> np.ndarray:
     """The cluster of each row among those of its part, which are clustered each for itself."""
-    if num_clusters is None or num_clusters < 1:
-        raise ValueError(f"num_clusters must be at least 1, got {num_clusters}.")
+    require_count("num_clusters", num_clusters, 1)
+    require_count("max_linked", max_linked, 1)
+    assert num_clusters is not None
     if max_linked < num_clusters:
         raise ValueError(
             f"max_linked must be at least num_clusters={num_clusters}, got {max_linked}."

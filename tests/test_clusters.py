@@ -190,8 +190,12 @@ def test_labels_of_ones_own():
         ([0, 1, 0, 1], {"num_clusters": 2}, "num_clusters=2 is for a store of gradients"),
         ([0, 1, 0, 1], {"task_column": "text"}, r"already has a column 'text'.*within='text'"),
         ([0, 1, 0, 1], {"within": "x"}, r"within='x' is no column of dataset.*\['text'\]"),
-        (store_of(np.eye(4)), {}, "num_clusters must be at least 1, got None"),
-        (store_of(np.eye(4)), {"num_clusters": 0}, "num_clusters must be at least 1, got 0"),
+        (store_of(np.eye(4)), {}, "num_clusters must be an int of at least 1, got None"),
+        (
+            store_of(np.eye(4)),
+            {"num_clusters": 0},
+            "num_clusters must be an int of at least 1, got 0",
+        ),
         (store_of(np.eye(4)), {"num_clusters": 3, "max_linked": 2}, "max_linked must be at least"),
         (
             store_of(np.eye(2), ids=[0, 3], sizes=[4]),

@@ -40,6 +40,7 @@ from hf_auxselect.capture.scalars import (
     count_label_tokens,
     match_model_loss,
 )
+from hf_auxselect.checks import require_count
 from hf_auxselect.distributed import gather, on_main_process, process_rank
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.layers import LayerSelection
@@ -199,8 +200,8 @@ def capture_examples(
             )
         if spec.endswith(AT_OPTIMIZER) and optimizer is None:
             raise ValueError(f"the scalar {spec!r} needs optimizer=...")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    require_count("batch_size", batch_size, 1)
+    require_count("seed", seed, 0)
     rank, world_size = process_rank()
     shards = plan_shards(parts)
     by_key = {(task.name, role): task for task, role in parts}

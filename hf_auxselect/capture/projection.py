@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_auxselect.checks import require_count
 from hf_auxselect.seeds import random_words
 
 PROJECTION_VERSION = 1
@@ -45,7 +46,7 @@ class CountSketch:
 
     Args:
         dim: D, the length of a projected gradient.
-        seed: Rules the permutations and signs.
+        seed: determines the permutations and signs.
 
     Source: Charikar, Chen and Farach-Colton, "Finding Frequent Items in Data Streams" (2002);
     the variance is that of Weinberger et al., "Feature Hashing for Large Scale Multitask
@@ -53,8 +54,7 @@ class CountSketch:
     """
 
     def __init__(self, dim: int, seed: int) -> None:
-        if dim < 2:
-            raise ValueError(f"projection_dim must be at least 2, got {dim}.")
+        require_count("projection_dim", dim, 2)
         self.dim = dim
         self.seed = seed
         self._tables: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}

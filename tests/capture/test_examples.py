@@ -524,8 +524,8 @@ class TestCaptureGradients:
             ({"groups": {"g": []}}, "group 'g' has no examples"),
             ({"scalars": ("loss", "nonsense")}, "unknown scalar 'nonsense'.*'margin'"),
             ({"scalars": ("loss@optimizer",)}, "scalar 'loss@optimizer' needs optimizer="),
-            ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-            ({"projection_dim": 0}, "projection_dim must be at least 2, got 0"),
+            ({"batch_size": 0}, "batch_size must be an int of at least 1, got 0"),
+            ({"projection_dim": 0}, "projection_dim must be an int of at least 2, got 0"),
         ],
     )
     def test_bad_input(self, options, message, tasks, target, tmp_path):

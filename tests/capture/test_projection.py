@@ -62,5 +62,5 @@ def test_precision_follows_the_gradients():
 
 
 def test_a_projection_to_less_than_two_numbers_is_refused():
-    with pytest.raises(ValueError, match="projection_dim must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="projection_dim must be an int of at least 2, got 1"):
         CountSketch(1, 0)
