@@ -95,7 +95,8 @@ class TaskSelectionCallback(TrainerCallback):
         sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
             ``name``, ...), for exports and the model card.
         output_dir: files go to ``<output_dir>/_task_selection/``; None: the trainer's.
-        seed: rules examples, projection and order; None: the trainer's ``data_seed`` or ``seed``.
+        seed: determines examples, projection and order; None: the trainer's ``data_seed``, or else
+            its ``seed``.
         report_to_hub: pushes the report after training. True: to the trainer's model repo; or a
             repo id.
 

@@ -58,7 +58,7 @@ def cluster_tasks(
             the clusters. It may be ``task_column``, which is replaced. None: all rows together.
         max_linked: most rows that are linked, drawn by ``seed``. The others join the cluster to
             whose linked rows their mean distance is least.
-        seed: rules what is drawn.
+        seed: determines what is drawn.
 
     Returns:
         The rows in their order with the new column, ``"cluster 1"`` and so on, numbered by first

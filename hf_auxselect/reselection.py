@@ -189,7 +189,7 @@ def drift_p_value(before_ND: np.ndarray, after_MD: np.ndarray, *, seed: int) -> 
     Args:
         before_ND: float [N, D].
         after_MD: float [M, D].
-        seed: rules the permutations.
+        seed: determines the permutations.
 
     Source: Gretton et al., "A Kernel Two-Sample Test" (JMLR 2012), equation 5 (biased statistic).
     """

@@ -32,7 +32,7 @@ class MixtureSampler(Sampler[int]):
         tasks: the rows' tasks.
         shares: float [K], share of the drawn rows that comes from each task; sums to 1, and 0
             leaves a task out.
-        seed: rules the order.
+        seed: determines the order.
         length: how many row numbers an iteration yields.
         start: position of the first one.
 

@@ -20,7 +20,7 @@ def mixtures_to_verify(
         weights: share of each task in the chosen mixture.
         counts: number of rows of each task [K].
         num_mixtures: number of mixtures wanted; there may be fewer different ones.
-        seed: rules the alternatives: see :func:`random_alternatives`.
+        seed: determines the alternatives: see :func:`random_alternatives`.
 
     Returns:
         Shares [K] by the name of the mixture.
@@ -45,7 +45,7 @@ def mixtures_to_calibrate(tasks: TaskRows, num_mixtures: int, seed: int) -> dict
     Args:
         tasks: of the training set.
         num_mixtures: number of mixtures wanted; there may be fewer different ones.
-        seed: rules which subsets are looked at.
+        seed: determines which subsets are looked at.
 
     Returns:
         Shares [K] by the name of the mixture.

@@ -20,7 +20,7 @@ def synthetic_store(
     """Random gradients with what the default and the paper's estimator need, without probes.
 
     Args:
-        seed: rules all numbers.
+        seed: determines all numbers.
         num_tasks: number of tasks.
         num_per_task: number of captured examples of each, a tenth of its rows.
         dim: numbers per gradient.

@@ -56,7 +56,7 @@ class ExampleGradients:
         collate_fn: as for ``capture_gradients``.
         sketch: the projection.
         scalars: names of what is differentiated.
-        seed: rules the labels that are drawn for ``sampled_loss``.
+        seed: determines the labels that are drawn for ``sampled_loss``.
         optimizer: in whose coordinates scalars with ``AT_OPTIMIZER`` are differentiated.
         scales: stands for the scales of an optimizer that does not exist yet.
         parameter_rates: by what the steps of a parameter are multiplied. ``optimizer`` knows them;

@@ -94,7 +94,7 @@ def capture_gradients(
         batch_size: examples of a forward pass if they are as long as the longest; shorter ones are
             filled up to as many tokens (at most four times as many examples). The numbers depend on
             it by rounding only.
-        seed: rules the projection and the labels that are drawn for ``sampled_loss``.
+        seed: determines the projection and the labels that are drawn for ``sampled_loss``.
         optimizer: the optimizer of the training that the estimates are about, for estimators that
             model its steps.
         scalars: what is differentiated: ``"margin"``, ``"loss"``, ``"sampled_loss"``, each also

@@ -1,4 +1,4 @@
-"""The optimizer's state, as far as it rules its next steps: preconditioner, momentum, decay.
+"""The optimizer's state, as far as it determines its next steps: preconditioner, momentum, decay.
 
 One step of the optimizers that are supported is, up to the schedule eta_t of the learning rate,
 

@@ -230,7 +230,7 @@ class RidgeSurrogate(AbstractSurrogate):
     Args:
         base: estimates the losses of the subsets.
         num_subsets: M.
-        seed: rules the subsets.
+        seed: determines the subsets.
         penalties: from which leave-one-out chooses.
 
     Source: Li et al., "Identification of Negative Transfers in Multitask Learning Using Surrogate

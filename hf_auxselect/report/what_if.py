@@ -106,7 +106,7 @@ def approximate(
         task_names: of all its tasks.
         task_sizes: number of training rows of each.
         varied: the tasks whose weights may be changed; the others have none.
-        seed: rules the mixtures.
+        seed: determines the mixtures.
     """
     sizes_K = np.asarray(task_sizes, float)[list(varied)]
     count = min(_MAX_ANCHORS, _ANCHORS_PER_TASK * len(sizes_K))

@@ -58,7 +58,7 @@ class GradientCoreset(AbstractSelector):
         num_candidates: number of tasks that are tried for a medoid, drawn by ``seed``; None: all.
             With K / size ln(1 / e) of them, the expected decrease is at least 1 - 1/e - e of the
             largest possible one.
-        seed: rules what is drawn.
+        seed: determines what is drawn.
 
     Source: Mirzasoleiman et al., "Coresets for Data-efficient Training of Machine Learning Models"
     (ICML 2020), section 3; of tasks, Zhan and Anderson, "Data-Efficient and Robust Task Selection

@@ -177,7 +177,7 @@ class _BalancedSubsets:
     Args:
         num_tasks: K.
         size: tasks per subset.
-        seed: rules what is random.
+        seed: determines what is random.
     """
 
     def __init__(self, num_tasks: int, size: int, seed: int) -> None:
@@ -269,7 +269,7 @@ def random_alternatives(
         weights_K: the chosen mixture; sums to 1.
         sizes_K: rows of each task.
         number: of mixtures.
-        seed: rules them.
+        seed: determines them.
 
     Returns:
         Of a subset whose tasks are weighted by their sizes: random subsets of as many tasks, bool

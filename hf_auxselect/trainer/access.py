@@ -142,7 +142,7 @@ def stop_workers(loader: Any) -> None:
 
 
 def data_seed(trainer: Trainer) -> int:
-    """What rules the order of the trainer's data."""
+    """What determines the order of the trainer's data."""
     args = trainer.args
     return int(args.seed if args.data_seed is None else args.data_seed)
 

@@ -44,7 +44,7 @@ class MixtureBatches:
         Args:
             tasks: task of each row of the training set.
             shares: float [K], summing to 1.
-            seed: rules the order.
+            seed: determines the order.
             consumed: micro-batches (per process) that were drawn before.
             total: micro-batches (per process) that may still be asked for.
 
@@ -117,8 +117,8 @@ class BatchSource:
     ``Trainer.get_batch_samples`` is the one place where the training loop draws batches. It is
     shadowed on this trainer alone. Until :meth:`draw_mixture` it passes the call through, so that
     the warm-up is the run without this package. From then on it passes the mixture's iterator; the
-    trainer's loader, whose length rules epochs, schedule and resume, is left in place and never
-    read again, with what its workers had fetched ahead.
+    trainer's loader, whose length determines epochs, schedule and resume, is left in place and
+    never read again, with what its workers had fetched ahead.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -148,7 +148,7 @@ class BatchSource:
         Args:
             tasks: task of each row of the training set.
             shares: float [K], summing to 1.
-            seed: rules the order.
+            seed: determines the order.
             since: the switch step: optimizer step after which the mixture's first row came.
         """
         state = met(self._trainer).state

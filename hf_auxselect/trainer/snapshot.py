@@ -116,7 +116,7 @@ def _parked(value: Any) -> Any:
 def digest_of_training(
     trainer: Trainer, initial: Mapping[str, Tensor] | None, options: tuple[object, ...]
 ) -> str:
-    """A hash of what rules the steps that follow, data aside: state and training arguments.
+    """A hash of what determines the steps that follow, data aside: state and training arguments.
 
     Bit for bit: a resumed run has the hash of the unbroken one if it is in the same state.
 

@@ -72,7 +72,7 @@ def warn_of_differences(trainer: Trainer, *, is_rewritten: bool) -> None:
     strategy = sampling_strategy(trainer)
     if is_rewritten and strategy != "random":
         logger.warning(
-            "train_sampling_strategy=%r rules the warm-up; the mixture after it is drawn at "
+            "train_sampling_strategy=%r is used in the warm-up; the mixture after it is drawn at "
             "random, in the shares of the selection.",
             strategy,
         )

@@ -31,7 +31,7 @@ class RestOfRun:
         trainer: a trainer between two optimizer steps, at the switch.
         tasks: task of each row of its training set.
         target: key of its ``eval_dataset`` dict, or None.
-        seed: rules the order of the rows, as it will in the run itself.
+        seed: determines the order of the rows, as it will in the run itself.
         initial: trainable parameters at step 0 if training restarts there, else None.
         layer_rates: by what the trainer's steps are multiplied, by name of the parameter, where it
             is not 1; see :class:`hf_auxselect.trainer.layer_rates.LayerRates`.
@@ -55,7 +55,7 @@ class RestOfRun:
         return self.trainer.state.max_steps
 
     def digest(self) -> str:
-        """A hash of all that rules these steps but rows and mixture; every process must ask."""
+        """A hash of what determines these steps, rows and mixture aside; every process must ask."""
         options = (self.seed, self.target, *sorted(self.layer_rates.items()))
         digest = digest_of_training(self.trainer, self.initial, options)
         return "-".join(gather(digest))

@@ -107,7 +107,7 @@ def test_sampling_strategies_rule_the_warm_up_alone(strategy, run_dir, caplog):
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert set("".join(seen[4:])) == {"a", "c"}
-    assert f"train_sampling_strategy='{strategy}' rules the warm-up" in caplog.text
+    assert f"train_sampling_strategy='{strategy}' is used in the warm-up" in caplog.text
     if strategy == "sequential":
         assert set("".join(seen[:4])) == {"a"}
 
