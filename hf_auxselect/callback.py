@@ -293,7 +293,7 @@ class TaskSelectionCallback(TrainerCallback):
             if run.decisions:
                 run.directory.forget_later(run.record())
         decision = run.last_decision
-        if decision is not None and (changed := changed_options(decision, options)):
+        if decision is not None and (changed := changed_options(decision, self)):
             if decision["switch_step"] == step and (
                 self.after != "restart" or not options.needs_estimates
             ):
@@ -406,11 +406,14 @@ class TaskSelectionCallback(TrainerCallback):
         return trainer
 
 
-def changed_options(decision: checkpoints.Decision, options: Options) -> dict[str, str]:
-    """Options that differ from those that a decision was made with: what was before, what is now.
+def changed_options(
+    decision: checkpoints.Decision, callback: TaskSelectionCallback
+) -> dict[str, str]:
+    """A callback's options that a decision was not made with: what was before, what is now.
 
     A decision does not record ``keep``, which differs if a task was dropped that is to stay.
     """
+    options = callback._options()
     race, layers = decision.get("confirmation"), decision.get("layers")
     asked = options.confirmation
     before = {

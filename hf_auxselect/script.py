@@ -108,7 +108,7 @@ def _checkpoint(trainer: Trainer, step: int, num_mixtures: int) -> Path:
 
 def _require_same_options(callback: TaskSelectionCallback, report: SelectionReport) -> None:
     """Raise ValueError if the script would select anew instead of checking what was selected."""
-    if changed := changed_options(decision_of(report), callback._options()):
+    if changed := changed_options(decision_of(report), callback):
         raise ValueError(
             f"the script's options differ from those of the selection: {in_words(changed)}. Run "
             "the script with the options of that run."

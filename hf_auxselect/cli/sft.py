@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -58,6 +59,10 @@ def run(arguments: Sequence[str]) -> None:
         is_main = trainer.is_world_process_zero()
         if Version(version("transformers")) >= Version("5.18"):
             trainer.end()  # trackers and process group, as in TRL's script
+        if training.world_size > 1:
+            # PyTorch frees a gloo group with the GIL held, and joins a thread of it that may still
+            # need the GIL to put its last operation away: a deadlock, unless that comes first.
+            time.sleep(1.0)
     if selection.json and is_main and callback.report is not None:
         show_json(callback.report.to_dict())
 

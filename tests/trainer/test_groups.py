@@ -124,7 +124,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
-            ({"groups": "letters"}, TypeError, "sequence of keys of eval_dataset, got the string"),
+            ({"groups": "letters"}, TypeError, "sequence of keys of eval_dataset, got 'letters'"),
             ({"groups": [3]}, TypeError, "groups must be keys of eval_dataset, got 3"),
             ({"groups": ["a", "a"]}, ValueError, "groups names 'a' more than once"),
             ({"groups": ["target"], "target": "target"}, ValueError, "names the target 'target'"),
