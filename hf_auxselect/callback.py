@@ -366,7 +366,7 @@ class TaskSelectionCallback(TrainerCallback):
 
     def _resumed_seed(self, trainer: Trainer, on_disk: int) -> int:
         """The seed of the run that is resumed; warns if the options ask for another one."""
-        asked = access.data_seed(trainer) if self.seed is None else self.seed
+        asked = access.data_seed(trainer)[1] if self.seed is None else self.seed
         if asked != on_disk:
             logger.warning(
                 "%s=%d, but the run that is resumed was started with %d, which stands for the "

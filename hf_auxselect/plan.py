@@ -372,14 +372,13 @@ def _seed(trainer: Trainer, options: Options) -> int:
     """The callback's seed, or the trainer's that stands in for it."""
     if options.seed is not None:
         return options.seed
-    name = "seed" if trainer.args.data_seed is None else "data_seed"
-    seed = getattr(trainer.args, name)
+    name, seed = access.data_seed(trainer)
     if not is_count(seed, 0):
         raise ValueError(
             f"{name} of TrainingArguments must be an int of at least 0 to seed the selection "
             f"too, got {seed!r}; change it, or give the callback its own seed=..."
         )
-    return int(seed)
+    return seed
 
 
 def _warn_of_unknown_sources(options: Options, names: Sequence[str]) -> None:

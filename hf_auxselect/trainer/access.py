@@ -141,10 +141,10 @@ def stop_workers(loader: Any) -> None:
         base._iterator = None
 
 
-def data_seed(trainer: Trainer) -> int:
-    """What determines the order of the trainer's data."""
-    args = trainer.args
-    return int(args.seed if args.data_seed is None else args.data_seed)
+def data_seed(trainer: Trainer) -> tuple[str, int]:
+    """Name and value of the training argument that determines the order of the trainer's data."""
+    name = "seed" if trainer.args.data_seed is None else "data_seed"
+    return name, getattr(trainer.args, name)
 
 
 def total_steps(trainer: Trainer, loader: Any) -> int:
