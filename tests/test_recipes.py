@@ -85,23 +85,6 @@ def test_the_demo_runs(tiny_model, tmp_path, monkeypatch, capsys):
     demo.main()
     shown = capsys.readouterr().out
     assert "Measured loss" in shown
-    for line in (
-        "before training",
-        "all tasks",
-        "weights in random order",
-        "chosen by hf-auxselect",
-    ):
+    for line in ("all tasks", "weights in random order", "chosen by hf-auxselect"):
         assert line in shown
-    assert (tmp_path / "measured.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("losses", "verdict"),
-    [
-        ((3.0, 2.0, 2.5, 1.5), "The choice won; it is 0.5000 nats below"),
-        ((3.0, 1.0, 2.5, 1.5), "The choice did NOT win: all tasks had a lower loss"),
-    ],
-)
-def test_the_demo_says_plainly_whether_the_choice_won(losses, verdict):
-    names = ["before training", "all tasks", "weights in random order", "chosen by hf-auxselect"]
-    assert demo.verdict(dict(zip(names, losses, strict=True))).startswith(verdict)
+    assert (tmp_path / "measured-0.json").is_file()
