@@ -41,8 +41,8 @@ from hf_auxselect.reselection import Reselection
 from hf_auxselect.run import Run
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory
 from hf_auxselect.selectors import AbstractSelector, MixtureOptimization
-from hf_auxselect.switch import Switch
-from hf_auxselect.trainer import access, checkpoints, support
+from hf_auxselect.switch import Switch, evaluate_target
+from hf_auxselect.trainer import access, checkpoints, hub, support
 from hf_auxselect.trainer.batches import BatchSource
 from hf_auxselect.trainer.schedule import schedule_restart
 
@@ -255,8 +255,19 @@ class TaskSelectionCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        trainer = self._current_trainer()
+        if self._run is not None and self.report is not None:
+            self._add_evaluation(trainer, self._run, self.report)
         self._end_run()
-        self._publication.end(self._current_trainer())
+        self._publication.end(trainer)
+
+    def _add_evaluation(self, trainer: Trainer, run: Run, report: SelectionReport) -> None:
+        """Add the target's metrics after training to the report."""
+        step, switch_step = hub.final_step(trainer), max(run.decisions)
+        if made := evaluate_target(trainer, run.plan.at(switch_step), step):
+            before = [one for one in report.evaluations if one.step <= switch_step]
+            report.evaluations = before + made
+            run.last_directory.save_report(report)
 
     def _end_run(self) -> None:
         """Give the trainer its own batches and steps back."""

@@ -91,6 +91,18 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The target as the trainer evaluates it, with the metrics of its ``compute_metrics``."""
+
+    step: int
+    """Optimizer steps of the run that the evaluated model has been trained for."""
+    loss: float | None
+    """Nats per label token; None: not finite."""
+    metrics: dict[str, float]
+    """What ``compute_metrics`` returns, by its own names; the finite numbers among it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GroupLine:
     """Losses of one group, nats per its label token, as tables show them."""
 
@@ -250,6 +262,8 @@ class ReportFields:
         calibration: ground-truth runs before the choice (``calibrate=n``), next to the estimates
             before calibration.
         confirmation: the finalists that were trained before the switch (``confirm=n``).
+        evaluations: the target's loss and metrics, measured at the switch and after training; empty
+            if the trainer has no ``compute_metrics``.
         layers: scores of layers and what was chosen by them (``layers=LayerSelection(...)``).
         decisions: where a run selects several times (``reselect``), all its selections so far;
             the other fields are about the last one.
@@ -275,6 +289,7 @@ class ReportFields:
     verification: list[Measurement] = field(default_factory=list)
     calibration: list[Measurement] = field(default_factory=list)
     confirmation: Race | None = None
+    evaluations: list[Evaluation] = field(default_factory=list)
     layers: LayersRecord | None = None
     decisions: list[DecisionLine] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
@@ -320,6 +335,11 @@ class ReportContent(ReportFields):
             for group in self.groups
             if group.name in before
         ]
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics of the evaluations."""
+        return list(dict.fromkeys(name for one in self.evaluations for name in one.metrics))
 
     def row(self, name: str) -> Row:
         """The line of the comparison called ``name``: ``"chosen"``, ``"all tasks"``, ...

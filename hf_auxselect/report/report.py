@@ -51,6 +51,8 @@ class SelectionReport(ReportContent):
         difference: the chosen mixture's loss minus that of all tasks, with its own interval.
         verification, calibration: ground-truth runs after and before the choice.
         confirmation: the finalists that were trained to confirm the choice, or None.
+        evaluations: the target's loss and metrics at the switch and after training, if the trainer
+            has ``compute_metrics``.
         layers: ``scores`` of layers and ``rates`` by them, or None.
         diagnostics: numbers that say how far to trust the estimates and the choice.
         warnings: what a reader should know before trusting the choice.
