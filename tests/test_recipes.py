@@ -2,8 +2,6 @@
 
 import sys
 
-import pytest
-import tiny
 from datasets import Dataset
 
 from recipes import arithmetic, demo, noisy_addition
@@ -56,15 +54,6 @@ class TestArithmetic:
         assert mixed["prompt"][:] == rows["prompt"][:]
         assert sorted(mixed["completion"]) == sorted(rows["completion"])
         assert mixed["completion"][:] != rows["completion"][:]
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """A checkpoint on disk, as a user would pass with --model."""
-    directory = tmp_path_factory.mktemp("model")
-    tiny.llama(max_position_embeddings=512).save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return str(directory)
 
 
 def test_the_script_to_copy_runs(tiny_model, tmp_path, monkeypatch, capsys):
