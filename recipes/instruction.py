@@ -6,7 +6,7 @@ of a folder (``--data_dir``). With ``--compare_seeds n`` the choice is checked b
 end: on all tasks, and on the chosen weights in a random order.
 
     python -m recipes.instruction --config recipes/configs/instruction.yaml
-    python -m recipes.instruction --config recipes/configs/instruction_cpu.yaml --data_dir DIR
+    python -m recipes.instruction --config recipes/configs/instruction_cpu.yaml [--data_dir DIR]
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class DataArguments:
     """Where tasks and target are."""
 
     target: str = field(
-        metadata={"help": "The target: a data set on the Hub, or the name of a file of data_dir."}
+        metadata={"help": "The target: a data set on the Hub; with data_dir a file of this name."}
     )
     target_split: str = field(default="test", metadata={"help": "Split of a target on the Hub."})
     data_dir: Path | None = field(
         default=None,
         metadata={
             "help": "Folder of JSONL files with `prompt` and `completion`: TASK.jsonl is a task, "
-            "TARGET.heldout.jsonl the target."
+            "TARGET.heldout.jsonl the target. It takes the place of data sets on the Hub."
         },
     )
     task_column: str | None = field(
@@ -71,6 +71,11 @@ class DataArguments:
     test_rows: int = field(
         default=200, metadata={"help": "Further rows of the target, for the final measurement."}
     )
+
+    @property
+    def target_name(self) -> str:
+        """The target's name, without the user's on the Hub."""
+        return self.target.rpartition("/")[2]
 
 
 @dataclass
@@ -109,7 +114,7 @@ def load_tasks(
         tasks = {
             path.stem: _of_file(path)
             for path in files
-            if not path.stem.endswith(".heldout") and path.stem != data.target
+            if not path.stem.endswith(".heldout") and path.stem != data.target_name
         }
         if not tasks:
             raise ValueError(f"--data_dir: there are no tasks (*.jsonl) in {str(data.data_dir)!r}.")
@@ -145,7 +150,7 @@ def load_target(data: DataArguments) -> tuple[Dataset, Dataset]:
     if data.data_dir is None:
         rows = _prompts(load_dataset(data.target, split=data.target_split))
     else:
-        path = data.data_dir / f"{data.target}.heldout.jsonl"
+        path = data.data_dir / f"{data.target_name}.heldout.jsonl"
         if not path.is_file():
             known = sorted(
                 p.name.removesuffix(".heldout.jsonl") for p in data.data_dir.glob("*.heldout.jsonl")
@@ -247,9 +252,7 @@ def main() -> None:
         },
     )
     runs = [run for seed in range(selection.compare_seeds) for run in comparison.run(seed)]
-    print(
-        f"\n{data.target}: {len(test)} rows that no run has seen. Loss in nats per label token.\n"
-    )
+    print(f"\n{data.target_name}, {len(test)} rows that no run has seen; nats per label token:\n")
     print("\n".join(table(runs)))
     print(f"\n{verdict(runs)}")
     for name, correlation in rank_agreement(runs).items():

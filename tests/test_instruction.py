@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
 from recipes import instruction
 
@@ -47,7 +48,7 @@ def run(monkeypatch, model, output, *arguments, config="instruction_cpu.yaml", *
 def test_it_selects_and_checks_the_choice(folder, tiny_model, run_dir, monkeypatch, capsys):
     run(monkeypatch, tiny_model, run_dir, data_dir=folder, target="target", compare_seeds=2)
     shown = capsys.readouterr().out
-    assert "6 rows that no run has seen" in shown
+    assert "target, 6 rows that no run has seen" in shown
     for line in ("all tasks", "weights in random order", "chosen by hf-auxselect", "exact match"):
         assert line in shown
     assert "The choice" in shown
@@ -82,8 +83,9 @@ def test_tasks_are_the_entries_of_datasets(folder, tiny_model, run_dir, monkeypa
         )
     config = tmp_path / "config.yaml"
     paths = [str(tmp_path / "hub" / name) for name in ("sums", "letters")]
-    text = (CONFIGS / "instruction_cpu.yaml").read_text()
-    config.write_text(text + f"datasets: {json.dumps([{'path': p} for p in paths])}\n")
+    settings = yaml.safe_load((CONFIGS / "instruction_cpu.yaml").read_text())
+    settings["datasets"] = [{"path": path} for path in paths]
+    config.write_text(yaml.safe_dump(settings))
     target = str(tmp_path / "hub" / "target")
     run(monkeypatch, tiny_model, run_dir, config=config, target=target, compare_seeds=0)
     report = json.loads((run_dir / "_task_selection" / "selection.json").read_text())
@@ -100,10 +102,17 @@ def test_tasks_are_the_values_of_a_column(tmp_path):
     assert set(train.column_names) == {"prompt", "completion", "task"}
 
 
+def test_without_tasks_it_says_what_to_give():
+    data = instruction.DataArguments(target="t")
+    with pytest.raises(ValueError, match="give --data_dir, or datasets:"):
+        instruction.load_tasks(
+            instruction.ScriptArguments(), instruction.DatasetMixtureConfig(), data
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({}, "give --data_dir, or datasets:"),
         ({"data_dir": "empty"}, "--data_dir: there are no tasks"),
         ({"target": "taget"}, "--target 'taget': there is no .* targets are \\['target'\\]"),
         ({"target_rows": 12}, "--target_rows 12: the target has 12 rows"),
@@ -117,9 +126,8 @@ def test_wrong_arguments_are_named(
     folder, tiny_model, run_dir, monkeypatch, options, told, tmp_path
 ):
     (tmp_path / "empty").mkdir()
-    given = {"target": "target", "compare_seeds": 0} | options
-    if options:
-        given["data_dir"] = folder / options.get("data_dir", "")
+    given = {"target": "me/target", "compare_seeds": 0} | options
+    given["data_dir"] = folder / options.get("data_dir", "")
     with pytest.raises(ValueError, match=told):
         run(monkeypatch, tiny_model, run_dir, **given)
 
