@@ -57,8 +57,9 @@ class DataArguments:
     data_dir: Path | None = field(
         default=None,
         metadata={
-            "help": "Folder of JSONL files with `prompt` and `completion`: TASK.jsonl is a task, "
-            "TARGET.heldout.jsonl the target. It takes the place of data sets on the Hub."
+            "help": "Folder of JSONL files with `prompt` and `completion`, in place of the Hub: "
+            "TASK.jsonl for each entry of `datasets:` (all files, if there is none), and "
+            "TARGET.heldout.jsonl."
         },
     )
     task_column: str | None = field(
@@ -71,11 +72,6 @@ class DataArguments:
     test_rows: int = field(
         default=200, metadata={"help": "Further rows of the target, for the final measurement."}
     )
-
-    @property
-    def target_name(self) -> str:
-        """The target's name, without the user's on the Hub."""
-        return self.target.rpartition("/")[2]
 
 
 @dataclass
@@ -110,11 +106,13 @@ def load_tasks(
 ) -> Dataset:
     """The training set with a task column, from wherever the tasks are."""
     if data.data_dir is not None:
-        files = sorted(data.data_dir.glob("*.jsonl"))
+        names = [_name(entry.path) for entry in mixture.datasets] or sorted(
+            path.stem for path in data.data_dir.glob("*.jsonl") if ".heldout" not in path.name
+        )
         tasks = {
-            path.stem: _of_file(path)
-            for path in files
-            if not path.stem.endswith(".heldout") and path.stem != data.target_name
+            name: _of_file(data.data_dir / f"{name}.jsonl", "--data_dir")
+            for name in names
+            if name != _name(data.target)
         }
         if not tasks:
             raise ValueError(f"--data_dir: there are no tasks (*.jsonl) in {str(data.data_dir)!r}.")
@@ -150,15 +148,7 @@ def load_target(data: DataArguments) -> tuple[Dataset, Dataset]:
     if data.data_dir is None:
         rows = _prompts(load_dataset(data.target, split=data.target_split))
     else:
-        path = data.data_dir / f"{data.target_name}.heldout.jsonl"
-        if not path.is_file():
-            known = sorted(
-                p.name.removesuffix(".heldout.jsonl") for p in data.data_dir.glob("*.heldout.jsonl")
-            )
-            raise ValueError(
-                f"--target {data.target!r}: there is no {str(path)!r}; targets are {known}."
-            )
-        rows = _of_file(path)
+        rows = _of_file(data.data_dir / f"{_name(data.target)}.heldout.jsonl", "--target")
     if len(rows) <= data.target_rows:
         raise ValueError(
             f"--target_rows {data.target_rows}: the target has {len(rows)} rows, and some must be "
@@ -169,7 +159,15 @@ def load_target(data: DataArguments) -> tuple[Dataset, Dataset]:
     return rows.select(first), rows.select(range(data.target_rows, last))
 
 
-def _of_file(path: Path) -> Dataset:
+def _name(path: str) -> str:
+    """The name of a data set, without its user's on the Hub."""
+    return path.rpartition("/")[2]
+
+
+def _of_file(path: Path, argument: str) -> Dataset:
+    if not path.is_file():
+        known = sorted(file.name for file in path.parent.glob("*.jsonl"))
+        raise ValueError(f"{argument}: there is no {str(path)!r}; the folder has {known}.")
     return _prompts(load_dataset("json", data_files=str(path), split="train"))
 
 
@@ -252,7 +250,7 @@ def main() -> None:
         },
     )
     runs = [run for seed in range(selection.compare_seeds) for run in comparison.run(seed)]
-    print(f"\n{data.target_name}, {len(test)} rows that no run has seen; nats per label token:\n")
+    print(f"\n{_name(data.target)}, {len(test)} rows that no run has seen; nats per label token:\n")
     print("\n".join(table(runs)))
     print(f"\n{verdict(runs)}")
     for name, correlation in rank_agreement(runs).items():

@@ -37,16 +37,24 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(monkeypatch, model, output, *arguments, config="instruction_cpu.yaml", **options):
+@pytest.fixture
+def config(tmp_path):
+    """The configuration for CPUs, without its data sets: all files of the folder are tasks."""
+    settings = yaml.safe_load((CONFIGS / "instruction_cpu.yaml").read_text())
+    del settings["datasets"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "config.yaml"
+
+
+def run(monkeypatch, config, model, output, **options):
     given = {**SIZE, "model_name_or_path": model, "output_dir": output} | options
     flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
-    command = ["instruction.py", "--config", str(CONFIGS / config), *flags, *map(str, arguments)]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", ["instruction.py", "--config", str(config), *flags])
     instruction.main()
 
 
-def test_it_selects_and_checks_the_choice(folder, tiny_model, run_dir, monkeypatch, capsys):
-    run(monkeypatch, tiny_model, run_dir, data_dir=folder, target="target", compare_seeds=2)
+def test_it_selects_and_checks_the_choice(folder, config, tiny_model, run_dir, monkeypatch, capsys):
+    run(monkeypatch, config, tiny_model, run_dir, data_dir=folder, target="target", compare_seeds=2)
     shown = capsys.readouterr().out
     assert "target, 6 rows that no run has seen" in shown
     for line in ("all tasks", "weights in random order", "chosen by hf-auxselect", "exact match"):
@@ -62,13 +70,15 @@ def test_it_selects_and_checks_the_choice(folder, tiny_model, run_dir, monkeypat
     assert list(report["evaluations"][0]["metrics"]) == ["exact_match"]
 
 
-def test_without_a_check_it_trains_and_saves(folder, tiny_model, run_dir, monkeypatch):
+def test_without_a_check_it_trains_and_saves(folder, config, tiny_model, run_dir, monkeypatch):
     options = {"data_dir": folder, "target": "target", "compare_seeds": 0}
-    run(monkeypatch, tiny_model, run_dir, **options)
+    run(monkeypatch, config, tiny_model, run_dir, **options)
     assert (run_dir / "adapter_model.safetensors").is_file()
 
 
-def test_tasks_are_the_entries_of_datasets(folder, tiny_model, run_dir, monkeypatch, tmp_path):
+def test_tasks_are_the_entries_of_datasets(
+    folder, config, tiny_model, run_dir, monkeypatch, tmp_path
+):
     """As on the Hub: a data set each, with the columns of Super-NaturalInstructions."""
     for name in ("sums", "letters", "target"):
         (tmp_path / "hub" / name).mkdir(parents=True)
@@ -81,15 +91,24 @@ def test_tasks_are_the_entries_of_datasets(folder, tiny_model, run_dir, monkeypa
                 for i, r in enumerate(rows)
             ],
         )
-    config = tmp_path / "config.yaml"
     paths = [str(tmp_path / "hub" / name) for name in ("sums", "letters")]
-    settings = yaml.safe_load((CONFIGS / "instruction_cpu.yaml").read_text())
-    settings["datasets"] = [{"path": path} for path in paths]
+    settings = yaml.safe_load(config.read_text()) | {"datasets": [{"path": p} for p in paths]}
     config.write_text(yaml.safe_dump(settings))
     target = str(tmp_path / "hub" / "target")
-    run(monkeypatch, tiny_model, run_dir, config=config, target=target, compare_seeds=0)
+    run(monkeypatch, config, tiny_model, run_dir, target=target, compare_seeds=0)
     report = json.loads((run_dir / "_task_selection" / "selection.json").read_text())
     assert set(report["weights"]) == set(paths)
+
+
+def test_a_folder_takes_the_place_of_the_hub(folder):
+    entries = [{"path": "me/sums"}, {"path": "me/target"}]
+    mixture = instruction.DatasetMixtureConfig(datasets=entries)
+    data = instruction.DataArguments(target="me/target", data_dir=folder)
+    train = instruction.load_tasks(instruction.ScriptArguments(), mixture, data)
+    assert set(train["task"]) == {"sums"}
+    mixture.datasets[0].path = "me/sum"
+    with pytest.raises(ValueError, match=r"--data_dir: there is no .*sum.jsonl.*'sums.jsonl'"):
+        instruction.load_tasks(instruction.ScriptArguments(), mixture, data)
 
 
 def test_tasks_are_the_values_of_a_column(tmp_path):
@@ -114,7 +133,7 @@ def test_without_tasks_it_says_what_to_give():
     ("options", "told"),
     [
         ({"data_dir": "empty"}, "--data_dir: there are no tasks"),
-        ({"target": "taget"}, "--target 'taget': there is no .* targets are \\['target'\\]"),
+        ({"target": "taget"}, r"--target: there is no .*taget.heldout.jsonl.*'target.heldout"),
         ({"target_rows": 12}, "--target_rows 12: the target has 12 rows"),
         (
             {"warmup": 0.5, "compare_seeds": 1},
@@ -123,13 +142,13 @@ def test_without_tasks_it_says_what_to_give():
     ],
 )
 def test_wrong_arguments_are_named(
-    folder, tiny_model, run_dir, monkeypatch, options, told, tmp_path
+    folder, config, tiny_model, run_dir, monkeypatch, options, told, tmp_path
 ):
     (tmp_path / "empty").mkdir()
     given = {"target": "me/target", "compare_seeds": 0} | options
     given["data_dir"] = folder / options.get("data_dir", "")
     with pytest.raises(ValueError, match=told):
-        run(monkeypatch, tiny_model, run_dir, **given)
+        run(monkeypatch, config, tiny_model, run_dir, **given)
 
 
 def test_the_configuration_for_the_hub_is_read(monkeypatch):
