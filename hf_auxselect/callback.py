@@ -55,7 +55,7 @@ class TaskSelectionCallback(TrainerCallback):
     Add it to a ``Trainer`` or ``SFTTrainer`` whose training set has a task column (see
     :func:`hf_auxselect.concatenate_tasks`) and whose evaluation set is the target. The run warms up
     on all tasks, captures projected gradients of every task and of the target, estimates the
-    target's loss after training on any subset of tasks, and goes on with the chosen one.
+    target's loss after training on any mixture of tasks, and goes on with the chosen one.
 
     Args:
         target: key of an ``eval_dataset`` dict. None: the ``eval_dataset``, or the dict's only key.
@@ -76,8 +76,9 @@ class TaskSelectionCallback(TrainerCallback):
         batch_size: examples of a forward pass of the gradient pass; None: the trainer's
             ``per_device_train_batch_size``. Batches of short examples hold more.
         one_by_one: capture each example alone; slow, for models that hooks cannot capture.
-        verify: number of ground-truth runs at the switch (the chosen mixture, all tasks, random
-            subsets of the chosen size), whose losses the report compares with the estimates.
+        verify: number of ground-truth runs at the switch, whose losses the report compares with the
+            estimates: the chosen mixture, all tasks, and the chosen weights in random order (of a
+            chosen subset, random subsets of its size).
         calibrate: number of ground-truth runs on mixtures spread over all possible ones, before
             the choice; they correct the estimates and set their error bars.
         confirm: number of finalists that are trained at the switch for the remaining steps: the
@@ -90,7 +91,7 @@ class TaskSelectionCallback(TrainerCallback):
             gradients of its rows, each of which is captured once more; see
             :func:`hf_auxselect.cluster_tasks`. No task column is needed, and none is read. None:
             tasks are those of the column.
-        layers: which layers count in the estimates, and if asked for which are trained after the
+        layers: which layers count in the estimates and, if asked for, which are trained after the
             switch; a :class:`hf_auxselect.LayerSelection`. None: all.
         sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
             ``name``, ...), for exports and the model card.

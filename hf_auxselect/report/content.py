@@ -18,8 +18,8 @@ NUM_RANDOM_SUBSETS = 200
 class Row:
     """One line of the comparison: a mixture and its estimated loss, nats per label token.
 
-    For random subsets ``loss`` is the mean over them, and ``low`` and ``high`` are their 5% and 95%
-    quantiles; otherwise ``low`` and ``high`` bound the 90% interval of the estimate.
+    For random mixtures ``loss`` is the mean over them, and ``low`` and ``high`` are their 5% and
+    95% quantiles; otherwise ``low`` and ``high`` bound the 90% interval of the estimate.
     """
 
     name: str
@@ -245,10 +245,10 @@ class ReportFields:
         weights: task -> fraction of the training examples; 0 for dropped tasks.
         scores: task -> score, if the selector has scores; ``score_intervals``: their 90%
             intervals, about which subsets were drawn.
-        rows: estimates of no further training, the chosen mixture, all tasks, random subsets of the
-            chosen size, the task with the target's name if there is one, all tasks without each
-            one, and the chosen mixture with each dropped one (of more than 60 tasks, with the
-            most similar ones).
+        rows: estimates of no further training, the chosen mixture, all tasks, the chosen weights in
+            random order (of a chosen subset, random subsets of its size), the task with the
+            target's name if there is one, all tasks without each one, and the chosen mixture with
+            each dropped one (of more than 60 tasks, with the most similar ones).
         difference: the chosen mixture's loss minus that of all tasks. Its interval is narrower than
             the intervals of the two losses, whose errors are shared.
         tasks: what was captured of each task; ``target``: of the target.
