@@ -26,6 +26,9 @@ export MALLOC_TRIM_THRESHOLD_ := 100000000000
 # Tests run side by side, one thread each: threads of NumPy that wait for each other take their time.
 test test-fast test-oldest test-newest: export OMP_NUM_THREADS := 1
 
+# Scopes in the order of tests/conftest.py, the longest first.
+PARALLEL := --numprocesses auto --dist loadscope --no-loadscope-reorder
+
 # What touches Trainer, PEFT or autograd. Where runs are killed matters to files, how much memory is
 # predicted to PyTorch, and estimates to NumPy alone: none depends on versions of those. That processes
 # are launched is part of test_two_processes.py. Options, repeated runs and changed resumed runs go
@@ -45,15 +48,15 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.$(RECIPE) $(addprefix --config ,$(CONFIG)) $(addprefix --data_dir ,$(DATA_DIR))
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses auto --dist loadscope
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses auto --dist loadscope -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-versions: test-oldest test-newest
 
 test-oldest test-newest: test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest --numprocesses auto --dist loadscope $(CORE_TESTS)
+	.venv-$*/bin/python -m pytest $(PARALLEL) $(CORE_TESTS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
