@@ -19,7 +19,7 @@ import yaml
 FOLDER = Path(__file__).parent.parent / "recipes" / "existing_script"
 README = (FOLDER / "README.md").read_text()
 FILES = ["sums.jsonl", "letters.jsonl", "wrong.jsonl"]
-SMALL = "--max_steps 6 --per_device_train_batch_size 4 --report_to none --use_cpu --disable_tqdm true".split()
+SMALL = ["--max_steps=6", "--per_device_train_batch_size=4", "--report_to=none", "--use_cpu"]
 
 
 def blocks(language):
@@ -61,10 +61,10 @@ def run(script, *arguments):
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, script, *arguments, *SMALL],
-        env=os.environ | {"PYTHONPATH": paths},
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
 
