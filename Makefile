@@ -1,4 +1,5 @@
-# make demo    the main job, end to end, on a real model and real tasks
+# make demo    the main job, end to end, on a real model and real tasks; another recipe with
+#              RECIPE=instruction and the like, from a folder of JSONL files with DATA_DIR=...
 # make test    all tests
 # make test-fast   those to run while editing: all but the ones that are marked slow
 # make check   lint, format and types
@@ -37,8 +38,11 @@ CORE_TESTS ?= --deselect tests/test_resume.py::TestKills --deselect tests/test_r
 
 .PHONY: demo test test-fast check docs wheel-check clean test-versions test-oldest test-newest
 
+RECIPE ?= demo
+CONFIG := $(wildcard recipes/configs/$(RECIPE)_cpu.yaml)
+
 demo: $(VENV)/.installed
-	$(BIN)/python -m recipes.demo
+	$(BIN)/python -m recipes.$(RECIPE) $(addprefix --config ,$(CONFIG)) $(addprefix --data_dir ,$(DATA_DIR))
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadscope

@@ -442,5 +442,5 @@ def claims() -> str:
         f"default's choice was worse than on all tasks in {times_worse(default)} runs; mean regret "
         f"{regret(default)}, all tasks {regret(strategies[ALL_TASKS])}, LESS "
         f"{regret(strategies['LESS'])}. With `confirm=3`: {times_worse(confirmed)}, at the cost of "
-        "two more runs.",
+        "three more runs.",
     )

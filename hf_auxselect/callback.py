@@ -41,8 +41,8 @@ from hf_auxselect.reselection import Reselection
 from hf_auxselect.run import Run
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory
 from hf_auxselect.selectors import AbstractSelector, MixtureOptimization
-from hf_auxselect.switch import Switch
-from hf_auxselect.trainer import access, checkpoints, support
+from hf_auxselect.switch import Switch, evaluate_target
+from hf_auxselect.trainer import access, checkpoints, hub, support
 from hf_auxselect.trainer.batches import BatchSource
 from hf_auxselect.trainer.schedule import schedule_restart
 
@@ -55,7 +55,7 @@ class TaskSelectionCallback(TrainerCallback):
     Add it to a ``Trainer`` or ``SFTTrainer`` whose training set has a task column (see
     :func:`hf_auxselect.concatenate_tasks`) and whose evaluation set is the target. The run warms up
     on all tasks, captures projected gradients of every task and of the target, estimates the
-    target's loss after training on any subset of tasks, and goes on with the chosen one.
+    target's loss after training on any mixture of tasks, and goes on with the chosen one.
 
     Args:
         target: key of an ``eval_dataset`` dict. None: the ``eval_dataset``, or the dict's only key.
@@ -76,8 +76,9 @@ class TaskSelectionCallback(TrainerCallback):
         batch_size: examples of a forward pass of the gradient pass; None: the trainer's
             ``per_device_train_batch_size``. Batches of short examples hold more.
         one_by_one: capture each example alone; slow, for models that hooks cannot capture.
-        verify: number of ground-truth runs at the switch (the chosen mixture, all tasks, random
-            subsets of the chosen size), whose losses the report compares with the estimates.
+        verify: number of ground-truth runs at the switch, whose losses the report compares with the
+            estimates: the chosen mixture, all tasks, and the chosen weights in random order (of a
+            chosen subset, random subsets of its size).
         calibrate: number of ground-truth runs on mixtures spread over all possible ones, before
             the choice; they correct the estimates and set their error bars.
         confirm: number of finalists that are trained at the switch for the remaining steps: the
@@ -90,7 +91,7 @@ class TaskSelectionCallback(TrainerCallback):
             gradients of its rows, each of which is captured once more; see
             :func:`hf_auxselect.cluster_tasks`. No task column is needed, and none is read. None:
             tasks are those of the column.
-        layers: which layers count in the estimates, and if asked for which are trained after the
+        layers: which layers count in the estimates and, if asked for, which are trained after the
             switch; a :class:`hf_auxselect.LayerSelection`. None: all.
         sources: task -> where its data come from, as an entry of TRL's ``datasets:`` (``path``,
             ``name``, ...), for exports and the model card.
@@ -255,8 +256,19 @@ class TaskSelectionCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        trainer = self._current_trainer()
+        if self._run is not None and self.report is not None:
+            self._add_evaluation(trainer, self._run, self.report)
         self._end_run()
-        self._publication.end(self._current_trainer())
+        self._publication.end(trainer)
+
+    def _add_evaluation(self, trainer: Trainer, run: Run, report: SelectionReport) -> None:
+        """Add the target's metrics after training to the report."""
+        step, switch_step = hub.final_step(trainer), max(run.decisions)
+        if made := evaluate_target(trainer, run.plan.at(switch_step), step):
+            before = [one for one in report.evaluations if one.step <= switch_step]
+            report.evaluations = before + made
+            run.last_directory.save_report(report)
 
     def _end_run(self) -> None:
         """Give the trainer its own batches and steps back."""

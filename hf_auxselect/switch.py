@@ -23,7 +23,7 @@ from hf_auxselect.options import Confirmation, Options
 from hf_auxselect.plan import Plan
 from hf_auxselect.report import SelectionReport, calibrated, strategy_record
 from hf_auxselect.report.console import for_stream
-from hf_auxselect.report.content import Race
+from hf_auxselect.report.content import Evaluation, Race
 from hf_auxselect.report.table_rows import table_rows
 from hf_auxselect.report.text import summary
 from hf_auxselect.reselection import credited, score_of
@@ -32,11 +32,27 @@ from hf_auxselect.run_directory import RunDirectory, decision_of
 from hf_auxselect.selectors import Selection
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.trainer import access, checkpoints, tracking
-from hf_auxselect.trainer.evaluation import evaluation_loss
+from hf_auxselect.trainer.evaluation import evaluation_loss, evaluation_metrics
 from hf_auxselect.trainer.loss import evaluating
 from hf_auxselect.trainer.schedule import restart
 from hf_auxselect.trainer.trial_runs import RestOfRun
 from hf_auxselect.verification import mixtures_to_calibrate, mixtures_to_verify
+
+
+def evaluate_target(trainer: Trainer, plan: Plan, step: int) -> list[Evaluation]:
+    """The target's loss and metrics now; nothing if the trainer has no ``compute_metrics``.
+
+    Every process must call it.
+
+    Args:
+        trainer: evaluates.
+        plan: has the target.
+        step: that the present model has been trained for.
+    """
+    if trainer.compute_metrics is None:
+        return []
+    loss, metrics = evaluation_metrics(trainer, plan.target_key)
+    return [Evaluation(step=step, loss=loss if math.isfinite(loss) else None, metrics=metrics)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +123,7 @@ class Switch:
         store: GradientStore | None = None
         calibration = Measured([], [])
         pass_seconds, notes = 0.0, list(self.run.notes)
+        evaluations = evaluate_target(self.trainer, self.plan, self.step)
         # Ground-truth runs start from the run's own random states, which are back after each part.
         with access.preserved_rng():
             if options.clusters is not None and self._is_first:
@@ -132,7 +149,7 @@ class Switch:
         with access.preserved_rng():
             report = self._report(store, fitted, selection, notes)
         report.calibration, report.confirmation = calibration.runs, race
-        report.layers = layers
+        report.layers, report.evaluations = layers, evaluations
         report.sources = options.sources
         seconds = on_main_process(lambda: (pass_seconds, time.perf_counter() - start))
         report.run["gradient_pass_seconds"] = round(seconds[0], 3)

@@ -10,41 +10,26 @@ The table at the end is measured, on examples of the target that no run has seen
 from __future__ import annotations
 
 import argparse
-import random
 import shutil
 import time
 import warnings
 from pathlib import Path
 
-from trl import SFTTrainer
+from transformers import Trainer
 
-from hf_auxselect import FixedSelection, TaskSelectionCallback
-from hf_auxselect.files import to_json, write_atomically
+from hf_auxselect import SelectionReport, TaskSelectionCallback
 from recipes.arithmetic import build, target_examples
+from recipes.comparison import ALL, Comparison, all_tasks, random_order, shares, table, verdict
 from recipes.models import smollm2
 
 WARM_UP_STEPS, STEPS, BATCH_SIZE = 24, 48, 8
 NUM_ROWS, NUM_HELD_OUT, SEED = 48, 64, 0
-ALL, RANDOM = "all tasks", "weights in random order"
 
 
-def held_out_loss(trainer: SFTTrainer) -> float:
+def measure(trainer: Trainer) -> dict[str, float]:
     """Loss of new target examples, nats per label token."""
-    return float(trainer.evaluate(target_examples(NUM_HELD_OUT, seed=7))["eval_loss"])
-
-
-def make(model: str, callback: TaskSelectionCallback, directory: Path) -> SFTTrainer:
-    """The trainer of the recipe, which keeps the checkpoint at the switch."""
-    return build(
-        model,
-        callback,
-        output_dir=str(directory),
-        num_rows=NUM_ROWS,
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH_SIZE,
-        save_strategy="steps",
-        save_steps=WARM_UP_STEPS,
-    )
+    held_out = target_examples(NUM_HELD_OUT, seed=7)
+    return {"loss": float(trainer.evaluate(held_out)["eval_loss"])}
 
 
 def main() -> None:
@@ -58,67 +43,46 @@ def main() -> None:
     start = time.perf_counter()
     shutil.rmtree(options.output_dir, ignore_errors=True)  # of an earlier demo
 
-    print("\n1. One run: warm-up on all tasks, selection, training on the selected ones\n")
-    callback = TaskSelectionCallback(warmup=WARM_UP_STEPS)
-    trainer = make(model, callback, options.output_dir / "selected")
-    print(callback.preview(trainer))
-    measured = {"before training": held_out_loss(trainer)}
-    trainer.train()
-    measured["chosen by hf-auxselect"] = held_out_loss(trainer)
-    report = callback.report
-    assert report is not None
-    checkpoint = options.output_dir / "selected" / f"checkpoint-{WARM_UP_STEPS}"
-
-    tasks = list(report.weights)
-    weights = [report.weights[name] for name in tasks]
-    chance = dict(zip(tasks, random.Random(SEED).sample(weights, len(weights)), strict=True))
-    chance = {name: weight for name, weight in chance.items() if weight > 0}
-    for number, (name, mixture) in enumerate({ALL: tasks, RANDOM: chance}.items(), start=2):
-        print(f"\n{number}. For comparison, from the same checkpoint: {name}\n")
-        fixed = TaskSelectionCallback(
-            warmup=WARM_UP_STEPS, selector=FixedSelection(mixture, estimate=False)
+    def make(callback: TaskSelectionCallback, directory: Path, seed: int) -> Trainer:
+        return build(
+            model,
+            callback,
+            output_dir=str(directory),
+            num_rows=NUM_ROWS,
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH_SIZE,
+            save_strategy="steps",  # keeps the checkpoint at the switch
+            save_steps=WARM_UP_STEPS,
+            seed=seed,
         )
-        trainer = make(model, fixed, options.output_dir / name.replace(" ", "-"))
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-        measured[name] = held_out_loss(trainer)
 
-    rows = ["before training", ALL, RANDOM, "chosen by hf-auxselect"]
+    comparison = Comparison(
+        make=make,
+        callback=lambda seed: TaskSelectionCallback(warmup=WARM_UP_STEPS),
+        measure=measure,
+        rivals={ALL: all_tasks, "weights in random order": random_order},
+        output_dir=options.output_dir,
+        settings={"model": model, "steps": STEPS},
+    )
+    runs = comparison.run(SEED)
+    chosen = comparison.directory("chosen", SEED) / "_task_selection"
+    report = SelectionReport.load(chosen)
     seconds = time.perf_counter() - start
     lines = [
         f"Measured loss of {NUM_HELD_OUT} new three-term sums, nats per label token ({STEPS} steps",
         f"each, of which the first {WARM_UP_STEPS} are shared):",
         "",
-        *(f"  {name:<24} {measured[name]:.4f}" for name in rows),
+        *table(runs),
         "",
         f"Chosen: {shares(report.weights)}.",
-        f"In random order: {shares(chance)}.",
-        verdict(measured),
+        f"In random order: {shares(runs[-1].weights)}.",
+        verdict(runs),
         f"Everything took {seconds / 60:.1f} minutes; the selection itself "
         f"{report.run['seconds']:.0f} seconds of them.",
+        "",
+        f"The report: {chosen / 'report' / 'index.html'}",
     ]
     print("\n" + "\n".join(lines))
-    write_atomically(
-        options.output_dir / "measured.json",
-        to_json({"measured": measured, "selected": report.selected, "seconds": round(seconds, 1)}),
-    )
-    page = options.output_dir / "selected" / "_task_selection" / "report" / "README.md"
-    print(f"\nThe report: {page}")
-
-
-def shares(weights: dict[str, float]) -> str:
-    """A mixture, the largest share first, in percent."""
-    ordered = sorted(weights.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {weight:.0%}" for name, weight in ordered if weight > 0)
-
-
-def verdict(measured: dict[str, float]) -> str:
-    """Say plainly whether the choice won."""
-    chosen = measured["chosen by hf-auxselect"]
-    better = [name for name, loss in measured.items() if loss < chosen]
-    if better:
-        return f"The choice did NOT win: {' and '.join(better)} had a lower loss."
-    gain = measured["all tasks"] - chosen
-    return f"The choice won; it is {gain:.4f} nats below training on all tasks."
 
 
 if __name__ == "__main__":

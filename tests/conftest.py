@@ -23,6 +23,8 @@ SLOW_MODULES = (
     "test_existing_script.py",
     "test_faults.py",
     "test_fuzz.py",
+    "test_comparison.py",
+    "test_instruction.py",
     "test_launch.py",
     "test_notebook.py",
     "test_packing.py",
@@ -89,3 +91,14 @@ def _no_waiting_for_the_disk():
 @pytest.fixture
 def run_dir(tmp_path):
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A checkpoint on disk, as a user would pass with --model."""
+    import tiny
+
+    directory = tmp_path_factory.mktemp("model")
+    tiny.llama(max_position_embeddings=512).save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return str(directory)

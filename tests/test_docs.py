@@ -86,7 +86,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
         {"sums of two": tiny.sums(12, 1), "letters": tiny.sums(12, 2, letters=True)}
     )
     callback = TaskSelectionCallback()
-    trainer = tiny.sft_trainer("outputs/demo/selected", callback, train_dataset=train)
+    trainer = tiny.sft_trainer("outputs/demo/chosen-0", callback, train_dataset=train)
     trainer.train()
     lines = [line for line in commands(README) if line.startswith("hf-auxselect ")]
     assert lines

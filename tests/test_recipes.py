@@ -2,8 +2,6 @@
 
 import sys
 
-import pytest
-import tiny
 from datasets import Dataset
 
 from recipes import arithmetic, demo, noisy_addition
@@ -58,15 +56,6 @@ class TestArithmetic:
         assert mixed["completion"][:] != rows["completion"][:]
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """A checkpoint on disk, as a user would pass with --model."""
-    directory = tmp_path_factory.mktemp("model")
-    tiny.llama(max_position_embeddings=512).save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return str(directory)
-
-
 def test_the_script_to_copy_runs(tiny_model, tmp_path, monkeypatch, capsys):
     arguments = ["--model", tiny_model, "--output_dir", str(tmp_path), "--max_steps", "5"]
     monkeypatch.setattr(sys, "argv", ["arithmetic.py", *arguments])
@@ -85,23 +74,6 @@ def test_the_demo_runs(tiny_model, tmp_path, monkeypatch, capsys):
     demo.main()
     shown = capsys.readouterr().out
     assert "Measured loss" in shown
-    for line in (
-        "before training",
-        "all tasks",
-        "weights in random order",
-        "chosen by hf-auxselect",
-    ):
+    for line in ("all tasks", "weights in random order", "chosen by hf-auxselect"):
         assert line in shown
-    assert (tmp_path / "measured.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("losses", "verdict"),
-    [
-        ((3.0, 2.0, 2.5, 1.5), "The choice won; it is 0.5000 nats below"),
-        ((3.0, 1.0, 2.5, 1.5), "The choice did NOT win: all tasks had a lower loss"),
-    ],
-)
-def test_the_demo_says_plainly_whether_the_choice_won(losses, verdict):
-    names = ["before training", "all tasks", "weights in random order", "chosen by hf-auxselect"]
-    assert demo.verdict(dict(zip(names, losses, strict=True))).startswith(verdict)
+    assert (tmp_path / "measured-0.json").is_file()

@@ -192,7 +192,11 @@ def sft_trainer(output_dir: Path | str, *callbacks: Any, **options: Any) -> Any:
     """An SFTTrainer on the tiny tasks; options are its own or those of SFTConfig."""
     from trl import SFTConfig, SFTTrainer
 
-    own = _pop(options, "train_dataset", "eval_dataset", "peft_config", "model", "trainer_class")
+    own = _pop(
+        options,
+        *("train_dataset", "eval_dataset", "peft_config", "model", "trainer_class"),
+        *("compute_metrics", "preprocess_logits_for_metrics"),
+    )
     trainer_class = own.pop("trainer_class", SFTTrainer)
     return trainer_class(
         **{
@@ -211,7 +215,7 @@ def sft_trainer(output_dir: Path | str, *callbacks: Any, **options: Any) -> Any:
 def plain_trainer(output_dir: Path | str, *callbacks: Any, **options: Any) -> Any:
     """A stock Trainer on the tiny tasks; options are its own or those of TrainingArguments."""
     own = _pop(options, "train_dataset", "eval_dataset", "model", "data_collator", "trainer_class")
-    own |= _pop(options, "compute_loss_func", "optimizers")
+    own |= _pop(options, "compute_loss_func", "optimizers", "compute_metrics")
     trainer_class = own.pop("trainer_class", Trainer)
     return trainer_class(
         **{

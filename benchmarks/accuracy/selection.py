@@ -303,9 +303,18 @@ def summarize(record: dict[str, Any]) -> dict[str, dict[str, float]]:
                 "seeds_with_exact_match": len(matches),
             }
         if (seconds := _seconds(record, name)) is not None:
-            confirmed = len(record["choices"].get(name, [()])) - 1
-            result[name]["cost"] = seconds / seconds_of_run + confirmed
+            result[name]["cost"] = seconds / seconds_of_run + _further_runs(record, name)
     return result
+
+
+def _further_runs(record: dict[str, Any], strategy: str) -> int:
+    """Runs that a strategy trains besides the one that it ends with.
+
+    A confirmation trains all finalists, and then the run that goes on; of other mixtures the best
+    one's model is kept.
+    """
+    number = len(record["choices"].get(strategy, [()]))
+    return number if "confirm=" in strategy and number > 1 else number - 1
 
 
 def _seconds(record: dict[str, Any], strategy: str) -> float | None:

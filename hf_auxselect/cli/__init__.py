@@ -199,7 +199,7 @@ def _add_verify(commands: Any) -> None:
         "compare the estimates with ground-truth runs, and add the result to the report",
         "--num 4 outputs/_task_selection train.py --learning_rate 1e-4",
         "Runs your training script from its checkpoint at the switch. Instead of continuing the "
-        "run, it trains on the chosen mixture, on all tasks and on random subsets, and adds the "
+        "run, it trains on the chosen mixture, on all tasks and on random mixtures, and adds the "
         "measured losses to the report. Nothing else in the output directory changes.",
     )
     command.add_argument(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
-from hf_auxselect.report.content import ReportContent
+from hf_auxselect.report.content import Evaluation, ReportContent
 from hf_auxselect.report.markdown import escape_markdown
 from hf_auxselect.report.text import (
     agreement_sentence,
     comparison_sentence,
     confirmation_sentence,
     decision_sentence,
+    evaluations_sentence,
     printable,
     shortened,
 )
@@ -56,7 +57,7 @@ class Metadata:
         defaults: values of keys that the card does not have.
         lists: items by key, added to those of the card.
         configs: subsets of a dataset repo for the viewer; replace those of the same name.
-        result: the target's measured loss. It replaces that of an earlier push; None removes it.
+        results: the target's measured loss and metrics. They replace those of an earlier push.
         model_name: heads the results, if the card has none yet.
     """
 
@@ -64,7 +65,7 @@ class Metadata:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     lists: Mapping[str, Collection[str]] = field(default_factory=dict)
     configs: Collection[Mapping[str, Any]] = ()
-    result: EvalResult | None = None
+    results: Sequence[EvalResult] = ()
     model_name: str = "model"
 
 
@@ -84,6 +85,8 @@ def measured_loss(report: ReportContent) -> float | None:
     """
     if "final_loss" in report.run:
         return report.run["final_loss"]
+    if (final := final_evaluation(report)) is not None:
+        return final.loss
     trained_on = "all tasks" if report.run.get("after") == "observe" else "chosen"
     race = report.confirmation
     if race is not None and race.steps and race.steps[-1] == report.run.get("max_steps"):
@@ -92,7 +95,8 @@ def measured_loss(report: ReportContent) -> float | None:
 
 
 def _where(report: ReportContent) -> str:
-    return " after training" if "final_loss" in report.run else " in a ground-truth run"
+    is_of_run = "final_loss" in report.run or final_evaluation(report) is not None
+    return " after training" if is_of_run else " in a ground-truth run"
 
 
 def model_metadata(report: ReportContent, repo_id: str, revision: str | None = None) -> Metadata:
@@ -112,22 +116,37 @@ def model_metadata(report: ReportContent, repo_id: str, revision: str | None = N
     tasks = report.selected if report.run.get("after") == "restart" else report.weights
     paths = [str(report.sources.get(task, {}).get("path", "")) for task in tasks]
     lists = {"datasets": [path for path in dict.fromkeys(paths) if is_hub_id(path)], "tags": TAGS}
-    result, loss = None, measured_loss(report)
+    target = report.target.name if report.target else "target"
+    measured, loss = [], measured_loss(report)
     if loss is not None:
-        target = report.target.name if report.target else "target"
-        result = EvalResult(
+        measured.append(("loss", f"loss of the target{_where(report)}, nats per label token", loss))
+    if (final := final_evaluation(report)) is not None:
+        measured += [
+            (printable(name), f"{printable(name)} of the target after training", value)
+            for name, value in final.metrics.items()
+        ]
+    results = [
+        EvalResult(
             task_type="text-generation",
             dataset_type="target",
             dataset_name=_shortened(printable(target)),
-            metric_type="loss",
-            metric_name=f"loss of the target{_where(report)}, nats per label token",
-            metric_value=round(loss, 4),
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 4),
             source_name=SOURCE,
             source_url=f"{ENDPOINT}/{repo_id}/blob/{revision or 'main'}/{FOLDER}/report.json",
         )
+        for kind, name, value in measured
+    ]
     return Metadata(
-        defaults=defaults, lists=lists, result=result, model_name=repo_id.rpartition("/")[2]
+        defaults=defaults, lists=lists, results=results, model_name=repo_id.rpartition("/")[2]
     )
+
+
+def final_evaluation(report: ReportContent) -> Evaluation | None:
+    """The evaluation of the target after training; None if there is none, or training goes on."""
+    last = report.evaluations[-1] if report.evaluations else None
+    return last if last and last.step > report.run.get("switch_step", last.step) else None
 
 
 def edit_card(card: str, section: str, metadata: Metadata, title: str = "") -> str:
@@ -193,6 +212,7 @@ def section(report: ReportContent, files: Collection[str]) -> str:
         comparison_sentence(report),
         confirmation_sentence(report),
         agreement_sentence(report),
+        evaluations_sentence(report),
     )
     parts += [escape_markdown(sentence) for sentence in sentences if sentence]
     parts += [f"> **Warning.** {escape_markdown(warning)}" for warning in report.warnings]
@@ -321,23 +341,23 @@ def _changes(values: Mapping[str, Any], texts: Mapping[str, Any], ours: Metadata
     if isinstance(index, list) and all(
         isinstance(entry, dict) and isinstance(entry.get("results", []), list) for entry in index
     ):
-        new_index = _with_result(index, ours, str(values.get("pipeline_tag") or ""))
+        new_index = _with_results(index, ours, str(values.get("pipeline_tag") or ""))
         if new_index != index:
             changed["model-index"] = new_index or None
     return changed
 
 
-def _with_result(present: list[dict[str, Any]], ours: Metadata, kind: str) -> list[dict[str, Any]]:
-    """A model index with our result instead of that of an earlier push."""
+def _with_results(present: list[dict[str, Any]], ours: Metadata, kind: str) -> list[dict[str, Any]]:
+    """A model index with our results instead of those of an earlier push."""
     index = copy.deepcopy(present)
     for entry in index:
         others = [result for result in entry.get("results", []) if not _is_ours(result)]
         if others != entry.get("results", []):
             entry["results"] = others
-    if ours.result is None:  # an entry that held nothing but ours goes with it
+    if not ours.results:  # an entry that held nothing but ours goes with it
         before = [bool(entry.get("results")) for entry in present]
         return [e for e, had in zip(index, before, strict=True) if e.get("results") or not had]
-    (made,) = eval_results_to_model_index(ours.model_name, [ours.result])
+    (made,) = eval_results_to_model_index(ours.model_name, [*ours.results])
     if kind:
         made["results"][0]["task"]["type"] = kind
     if not index:

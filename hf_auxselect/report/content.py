@@ -18,8 +18,8 @@ NUM_RANDOM_SUBSETS = 200
 class Row:
     """One line of the comparison: a mixture and its estimated loss, nats per label token.
 
-    For random subsets ``loss`` is the mean over them, and ``low`` and ``high`` are their 5% and 95%
-    quantiles; otherwise ``low`` and ``high`` bound the 90% interval of the estimate.
+    For random mixtures ``loss`` is the mean over them, and ``low`` and ``high`` are their 5% and
+    95% quantiles; otherwise ``low`` and ``high`` bound the 90% interval of the estimate.
     """
 
     name: str
@@ -88,6 +88,18 @@ class Measurement:
     high: float
     measured: float
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The target as the trainer evaluates it, with the metrics of its ``compute_metrics``."""
+
+    step: int
+    """Optimizer steps of the run that the evaluated model has been trained for."""
+    loss: float | None
+    """Nats per label token; None: not finite."""
+    metrics: dict[str, float]
+    """What ``compute_metrics`` returns, by its own names; the finite numbers among it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,10 +245,10 @@ class ReportFields:
         weights: task -> fraction of the training examples; 0 for dropped tasks.
         scores: task -> score, if the selector has scores; ``score_intervals``: their 90%
             intervals, about which subsets were drawn.
-        rows: estimates of no further training, the chosen mixture, all tasks, random subsets of the
-            chosen size, the task with the target's name if there is one, all tasks without each
-            one, and the chosen mixture with each dropped one (of more than 60 tasks, with the
-            most similar ones).
+        rows: estimates of no further training, the chosen mixture, all tasks, the chosen weights in
+            random order (of a chosen subset, random subsets of its size), the task with the
+            target's name if there is one, all tasks without each one, and the chosen mixture with
+            each dropped one (of more than 60 tasks, with the most similar ones).
         difference: the chosen mixture's loss minus that of all tasks. Its interval is narrower than
             the intervals of the two losses, whose errors are shared.
         tasks: what was captured of each task; ``target``: of the target.
@@ -250,6 +262,8 @@ class ReportFields:
         calibration: ground-truth runs before the choice (``calibrate=n``), next to the estimates
             before calibration.
         confirmation: the finalists that were trained before the switch (``confirm=n``).
+        evaluations: the target's loss and metrics, measured at the switch and after training; empty
+            if the trainer has no ``compute_metrics``.
         layers: scores of layers and what was chosen by them (``layers=LayerSelection(...)``).
         decisions: where a run selects several times (``reselect``), all its selections so far;
             the other fields are about the last one.
@@ -275,6 +289,7 @@ class ReportFields:
     verification: list[Measurement] = field(default_factory=list)
     calibration: list[Measurement] = field(default_factory=list)
     confirmation: Race | None = None
+    evaluations: list[Evaluation] = field(default_factory=list)
     layers: LayersRecord | None = None
     decisions: list[DecisionLine] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
@@ -320,6 +335,11 @@ class ReportContent(ReportFields):
             for group in self.groups
             if group.name in before
         ]
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics of the evaluations."""
+        return list(dict.fromkeys(name for one in self.evaluations for name in one.metrics))
 
     def row(self, name: str) -> Row:
         """The line of the comparison called ``name``: ``"chosen"``, ``"all tasks"``, ...

@@ -44,13 +44,15 @@ class SelectionReport(ReportContent):
     Attributes:
         selected: the tasks with a positive weight.
         weights: task -> fraction of the training examples; 0 for dropped tasks.
-        rows: estimates of no further training, the chosen mixture, all tasks, random subsets of the
-            chosen size, the task with the target's name if there is one, all tasks without each
-            one, and the chosen mixture with each dropped one (of more than 60 tasks, with the
-            most similar ones).
+        rows: estimates of no further training, the chosen mixture, all tasks, the chosen weights in
+            random order (of a chosen subset, random subsets of its size), the task with the
+            target's name if there is one, all tasks without each one, and the chosen mixture with
+            each dropped one (of more than 60 tasks, with the most similar ones).
         difference: the chosen mixture's loss minus that of all tasks, with its own interval.
         verification, calibration: ground-truth runs after and before the choice.
         confirmation: the finalists that were trained to confirm the choice, or None.
+        evaluations: the target's loss and metrics at the switch and after training, if the trainer
+            has ``compute_metrics``.
         layers: ``scores`` of layers and ``rates`` by them, or None.
         diagnostics: numbers that say how far to trust the estimates and the choice.
         warnings: what a reader should know before trusting the choice.

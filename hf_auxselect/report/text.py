@@ -98,6 +98,18 @@ def confirmation_sentence(content: ReportContent) -> str:
     )
 
 
+def evaluations_sentence(content: ReportContent) -> str:
+    """The target's measured loss and metrics, at each step; empty if nothing was measured."""
+    if not content.evaluations:
+        return ""
+    told = [
+        f"after step {one.step} loss {nats(one.loss)}"
+        + "".join(f", {printable(name)} {value:.4g}" for name, value in one.metrics.items())
+        for one in content.evaluations
+    ]
+    return f"Measured on the target: {'; '.join(told)}."
+
+
 def layers_sentence(content: ReportContent) -> str:
     """Which layers were chosen, and what for; empty if none were asked for."""
     layers = content.layers
@@ -175,6 +187,7 @@ def summary(content: ReportContent) -> list[str]:
         confirmation_sentence(content),
         layers_sentence(content),
         agreement_sentence(content),
+        evaluations_sentence(content),
     ]
     return [text for text in [*sentences, *_warnings(content)] if text]
 
@@ -209,6 +222,8 @@ def to_text(content: ReportContent) -> str:
         lines.append(layers_sentence(content))
     lines += _runs("Ground-truth runs", content.verification, agreement_sentence(content))
     lines += _runs("Calibration runs", content.calibration, calibration_sentence(content))
+    if content.evaluations:
+        lines.append(evaluations_sentence(content))
     return "\n".join([*lines, *_warnings(content)])
 
 

@@ -14,6 +14,9 @@ from hf_auxselect.selectors.subset_search import SubsetSearch
 class ExhaustiveSearch(AbstractSelector):
     """Estimates every non-empty subset that contains ``keep`` and takes the best; up to 20 tasks.
 
+    Choose it with up to 12 tasks. The lowest of so many estimates is likely too low: look at the
+    interval of the difference to all tasks.
+
     Cost: 2^K - 1 estimates, in chunks of 4,096.
     """
 

@@ -42,8 +42,9 @@ NEGLIGIBLE = 1e-3
 class MixtureOptimization(AbstractSelector):
     """Finds the mixture weights with the lowest estimated loss, and shrinks them towards all tasks.
 
-    Choose it where the training set may be weighted, as it can be in a run of the callback: a
-    mixture is never worse than the best subset, and by default it leaves no task out.
+    Choose it where the training set may be weighted, as it can be in a run of the callback. The
+    lowest estimate of a mixture is never above that of a subset, and by default no task is left
+    out.
 
     The loss is minimised over the weights by projected gradient descent from several starts, with
     the estimator's gradient, or else with slopes measured from 2 K + 1 estimates. The result is

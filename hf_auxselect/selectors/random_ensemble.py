@@ -58,9 +58,9 @@ class RandomEnsemble(AbstractSelector):
             0.95 with those of as many others: 2 r / (1 + r), with r that of the two halves.
         subset_size: tasks per subset: a number, or a fraction of K in (0, 1).
         threshold: take the tasks with a score of at most this, at least one. Or
-            ``"cross-validation"``: take the number of tasks whose estimate is lowest in the mean
-            over five folds, in each of which the other subsets give the order. It is for few
-            subsets, whose order is partly chance.
+            ``"cross-validation"``: take the number of tasks with the lowest mean estimate over five
+            orders of the tasks, each from four fifths of the subsets. It is for few subsets, whose
+            order is partly chance.
         top_k: take this many tasks.
         seed: determines the subsets. They are random but balanced: tasks are in nearly equally
             many of them, and so are pairs of tasks, so that the score of a task hardly

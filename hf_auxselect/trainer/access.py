@@ -129,6 +129,18 @@ def undisturbed(trainer: Trainer) -> Iterator[None]:
                 setattr(trainer, name, value)
 
 
+@contextlib.contextmanager
+def unlogged(trainer: Trainer) -> Iterator[None]:
+    """Keep an evaluation out of the log of the run; one that is due still takes place."""
+    history = trainer.state.log_history
+    trainer.state.log_history = list(history)
+    try:
+        with _still_due(trainer):
+            yield
+    finally:
+        trainer.state.log_history = history
+
+
 def stop_workers(loader: Any) -> None:
     """Stop the persistent workers of a loader that Trainer made, which would outlive its use.
 
@@ -212,5 +224,18 @@ def log(trainer: Trainer, metrics: dict[str, float]) -> None:
     """Log through the trainer without closing a subclass's own logging window.
 
     SFTTrainer.log averages and clears the metrics gathered since the last log; its base does not.
+    A log of the trainer's own that is due after this step still takes place.
     """
-    Trainer.log(trainer, metrics)
+    with _still_due(trainer):
+        Trainer.log(trainer, metrics)
+
+
+@contextlib.contextmanager
+def _still_due(trainer: Trainer) -> Iterator[None]:
+    """Let a log and an evaluation that are due take place: the trainer takes these for them."""
+    log_is_due, evaluation_is_due = trainer.control.should_log, trainer.control.should_evaluate
+    try:
+        yield
+    finally:
+        trainer.control.should_log |= log_is_due
+        trainer.control.should_evaluate |= evaluation_is_due

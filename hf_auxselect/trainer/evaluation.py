@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate.data_loader import BatchSamplerShard
@@ -106,6 +108,53 @@ def evaluation_loss(trainer: Trainer, target: Any) -> float:
         trainer.get_eval_dataloader(target), "evaluation", prediction_loss_only=True
     )
     return float(output.metrics["eval_loss"])
+
+
+class Measured(NamedTuple):
+    """What an evaluation has measured."""
+
+    loss: float
+    """``eval_loss``; may be infinite or NaN."""
+    metrics: dict[str, float]
+    """Finite numbers that ``compute_metrics`` has returned, by the names it gave them."""
+
+
+def evaluation_metrics(trainer: Trainer, target: Any) -> Measured:
+    """Evaluate as ``trainer.evaluate`` does, metrics included; nothing is logged.
+
+    Every process must call it. The trainer must have ``compute_metrics``.
+
+    Args:
+        trainer: the trainer.
+        target: a key of its ``eval_dataset`` dict, or None for its ``eval_dataset``.
+    """
+    returned: dict[str, Any] = {}
+    compute = trainer.compute_metrics
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        # With batch_eval_metrics it is called for each batch; the last call returns the totals.
+        metrics = compute(*args, **kwargs)
+        returned.clear()
+        returned.update(metrics or {})
+        return metrics
+
+    trainer.compute_metrics = remember
+    try:
+        with evaluating(trainer), access.unlogged(trainer):
+            loss = float(trainer.evaluate(target)["eval_loss"])
+    finally:
+        trainer.compute_metrics = compute
+    return Measured(loss, _finite_numbers(returned))
+
+
+def _finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Those values that are finite numbers; a metric may also return lists, texts or None."""
+    numbers = {}
+    for name, value in values.items():
+        with contextlib.suppress(TypeError, ValueError):  # of an array with several elements
+            if not isinstance(value, str | bytes) and math.isfinite(value):
+                numbers[str(name)] = float(value)
+    return numbers
 
 
 def compare_evaluation(

@@ -80,19 +80,24 @@ def add_model_tags(trainer: Trainer, tags: tuple[str, ...]) -> None:
     trainer.model.model_tags = present + [tag for tag in tags if tag not in present]
 
 
+def final_step(trainer: Trainer) -> int:
+    """Steps of the model that training ended with: those of a checkpoint, if one was loaded."""
+    args, state = trainer.args, trainer.state
+    if args.load_best_model_at_end and state.best_global_step is not None:
+        return int(state.best_global_step)
+    return int(state.global_step)
+
+
 def final_loss(trainer: Trainer, target: str | None) -> float | None:
     """The target's loss that was logged for the model as training ended.
 
     None if none was logged, or it is not finite, as after training has diverged. The loss is that
     of the last step, or of the step whose checkpoint was loaded at the end.
     """
-    args, state = trainer.args, trainer.state
-    step = state.global_step
-    if args.load_best_model_at_end and state.best_global_step is not None:
-        step = state.best_global_step
+    step, history = final_step(trainer), trainer.state.log_history
     key = target_key(trainer, target)
     name = "_".join(["eval", *([] if key is None else [key]), "loss"])
-    losses = [entry[name] for entry in state.log_history if entry["step"] == step and name in entry]
+    losses = [entry[name] for entry in history if entry["step"] == step and name in entry]
     return float(losses[-1]) if losses and math.isfinite(losses[-1]) else None
 
 

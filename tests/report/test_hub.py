@@ -5,6 +5,7 @@ import json
 import logging
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from reference import random_store
 from hf_auxselect import ForwardSelection, GradExLogistic, SelectionReport
 from hf_auxselect.cli import main
 from hf_auxselect.report import card, strategy_record
-from hf_auxselect.report.content import Measurement
+from hf_auxselect.report.content import Evaluation, Measurement
 from hf_auxselect.report.hub import RETRIES, PushError, Retries, push
 from hf_auxselect.selectors import SelectionProblem
 
@@ -295,6 +296,21 @@ class TestModelRepo:
         report.verification = []
         report.push_to_hub("me/model")
         assert "model-index" not in metadata(hub.card("me/model"))
+
+    def test_metrics_after_training_are_in_the_metadata(self, hub, report):
+        at_switch = Evaluation(step=report.run["switch_step"], loss=2.0, metrics={"f1": 0.25})
+        report.evaluations = [at_switch]
+        report.push_to_hub("me/model")
+        assert "model-index" not in metadata(hub.card("me/model"))
+        report.evaluations += [replace(at_switch, step=99, loss=1.5, metrics={"f1": 0.5})]
+        for _ in range(2):  # the second push replaces the first
+            report.push_to_hub("me/model")
+            ((result,),) = (m["results"] for m in metadata(hub.card("me/model"))["model-index"])
+            assert [(m["type"], m["value"]) for m in result["metrics"]] == [
+                ("loss", 1.5),
+                ("f1", 0.5),
+            ]
+        assert "f1 0.5" in hub.card("me/model")
 
     @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
     def test_hostile_names_are_text(self, hub, report, name, tmp_path):

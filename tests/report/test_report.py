@@ -24,7 +24,7 @@ from hf_auxselect import (
 from hf_auxselect.estimators.reliability import RELIABILITY_CHECKS, RESTART_WARNING
 from hf_auxselect.files import to_json
 from hf_auxselect.report.analysis import estimator_from, strategy_record
-from hf_auxselect.report.content import Interval, Row
+from hf_auxselect.report.content import Evaluation, Interval, Row
 from hf_auxselect.report.markdown import escape_markdown
 from hf_auxselect.report.tables import parquet_tables
 from hf_auxselect.report.text import printable
@@ -59,6 +59,26 @@ def report_of(store, selector=None):
 @pytest.fixture
 def report():
     return report_of(random_store(1))
+
+
+def test_measured_metrics_stand_beside_the_loss(tmp_path):
+    report = report_of(random_store(1))
+    report.evaluations = [
+        Evaluation(step=4, loss=1.5, metrics={"exact|match": 0.25}),
+        Evaluation(step=8, loss=None, metrics={"exact|match": 0.5, "f1": 0.125}),
+    ]
+    sentence = (
+        "Measured on the target: after step 4 loss 1.5000, exact|match 0.25; after step 8 loss not "
+        "finite, exact|match 0.5, f1 0.125."
+    )
+    assert report.to_text().count(sentence) == 1
+    page = report.to_markdown()
+    assert "| after step | loss | exact\\|match | f1 |" in page
+    assert "| 4 | 1.5000 | 0.25 | – |" in page
+    assert "| 8 | not finite | 0.5 | 0.125 |" in page
+    assert '<th scope="row">8</th><td class="number">not finite</td>' in report.to_html()
+    report.save(tmp_path)
+    assert SelectionReport.load(tmp_path).evaluations == report.evaluations
 
 
 def test_scores_have_their_intervals(tmp_path):

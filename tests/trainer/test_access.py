@@ -33,3 +33,11 @@ def test_the_trainer_found_is_the_one_that_calls(run_dir):
     assert one._trainer() is first
     assert other._trainer() is second
     assert find_trainer(one) is None  # nobody is calling
+
+
+@pytest.mark.parametrize("make", tiny.TRAINERS.values(), ids=tiny.TRAINERS)
+def test_the_log_that_is_due_at_the_switch_takes_place(make, run_dir):
+    trainer = make(run_dir, callback(), logging_steps=1)
+    trainer.train()
+    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == list(range(1, 11))

@@ -1,6 +1,7 @@
 """The loss of an example is the trainer's own: for each head, loss function and evaluation batch."""
 
 import logging
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from transformers import (
 
 from hf_auxselect import (
     GradExLogistic,
+    SelectionReport,
     UnsupportedLossError,
     capture_gradients,
     concatenate_tasks,
@@ -36,6 +38,7 @@ from hf_auxselect import (
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import SCALARS, ExampleLoss, forward_label_logits
 from hf_auxselect.selectors.shrinkage import KEPT_ALL
+from hf_auxselect.trainer.evaluation import evaluation_metrics
 
 VOCABULARY = len(tiny.VOCABULARY)
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 4, "max_steps": 5}
@@ -222,7 +225,8 @@ class Seq2SeqCollator:
 
 
 def seq2seq_trainer(directory, *callbacks, **options):
-    own = {k: options.pop(k) for k in ("eval_dataset", "model", "data_collator") if k in options}
+    names = ("eval_dataset", "model", "data_collator", "compute_metrics")
+    own = {k: options.pop(k) for k in names if k in options}
     return Seq2SeqTrainer(
         **{
             "model": t5(),
@@ -481,3 +485,77 @@ def test_usual_losses_are_not_warned_of(run_dir, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_auxselect"):
         estimated_and_logged(tiny.sft_trainer, run_dir)
     assert not [record for record in caplog.records if record.name.startswith("hf_auxselect")]
+
+
+class TestMetrics:
+    """The target's metrics of ``compute_metrics``, at the switch and after training."""
+
+    SETTINGS: ClassVar = EVALUATED | {"eval_steps": 2, "logging_steps": 1}
+
+    @staticmethod
+    def metrics(prediction):
+        mean = float(np.mean(prediction.predictions))
+        rows = np.int64(len(prediction.label_ids))
+        return {"mean": mean, "rows": rows, "odd": float("nan"), "text": "a", "list": [1, 2]}
+
+    def test_they_are_those_that_the_trainer_logs(self, run_dir):
+        # The trainer evaluates at the switch, too, and must still do so.
+        cb = callback(estimator=GradExLogistic())
+        trainer = tiny.plain_trainer(run_dir, cb, compute_metrics=self.metrics, **self.SETTINGS)
+        trainer.train()
+        logged = {e["step"]: e for e in trainer.state.log_history if "eval_loss" in e}
+        assert {2, 4} <= set(logged)
+        before, after = cb.report.evaluations
+        assert (before.step, after.step) == (4, 5)
+        assert before.loss == pytest.approx(logged[4]["eval_loss"], abs=1e-6)
+        assert before.metrics == {
+            "mean": pytest.approx(logged[4]["eval_mean"], abs=1e-6),
+            "rows": logged[4]["eval_rows"],
+        }
+        final = trainer.evaluate()
+        assert after.loss == pytest.approx(final["eval_loss"], abs=1e-6)
+        assert after.metrics["mean"] == pytest.approx(final["eval_mean"], abs=1e-6)
+        assert before.metrics != after.metrics
+        assert SelectionReport.load(run_dir / "_task_selection").evaluations == [before, after]
+
+    def test_a_run_that_is_observed_stays_the_same(self, run_dir, tmp_path):
+        runs = []
+        observer = callback(after="observe", estimator=GradExLogistic())
+        for directory, callbacks in ((tmp_path, []), (run_dir, [observer])):
+            torch.manual_seed(3)
+            trainer = tiny.plain_trainer(
+                directory, *callbacks, compute_metrics=self.metrics, **self.SETTINGS
+            )
+            trainer.train()
+            runs.append(trainer)
+        assert tiny.same(*map(tiny.weights, runs))
+        names = {"step", "loss", "eval_loss", "eval_mean"}
+        plain, observed = (
+            [
+                {name: entry[name] for name in names & entry.keys()}
+                for entry in trainer.state.log_history
+                if {"loss", "eval_loss"} & entry.keys()
+            ]
+            for trainer in runs
+        )
+        assert plain == observed
+
+    def test_those_of_a_trainer_that_generates(self, run_dir):
+        lengths = []
+
+        def compute(prediction):
+            lengths.append(prediction.predictions.shape[1])
+            return {"length": lengths[-1]}
+
+        trainer = seq2seq_trainer(
+            run_dir, predict_with_generate=True, generation_max_length=4, compute_metrics=compute
+        )
+        found = evaluation_metrics(trainer, None)
+        assert found.metrics == {"length": lengths[0]}
+        assert trainer.compute_metrics is compute
+        assert trainer.state.log_history == []
+
+    def test_without_compute_metrics_nothing_is_evaluated(self, run_dir):
+        cb = callback()
+        tiny.trained(tiny.plain_trainer, run_dir, cb)
+        assert cb.report.evaluations == []
