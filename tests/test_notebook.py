@@ -6,7 +6,6 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
-import tiny
 
 PATH = Path(__file__).parent.parent / "recipes" / "notebook.ipynb"
 
@@ -24,15 +23,12 @@ def test_it_is_kept_without_outputs(notebook):
     assert notebook.metadata.kernelspec.name == "python3"
 
 
-def test_it_runs(notebook, tmp_path, monkeypatch):
+def test_it_runs(notebook, tiny_model, tmp_path, monkeypatch):
     """As Jupyter runs it, with other parameters in a cell behind those of the notebook."""
-    model = tmp_path / "model"
-    tiny.llama(max_position_embeddings=512).save_pretrained(model)
-    tiny.tokenizer().save_pretrained(model)
     (at,) = [
         i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
     ]
-    parameters = f"MODEL = {str(model)!r}; OUTPUT_DIR = 'out'; NUM_ROWS = 8; MAX_STEPS = 5"
+    parameters = f"MODEL = {tiny_model!r}; OUTPUT_DIR = 'out'; NUM_ROWS = 8; MAX_STEPS = 5"
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(parameters))
     root = str(PATH.parent.parent)
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))

@@ -19,29 +19,40 @@ SCRIPT = str(TESTS / "launched_recipe.py")
 SLURM = ROOT / "recipes" / "slurm" / "multi_node.sh"
 COPY = "recipes.arithmetic"
 
+# What each is started with, at a tiny size. {model} and {output} are directories; {data} has JSON
+# lines with prompts and completions: three tasks, and target.heldout.jsonl.
 RECIPES = {
-    # What it is started with, at a tiny size; {model} and {output} are directories.
     COPY: "--model {model} --output_dir {output} --max_steps 3",
     "recipes.noisy_addition": "--output_dir {output} --seeds 1",
+    "recipes.instruction": "--model_name_or_path {model} --output_dir {output} --data_dir {data}"
+    " --target target --target_rows 6 --test_rows 6 --warmup 2 --max_steps 4 --examples_per_task 4"
+    " --per_device_train_batch_size 2 --use_peft --bf16 false --report_to none",
 }
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    tiny.llama(max_position_embeddings=512).save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return directory
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, rows in {
+        "sums": tiny.sums(8, 1),
+        "letters": tiny.sums(8, 2, letters=True),
+        "shuffled": tiny.sums(8, 3, shuffled=True),
+        "target.heldout": tiny.sums(12, 9),
+    }.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return folder
 
 
 @pytest.fixture
-def recipe(model, run_dir):
+def recipe(tiny_model, data, run_dir, tmp_path, monkeypatch):
     """The words of a recipe's command line, with what records its selections before them."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
     def words(module):
         run_dir.mkdir()
-        arguments = RECIPES[module].format(model=model, output=run_dir / "output")
-        return [SCRIPT, str(run_dir), module, *arguments.split()]
+        paths = {"model": tiny_model, "output": run_dir / "output", "data": data}
+        return [SCRIPT, str(run_dir), module, *RECIPES[module].format(**paths).split()]
 
     return words
 
