@@ -18,7 +18,10 @@ settings.load_profile("default")
 # Those that take longest come first, so that no process is left with them when others have ended.
 SLOW_MODULES = (
     "trainer/test_two_processes.py",
+    "test_recipe_launch.py",
     "test_launch.py",
+    "test_existing_script.py",
+    "test_notebook.py",
     "test_resume.py",
     "test_callback.py",
     "test_docs.py",
