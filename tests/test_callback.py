@@ -714,6 +714,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match="shards parameters"):
             cb.preview(trainer)
 
+    def test_processes_that_are_not_connected(self, run_dir, monkeypatch):
+        cb = callback()
+        trainer = tiny.sft_trainer(run_dir, cb)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        cb.preview(trainer)  # a cluster may set it; a launcher of processes sets this, too:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        with pytest.raises(ValueError, match=r"started 2 processes.*not connected.*use_cpu=True"):
+            cb.preview(trainer)
+
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
@@ -54,6 +55,13 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError(
             f"{kind} shards parameters, whose per-example gradients cannot be captured. Use DDP "
             "(torchrun or `accelerate launch --multi_gpu`); a LoRA adapter seldom needs sharding."
+        )
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"a launcher has started {launched} processes, but they are not connected: each would "
+            "train on everything by itself, and all would write to the same files. On a CPU set "
+            "use_cpu=True in the training arguments, or ACCELERATE_USE_CPU=true in the environment."
         )
     if getattr(args, "loss_type", "nll") != "nll":
         raise ValueError(
