@@ -5,10 +5,11 @@ alike, as in the paper. All but the lines marked with an arrow is an ordinary ``
 At its end the model writes rationales for questions it has not seen, and their answers are counted.
 
     python -m recipes.chain_of_thought --config recipes/configs/chain_of_thought.yaml \
-        [--target gsm8k] [--data_dir DIR] [--clusters N] [--compare SEEDS] [--max_steps N] ...
+        [--target gsm8k] [--data_dir DIR] [--num_rows N] [--num_held_out N] [--max_new_tokens N] \
+        [--warmup STEPS] [--max_steps N] [--examples_per_task N] [--clusters N] [--output_dir DIR]
 
-With ``--compare`` it trains on other mixtures, too, from the same checkpoint at the switch, and
-prints a measured table.
+``--compare SEEDS`` trains on other mixtures, too, from the same checkpoint at the switch, and
+prints a measured table; ``--results FILE`` keeps it.
 
 Source: Li et al., "Scalable Fine-tuning from Multiple Data Sources" (EMNLP Findings 2024).
 """
@@ -203,9 +204,9 @@ def _add_results(
 
 def main() -> None:
     """Run the recipe from the command line."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     parser = TrlParser((DataArguments, SelectionArguments, SFTConfig, ModelConfig))
     options, selection, args, model_args = parser.parse_args_and_config()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     if options.compare and args.world_size > 1:
         raise ValueError(
             f"--compare {options.compare} trains one run after another in one process; got "

@@ -26,7 +26,12 @@ def folder(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
     for seed, name in enumerate(("strategyqa", "gsm8k", "letters")):
         rows = [
-            {**row, "completion": f" {row['completion']}", "answer": row["completion"], "group": "1"}
+            {
+                **row,
+                "completion": f" {row['completion']}",
+                "answer": row["completion"],
+                "group": "1",
+            }
             for row in tiny.sums(12, seed, letters=name == "letters")
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -91,9 +96,9 @@ def test_rivals_train_on_the_clusters_of_the_run(run_script, tmp_path):
     names = {"cluster 1", "cluster 2", "cluster 3"}
     assert len(runs) == 4
     assert all(set(run["weights"]) == names for run in runs)
-    counts = json.loads(
-        (directory / "chosen-0" / "_task_selection" / "clusters.json").read_text()
-    )["cluster_of_row"]
+    counts = json.loads((directory / "chosen-0" / "_task_selection" / "clusters.json").read_text())[
+        "cluster_of_row"
+    ]
     of_all = next(run["weights"] for run in runs if run["name"] == ALL)
     assert of_all["cluster 1"] == pytest.approx(counts.count(1) / len(counts))
 
@@ -119,7 +124,7 @@ def test_a_wrong_row_is_named(tmp_path):
     (tmp_path / "sums.jsonl").write_text('{"prompt": "1+1=", "completion": " 2"}\n')
     (tmp_path / "target.heldout.jsonl").write_text("")
     (tmp_path / "sums.heldout.jsonl").write_text('{"prompt": "1+1=", "completion": " 2"}\n')
-    with pytest.raises(ValueError, match="sums.heldout.jsonl, line 1: expected a JSON object"):
+    with pytest.raises(ValueError, match=r"sums\.heldout\.jsonl, line 1: expected a JSON"):
         rationales.load("sums", data_dir=str(tmp_path), num_rows=1, num_target=1, num_held_out=1)
 
 
@@ -192,7 +197,9 @@ def test_data_sets_of_the_hub_become_rationales(monkeypatch):
     data = rationales.load(
         "gsm8k", data_dir=None, num_rows=2, num_target=1, num_held_out=1, include_target=True
     )
-    assert list(data.tasks) == list(rationales.HUB) == [*sorted(HUB_ROWS, key=list(data.tasks).index)]
+    assert (
+        list(data.tasks) == list(rationales.HUB) == [*sorted(HUB_ROWS, key=list(data.tasks).index)]
+    )
     assert asked[0] == ("openai/gsm8k", "main", "test[:2]")
     assert ("deepmind/aqua_rat", "raw", "train[:2]") in asked
     for name, rows in data.tasks.items():
