@@ -1,6 +1,8 @@
 """The recipe for chains of thought: its data, its script, and its comparison, at a tiny size."""
 
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from recipes import chain_of_thought, rationales
 from recipes.comparison import ALL, CHOSEN
 from recipes.metrics import answer_of
 
-CONFIG = Path(chain_of_thought.__file__).parent / "configs" / "chain_of_thought.yaml"
+ROOT = Path(chain_of_thought.__file__).parent.parent
+CONFIG = ROOT / "recipes" / "configs" / "chain_of_thought.yaml"
 TINY = [
     *("--num_rows", "8", "--num_target", "6", "--num_held_out", "4", "--max_new_tokens", "2"),
     *("--warmup", "2", "--examples_per_task", "4", "--max_steps", "4"),
@@ -215,3 +218,33 @@ def test_data_sets_of_the_hub_become_rationales(monkeypatch):
 def test_the_configuration_is_of_the_script():
     known = yaml.safe_load(CONFIG.read_text())
     assert known["max_steps"] > known["warmup"]
+
+
+def test_results_of_a_recipe_become_tables(tmp_path):
+    for folder in ("docs", "benchmarks/results"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    runs = [
+        {
+            "seed": seed,
+            "name": name,
+            "weights": {"letters": 0.75, "sums": 0.25, "bits": 0.0},
+            "measured": {"loss": loss, "answers": 0.5},
+        }
+        for seed, name, loss in [(0, CHOSEN, 1.5), (0, ALL, 1.25), (1, CHOSEN, 1.0), (1, ALL, 2.0)]
+    ]
+    results = {"a-b c": {"settings": {}, "runs": [*runs, runs[0] | {"name": "other"}]}}
+    (tmp_path / "benchmarks/results/recipes").mkdir(exist_ok=True)
+    (tmp_path / "benchmarks/results/recipes/mine.json").write_text(json.dumps(results))
+    (tmp_path / "README.md").write_text(
+        "".join(
+            f"<!-- table: {kind}_mine_a_b_c -->\n<!-- /table -->\n"
+            for kind in ("recipe", "mixtures")
+        )
+    )
+    subprocess.run([sys.executable, tmp_path / "docs" / "tables.py"], check=True)
+    measured, mixtures = (tmp_path / "README.md").read_text().split("<!-- /table -->")[:2]
+    assert f"| {CHOSEN} | 2 | 1.2500 ± 0.2500 | 50.0 ± 0.0% | +0.3750 ± 0.6250 |" in measured
+    assert f"| {ALL} | 2 | 1.6250 ± 0.3750 | 50.0 ± 0.0% |  |" in measured
+    assert "| other | 1 | 1.5000 | 50.0% | −0.2500 |" in measured
+    assert "| letters | 75% | 75% |\n| sums | 25% | 25% |\n" in mixtures
+    assert "bits" not in mixtures
