@@ -202,11 +202,17 @@ def _add_results(
     write_atomically(path, to_json(known))
 
 
-def main() -> None:
-    """Run the recipe from the command line."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    parser = TrlParser((DataArguments, SelectionArguments, SFTConfig, ModelConfig))
-    options, selection, args, model_args = parser.parse_args_and_config()
+def check(options: DataArguments, selection: SelectionArguments, args: SFTConfig) -> None:
+    """Refuse arguments that do not go together, before anything is spent.
+
+    Raises:
+        ValueError: for the first that is wrong.
+    """
+    if options.results and not options.compare:
+        raise ValueError(
+            f"--results {options.results} is for what --compare measures; add --compare SEEDS, or "
+            "leave --results out."
+        )
     if options.compare and args.world_size > 1:
         raise ValueError(
             f"--compare {options.compare} trains one run after another in one process; got "
@@ -216,6 +222,14 @@ def main() -> None:
         raise ValueError(
             f"--compare needs --max_steps above --warmup {selection.warmup}, got {args.max_steps}."
         )
+
+
+def main() -> None:
+    """Run the recipe from the command line."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    parser = TrlParser((DataArguments, SelectionArguments, SFTConfig, ModelConfig))
+    options, selection, args, model_args = parser.parse_args_and_config()
+    check(options, selection, args)
     data = load(
         options.target,
         data_dir=options.data_dir,

@@ -115,6 +115,7 @@ def test_rivals_train_on_the_clusters_of_the_run(run_script, tmp_path):
         (["--num_held_out", "7"], "strategyqa has 12 rows held out, but --num_target 6 and"),
         (["--num_rows", "0"], "--num_rows must be 1 or more, got 0"),
         (["--compare", "1", "--max_steps", "2"], "--compare needs --max_steps above --warmup 2"),
+        (["--results", "r.json"], "--results r.json is for what --compare measures; add --compare"),
         (["--after", "pause"], "after must be one of"),
     ],
 )
