@@ -1,7 +1,7 @@
 """Writes the tables of figures into the pages, from ``benchmarks/results``.
 
 A page holds ``<!-- table: NAME -->`` and ``<!-- /table -->``, and what is between them is written
-by the function of that name in ``accuracy_tables.py``, ``cost_tables.py`` or
+by the function of that name in ``accuracy_tables.py``, ``cost_tables.py``, ``recipe_tables.py`` or
 ``search_tables.py``.
 
     python docs/tables.py           # write
@@ -16,6 +16,7 @@ import sys
 import accuracy_tables  # noqa: F401, registers its tables
 import choosing_tables  # noqa: F401
 import cost_tables  # noqa: F401
+import recipe_tables  # noqa: F401
 import search_tables  # noqa: F401
 from results import ROOT, TABLES
 
