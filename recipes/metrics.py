@@ -20,7 +20,8 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 IGNORED = -100
 """Label of positions without loss; the Trainer pads predictions with it, too."""
 
-_ANSWER = re.compile(r"answer is:?\s*(.*?)\s*\.?\s*(?:\n|$)", re.IGNORECASE)
+_ANSWER = re.compile(r"answer is:?\s*(.*?)\s*(?:\.(?=\s|$)|\n|$)", re.IGNORECASE)
+"""Up to the end of the sentence or of the line."""
 
 
 class _TextMetric(evaluate.Metric):

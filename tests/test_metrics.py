@@ -30,6 +30,7 @@ def test_exact_match_ignores_space_around_an_answer():
         ("The answer is 3.\nThe answer is (B).", "b"),
         ("The answer is Yes", "yes"),
         ("The answer is 100.", "100"),
+        ("The answer is no. Q: Is it 5.5?\nA: Yes.", "no"),
         ("It is four.", None),
     ],
 )
