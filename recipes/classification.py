@@ -56,7 +56,7 @@ class ModelArguments:
         metadata={"help": "encoder that gets a LoRA adapter; default: a small one, from scratch"},
     )
     max_length: int = field(default=128, metadata={"help": "tokens at which a text is cut"})
-    warmup: float = field(default=0.4, metadata={"help": "share of the steps before the selection"})
+    warmup: float = field(default=0.5, metadata={"help": "share of the steps before the selection"})
     seeds: int = field(
         default=0, metadata={"help": "check the choice by training, with so many seeds"}
     )
@@ -67,13 +67,13 @@ class Arguments(TrainingArguments):
     """Those of the Trainer; the defaults are for the small encoder on a CPU."""
 
     output_dir: str | None = "outputs/classification"
-    max_steps: int = 200
+    max_steps: int = 160
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     logging_steps: float = 20
     save_strategy: str = "no"
-    report_to: str | list[str] | None = "none"
+    report_to: str = "none"
     dataloader_pin_memory: bool = False
 
 
@@ -211,6 +211,7 @@ def compare(
         rivals={
             comparison.ALL: comparison.all_tasks,
             "weights in random order": comparison.random_order,
+            "most similar gradients (LESS)": comparison.most_similar,
         },
         output_dir=Path(str(args.output_dir)),
         settings=settings,
