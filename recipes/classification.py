@@ -75,6 +75,9 @@ class Arguments(TrainingArguments):
     save_strategy: str = "no"
     report_to: str = "none"
     dataloader_pin_memory: bool = False
+    # Most classification heads do not divide by the number of labels of all processes, which the
+    # Trainer relies on if this is True: their loss, and its gradient, would be twice that for two.
+    average_tokens_across_devices: bool = False
 
 
 def tokenized(domains: Domains, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Domains:
@@ -115,7 +118,7 @@ def words(texts: Iterable[str], min_count: int = 2) -> PreTrainedTokenizerFast:
 
 
 def small_encoder(tokenizer: PreTrainedTokenizerBase, num_labels: int) -> Any:
-    """A new encoder of half a million parameters, all of which are trained."""
+    """A new encoder, all parameters of which are trained; most are the words' vectors."""
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in SPECIAL_TOKENS}
     config = ModernBertConfig(
         vocab_size=len(tokenizer),
@@ -267,10 +270,13 @@ def main() -> None:
         return
     callback = TaskSelectionCallback(warmup=options.warmup)
     trainer = make(callback, args)
-    print(callback.preview(trainer))
+    preview = callback.preview(trainer)
+    if trainer.is_world_process_zero():
+        print(preview)
     trainer.train()
     metrics = trainer.evaluate(domains.measured)
-    print(f"target: loss {metrics['eval_loss']:.4f}, accuracy {metrics['eval_accuracy']:.1%}")
+    if trainer.is_world_process_zero():
+        print(f"target: loss {metrics['eval_loss']:.4f}, accuracy {metrics['eval_accuracy']:.1%}")
     trainer.save_model()
 
 

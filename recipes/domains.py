@@ -23,7 +23,7 @@ Rows = list[dict[str, Any]]
 class DataArguments:
     """Where the domains come from."""
 
-    target: str = field(metadata={"help": "the domain whose loss should be low"})
+    target: str = field(default="phones", metadata={"help": "the domain whose loss should be low"})
     data_dir: str | None = field(
         default=None, metadata={"help": "folder of TASK.jsonl and TASK.heldout.jsonl"}
     )

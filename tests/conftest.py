@@ -19,6 +19,7 @@ SLOW_MODULES = (
     "capture/test_optimizer_state.py",
     "estimators/test_calibration.py",
     "test_callback.py",
+    "test_classification.py",
     "test_docs.py",
     "test_faults.py",
     "test_fuzz.py",
