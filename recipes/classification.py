@@ -56,7 +56,9 @@ class ModelArguments:
         metadata={"help": "encoder that gets a LoRA adapter; default: a small one, from scratch"},
     )
     max_length: int = field(default=128, metadata={"help": "tokens at which a text is cut"})
-    warmup: float = field(default=0.5, metadata={"help": "share of the steps before the selection"})
+    warmup: float = field(
+        default=0.75, metadata={"help": "share of the steps before the selection"}
+    )
     seeds: int = field(
         default=0, metadata={"help": "check the choice by training, with so many seeds"}
     )
@@ -70,7 +72,7 @@ class Arguments(TrainingArguments):
     max_steps: int = 160
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 32
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     logging_steps: float = 20
     save_strategy: str = "no"
     report_to: str = "none"

@@ -16,7 +16,16 @@ from recipes.domains import DataArguments, load
 from recipes.metrics import F1, Accuracy
 
 WORDS = {1: ["good", "great", "fine"], 0: ["bad", "poor", "dull"]}
-TINY = ["--max_steps", "4", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
+TINY = [
+    "--warmup",
+    "0.5",
+    "--max_steps",
+    "4",
+    "--per_device_train_batch_size",
+    "4",
+    "--disable_tqdm",
+    "true",
+]
 
 
 def rows(num_rows, *, seed, thing, wrong=False):
