@@ -59,6 +59,9 @@ class ModelArguments:
     warmup: float = field(
         default=0.75, metadata={"help": "share of the steps before the selection"}
     )
+    confirm: int = field(
+        default=0, metadata={"help": "train so many finalists, and go on with the best of them"}
+    )
     seeds: int = field(
         default=0, metadata={"help": "check the choice by training, with so many seeds"}
     )
@@ -211,7 +214,7 @@ def compare(
 
     comparing = comparison.Comparison(
         make=make_trainer,
-        callback=lambda seed: TaskSelectionCallback(warmup=switch_step),
+        callback=lambda seed: TaskSelectionCallback(warmup=switch_step, confirm=options.confirm),
         measure=measure,
         rivals={
             comparison.ALL: comparison.all_tasks,
@@ -270,7 +273,7 @@ def main() -> None:
         kept = {key: value for key, value in settings.items() if key not in unlike}
         print("\n" + "\n".join(compare(make, options, args, domains.measured, kept)))
         return
-    callback = TaskSelectionCallback(warmup=options.warmup)
+    callback = TaskSelectionCallback(warmup=options.warmup, confirm=options.confirm)
     trainer = make(callback, args)
     preview = callback.preview(trainer)
     if trainer.is_world_process_zero():

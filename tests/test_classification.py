@@ -10,7 +10,7 @@ import tiny
 import torch
 from transformers import BertConfig, BertForSequenceClassification, EvalPrediction
 
-from hf_auxselect import TaskSelectionCallback
+from hf_auxselect import SelectionReport, TaskSelectionCallback
 from recipes import classification
 from recipes.domains import DataArguments, load
 from recipes.metrics import F1, Accuracy
@@ -72,11 +72,13 @@ def arguments(folder, **options):
 
 class TestScript:
     def test_it_trains_and_measures(self, run_main, folder, tmp_path):
-        shown = run_main("--data_dir", folder, "--target", "phone")
+        shown = run_main("--data_dir", folder, "--target", "phone", "--confirm", 2)
         assert "gradient pass after step 2" in shown
         assert "target: loss" in shown
         selection = json.loads((tmp_path / "out" / "_task_selection/selection.json").read_text())
         assert set(selection["weights"]) == {"camera", "film", "noise"}
+        report = SelectionReport.load(tmp_path / "out" / "_task_selection")
+        assert report.confirmation is not None
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
     def test_seeds_check_the_choice_by_training(self, run_main, folder, tmp_path):
