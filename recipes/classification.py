@@ -9,9 +9,9 @@ the lines marked with an arrow is an ordinary ``Trainer`` script.
 
 DIR has a file ``TASK.jsonl`` for each task, rows with ``text`` and ``label`` (0, 1, ...), and
 ``TARGET.heldout.jsonl``. Without ``--data_dir`` the rows come from the Hub (``--dataset_name``,
-``--task_column``, ``--text_column``, ``--label_column``, ``--heldout_split``), without ``--model`` a
-small encoder is trained from scratch. ``--seeds 3`` checks the choice by training; ``--confirm 3``
-lets measured losses decide.
+``--task_column``, ``--text_column``, ``--label_column``, ``--heldout_split``), without ``--model``
+a small encoder is trained from scratch. ``--seeds 3`` checks the choice by training;
+``--confirm 3`` lets measured losses decide.
 """
 
 from __future__ import annotations
