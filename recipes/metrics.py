@@ -138,3 +138,46 @@ def generated(
         tokenizer.padding_side = side
         model.train(was_training)
     return texts
+
+
+class _ClassMetric(evaluate.Metric):
+    """A metric over pairs of class numbers: ``compute(predictions=[...], references=[...])``."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=str(type(self).__doc__),
+            citation="",
+            inputs_description="predictions and references: class numbers",
+            features=Features({"predictions": Value("int64"), "references": Value("int64")}),
+        )
+
+
+class Accuracy(_ClassMetric):
+    """Share of predictions that are the reference."""
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {"accuracy": float(np.mean(np.equal(predictions, references)))}
+
+
+class F1(_ClassMetric):
+    """F1 of a class, or its mean over the classes that occur: ``compute(..., average="macro")``."""
+
+    def _compute(
+        self,
+        predictions: list[int],
+        references: list[int],
+        *,
+        pos_label: int = 1,
+        average: str = "binary",
+    ) -> dict[str, float]:
+        if average not in ("binary", "macro"):
+            raise ValueError(f"average={average!r}: expected 'binary' or 'macro'.")
+        classes = sorted({*predictions, *references}) if average == "macro" else [pos_label]
+        return {"f1": float(np.mean([_f1(predictions, references, c) for c in classes]))}
+
+
+def _f1(predictions: list[int], references: list[int], label: int) -> float:
+    """2 TP / (2 TP + FP + FN); 0 for a class that does not occur."""
+    predicted, actual = np.equal(predictions, label), np.equal(references, label)
+    total = int(predicted.sum() + actual.sum())
+    return 2 * int((predicted & actual).sum()) / total if total else 0.0

@@ -24,6 +24,7 @@ SLOW_MODULES = (
     "test_notebook.py",
     "test_resume.py",
     "test_callback.py",
+    "test_classification.py",
     "test_docs.py",
     "test_recipes.py",
     "test_comparison.py",
