@@ -29,6 +29,7 @@ SLOW_MODULES = (
     "test_recipes.py",
     "test_comparison.py",
     "test_instruction.py",
+    "test_chain_of_thought.py",
     "trainer/test_options.py",
     "trainer/test_batches.py",
     "trainer/test_hub.py",

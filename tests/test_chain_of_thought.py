@@ -44,18 +44,10 @@ def folder(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    tiny.llama(max_position_embeddings=512).save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return str(directory)
-
-
 @pytest.fixture
-def run_script(folder, model, tmp_path, monkeypatch):
+def run_script(folder, tiny_model, tmp_path, monkeypatch):
     def run(*arguments):
-        own = ["--model_name_or_path", model, "--data_dir", str(folder)]
+        own = ["--model_name_or_path", tiny_model, "--data_dir", str(folder)]
         own += ["--output_dir", str(tmp_path / "run")]
         monkeypatch.setattr(
             sys, "argv", ["script", "--config", str(CONFIG), *own, *TINY, *arguments]

@@ -20,13 +20,19 @@ SLURM = ROOT / "recipes" / "slurm" / "multi_node.sh"
 COPY = "recipes.arithmetic"
 
 # What each is started with, at a tiny size. {model} and {output} are directories; {data} has JSON
-# lines with prompts and completions: three tasks, and target.heldout.jsonl.
+# lines for any recipe: three tasks, and target.heldout.jsonl.
 RECIPES = {
     COPY: "--model {model} --output_dir {output} --max_steps 3",
     "recipes.noisy_addition": "--output_dir {output} --seeds 1",
     "recipes.instruction": "--model_name_or_path {model} --output_dir {output} --data_dir {data}"
     " --target target --target_rows 6 --test_rows 6 --warmup 2 --max_steps 4 --examples_per_task 4"
     " --per_device_train_batch_size 2 --use_peft --bf16 false --report_to none",
+    "recipes.chain_of_thought": "--model_name_or_path {model} --output_dir {output}"
+    " --data_dir {data} --target target --num_target 6 --num_held_out 4 --max_new_tokens 2"
+    " --warmup 2 --max_steps 4 --examples_per_task 4 --per_device_train_batch_size 2 --use_peft"
+    " --bf16 false --report_to none",
+    "recipes.classification": "--output_dir {output} --data_dir {data} --target target"
+    " --warmup 0.5 --max_steps 4 --per_device_train_batch_size 4",
 }
 
 
@@ -39,7 +45,11 @@ def data(tmp_path_factory):
         "shuffled": tiny.sums(8, 3, shuffled=True),
         "target.heldout": tiny.sums(12, 9),
     }.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        labelled = [
+            row | {"answer": row["completion"], "text": row["prompt"], "label": i % 2}
+            for i, row in enumerate(rows)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in labelled)
         (folder / f"{name}.jsonl").write_text(lines)
     return folder
 
