@@ -16,12 +16,14 @@ import tiny
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_auxselect import (
     FixedSelection,
     GradExLogistic,
     LayerSelection,
     TaskSelectionCallback,
+    UnsupportedLossError,
     capture_gradients,
 )
 from hf_auxselect.capture.batching import TaskExamples
@@ -54,6 +56,18 @@ def error_of_full_disk(output: Path, name: str) -> str:
         except OSError as error:
             return str(error)
     return "none"
+
+
+def classifier() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = BertConfig(vocab_size=len(tiny.VOCABULARY), num_attention_heads=2, **sizes)
+    return BertForSequenceClassification(config)
+
+
+def classified(rows: list[Any]) -> dict[str, torch.Tensor]:
+    batch = tiny.collate(rows)
+    return batch | {"labels": batch["input_ids"].sum(1) % 2}
 
 
 def main(output: Path) -> None:
@@ -132,6 +146,24 @@ def main(output: Path) -> None:
         trainer.train()
         result["estimated"][kind] = callback.report.row("no further training").loss
         result["logged"][kind] = trainer.evaluate()["eval_loss"]
+
+    # A head that divides by its own labels, in a trainer that takes it to divide by those of all.
+    result["heads"] = {}
+    for averages in (True, False):
+        callback = TaskSelectionCallback(warmup=1, projection_dim=16, estimator=GradExLogistic())
+        trainer = tiny.plain_trainer(
+            output / f"head-{averages}",
+            callback,
+            model=classifier(),
+            data_collator=classified,
+            average_tokens_across_devices=averages,
+            max_steps=2,
+        )
+        try:
+            trainer.train()
+            result["heads"][str(averages)] = "none"
+        except UnsupportedLossError as error:
+            result["heads"][str(averages)] = str(error)
 
     result["errors"] = {
         name: error_of_full_disk(output / "full", name)

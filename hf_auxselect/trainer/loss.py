@@ -141,6 +141,15 @@ def _settle_other_loss(
         f"the trainer's evaluation loss of some rows is {own_B[worst]:.4f}, the mean negative "
         f"log-likelihood of their labels {losses_CB[best, worst]:.4f} ({likely_reason(trainer)})"
     )
+    world_size = trainer.args.world_size
+    doubled_C = np.max(np.abs(losses_CB * world_size / own_B - 1), axis=1)
+    if world_size > 1 and max(gather(float(doubled_C.min()))) <= tolerance(trainer):
+        raise UnsupportedLossError(
+            f"the trainer's loss and its gradient are {world_size} times those of one process: it "
+            "multiplies by the number of processes, for models that divide by the label tokens of "
+            f"all of them, which {type(base_model(trainer.model)).__name__} does not. Set "
+            "average_tokens_across_devices=False in the training arguments."
+        )
     # TRL's compute_loss waits for all processes at every call.
     waits = any(
         c.__module__.startswith("trl.") and "compute_loss" in vars(c) for c in type(trainer).__mro__

@@ -47,6 +47,13 @@ class TestTwoProcesses:
         one, other = (run["leaks"][name][4 * accumulation :] for run in two_processes)
         assert one != other  # each reads its own share
 
+    def test_a_head_whose_loss_the_trainer_multiplies_is_refused(self, two_processes):
+        """Releases of Transformers differ in whether it does so with this head."""
+        for run in two_processes:
+            told = run["heads"]["True"]
+            assert told == "none" or "average_tokens_across_devices=False" in told
+            assert run["heads"]["False"] == "none"
+
     @pytest.mark.parametrize("accumulation", [1, 3])
     def test_the_exported_rows_are_those_of_both(self, two_processes, accumulation):
         name = f"SFTTrainer/0/{accumulation}"
