@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,7 +30,6 @@ import torch
 
 from benchmarks import RESULTS
 from benchmarks.accuracy.captured import gradients
-from benchmarks.accuracy.ground_truth import StopAt
 from hf_auxselect import (
     AbstractEstimator,
     GaussNewton,
@@ -38,6 +38,7 @@ from hf_auxselect import (
     LinearizedTraining,
     MixtureOptimization,
     RandomEnsemble,
+    TaskSelectionCallback,
 )
 from hf_auxselect.estimators.base import all_tasks_pooled
 from hf_auxselect.estimators.reliability import reliability_warnings
@@ -111,18 +112,29 @@ def count(names: list[str]) -> dict[str, int]:
     return {"random": num_random, "right": len(names) - num_random}
 
 
+def trained(
+    seed: int,
+    directory: str,
+    callback: TaskSelectionCallback | None = None,
+    without: Collection[str] = (),
+) -> float:
+    """The target's loss after the whole run, on all groups but some."""
+    quiet = {"logging_steps": 100, "disable_tqdm": True, "use_cpu": True}
+    trainer = noisy_groups.build(seed, callback, directory, without=without, **quiet)
+    trainer.train()
+    return float(trainer.evaluate()["eval_loss"])
+
+
 def of_addition(seed: int) -> dict[str, Any]:
     """What each estimator finds of the groups of one seed."""
     callback = noisy_groups.scoring(seed, _Everything())
     with tempfile.TemporaryDirectory() as directory:
-        trainer = noisy_groups.build(
-            seed, callback, directory, logging_steps=100, disable_tqdm=True, use_cpu=True
-        )
-        trainer.add_callback(StopAt(noisy_groups.WARM_UP_STEPS + 1))
-        trainer.train()
+        loss = trained(seed, directory, callback)
         assert callback.report is not None
         assert isinstance(callback.selector, RandomEnsemble)
         found = scored(callback.report.gradients(), callback.selector)
+        bad = noisy_groups.above_the_gap(found["scores"][GRADEX])
+        loss_without = trained(seed, f"{directory}/without", without=bad)
     over_share = found["weights_over_shares"]
     random = [value for name, value in over_share.items() if name.startswith("random")]
     return {
@@ -133,6 +145,8 @@ def of_addition(seed: int) -> dict[str, Any]:
         "dropped": {
             name: count(noisy_groups.above_the_gap(s)) for name, s in found["scores"].items()
         },
+        "loss": loss,
+        "loss_without_dropped": loss_without,
         "mixture": {
             "above_floor": count(above_floor(over_share)),
             "floor": min(over_share.values()),
@@ -172,25 +186,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # the model is small
     path = RESULTS / "noisy_groups.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    addition = {line["seed"]: line for line in known.get("addition", [])}
-    families = {line["family"]: line for line in known.get("families", [])}
 
-    def keep(line: dict[str, Any]) -> None:
+    def keep(part: str, key: str, line: dict[str, Any]) -> None:
         print(json.dumps(line), flush=True)
-        content = {
-            "command": "python -m benchmarks.accuracy.noisy_groups",
-            "addition": [addition[seed] for seed in sorted(addition)],
-            "families": [*families.values()],
-        }
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        content: dict[str, Any] = {"command": "python -m benchmarks.accuracy.noisy_groups"}
+        for name in ("addition", "families"):
+            lines = known.get(name, [])
+            if name == part:
+                lines = [old for old in lines if old[key] != line[key]] + [line]
+            content[name] = lines
+        content["addition"].sort(key=lambda one: one["seed"])
         write_atomically(path, to_json(content))
 
     for seed in map(int, filter(None, options.seeds.split(","))):
-        addition[seed] = of_addition(seed)
-        keep(addition[seed])
+        keep("addition", "seed", of_addition(seed))
     for family in filter(None, options.families.split(",")):
-        families[family] = of_family(family)
-        keep(families[family])
+        keep("families", "family", of_family(family))
 
 
 if __name__ == "__main__":
