@@ -39,7 +39,7 @@ from hf_auxselect import (
 
 WARM_UP_STEPS, STEPS, WIDTH = 30, 60, 128
 CHARACTERS = "\n+0123456789"
-GROUP_SIZE, RIGHT_GROUPS, RANDOM_GROUPS = 25, 12, 8
+GROUP_SIZE, RIGHT_GROUPS, RANDOM_GROUPS, TARGET_SIZE = 25, 12, 8, 200
 
 
 def addition(rng: random.Random, *, is_right: bool) -> dict[str, list[int]]:
@@ -122,7 +122,9 @@ def build(
         model=model,
         args=TrainingArguments(output_dir, **arguments | options),
         train_dataset=concatenate_tasks(kept),  # <- remembers each row's group
-        eval_dataset=Dataset.from_list([addition(rng, is_right=True) for _ in range(200)]),
+        eval_dataset=Dataset.from_list(
+            [addition(rng, is_right=True) for _ in range(TARGET_SIZE)]
+        ),  # <- the target
         data_collator=collate,
         callbacks=[callback] if callback else [],  # <- scores the groups
     )

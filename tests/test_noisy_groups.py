@@ -13,7 +13,8 @@ from recipes import noisy_groups
 
 @pytest.fixture
 def tiny_size(monkeypatch):
-    for name, value in {"WARM_UP_STEPS": 2, "STEPS": 3, "WIDTH": 8}.items():
+    sizes = {"WARM_UP_STEPS": 2, "STEPS": 3, "WIDTH": 8, "GROUP_SIZE": 3, "TARGET_SIZE": 10}
+    for name, value in sizes.items():
         monkeypatch.setattr(noisy_groups, name, value)
 
 
@@ -78,7 +79,15 @@ def test_the_script_prints_both_estimators_and_the_losses(tiny_size, tmp_path, m
     )
     assert line is not None
     assert 0 < int(line[3]) + int(line[4]) < 20
-    assert line[5] != line[6]
+
+
+def test_a_run_without_some_groups(tiny_size, tmp_path):
+    bad = ["right 3", "random 12"]
+    trainer = noisy_groups.build(0, None, str(tmp_path), without=bad, use_cpu=True)
+    every = noisy_groups.build(0, None, str(tmp_path), use_cpu=True)
+    assert set(every.train_dataset["task"]) - set(trainer.train_dataset["task"]) == set(bad)
+    assert len(trainer.train_dataset) == 18 * 3
+    assert trainer.eval_dataset["labels"][:] == every.eval_dataset["labels"][:]
 
 
 def test_a_number_of_seeds_below_1_is_refused(monkeypatch, capsys):
