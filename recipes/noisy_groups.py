@@ -8,8 +8,8 @@ random ones: an AUROC of 1. What scores above the widest gap is dropped.
 
 The scores are taken early, after 30 steps, when the model knows the format and a little of the
 sums. ``GradExLogistic`` is right here and the default estimator is not: 30 more steps of all
-parameters lead farther than its quadratic model holds, of which the report warns. In fine-tuning,
-from a model that has been trained, it is the other way round: see ``docs/recipes/noisy_groups.md``.
+parameters lead farther than its quadratic model holds, and mostly the report warns of that. In the
+fine-tunes that were measured it is the other way round: see ``docs/recipes/noisy_groups.md``.
 
     python -m recipes.noisy_groups [--seeds 5]
 
