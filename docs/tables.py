@@ -16,6 +16,7 @@ import sys
 import accuracy_tables  # noqa: F401, registers its tables
 import choosing_tables  # noqa: F401
 import cost_tables  # noqa: F401
+import noisy_tables  # noqa: F401
 import recipe_tables  # noqa: F401
 import search_tables  # noqa: F401
 from results import ROOT, TABLES

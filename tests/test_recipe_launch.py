@@ -23,7 +23,7 @@ COPY = "recipes.arithmetic"
 # lines for any recipe: three tasks, and target.heldout.jsonl.
 RECIPES = {
     COPY: "--model {model} --output_dir {output} --max_steps 3",
-    "recipes.noisy_addition": "--output_dir {output} --seeds 1",
+    "recipes.noisy_groups": "--output_dir {output} --seeds 1 --max_steps 4",
     "recipes.instruction": "--model_name_or_path {model} --output_dir {output} --data_dir {data}"
     " --target target --target_rows 6 --test_rows 6 --warmup 2 --max_steps 4 --examples_per_task 4"
     " --per_device_train_batch_size 2 --use_peft --bf16 false --report_to none",

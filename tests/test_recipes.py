@@ -4,39 +4,7 @@ import sys
 
 from datasets import Dataset
 
-from recipes import arithmetic, demo, noisy_addition
-
-
-class TestNoisyAddition:
-    def test_right_groups_are_told_from_random_ones(self, tmp_path):
-        scores = noisy_addition.score_groups(0, str(tmp_path), disable_tqdm=True, use_cpu=True)
-        assert len(scores) == 20
-        assert noisy_addition.auroc(scores) == 1.0
-
-    def test_an_example(self):
-        import random
-
-        example = noisy_addition.addition(random.Random(0), is_right=True)
-        text = "".join(noisy_addition.CHARACTERS[i] for i in example["input_ids"])
-        question, *lines = text.strip().split("\n")
-        a, b = map(int, question.split("+"))
-        assert int(lines[-1]) == a + b
-        assert [len(line) for line in lines] == [2, 3, 4, 5, 6]
-        labelled = sum(label != -100 for label in example["labels"])
-        assert labelled == sum(len(line) + 1 for line in lines)
-
-    def test_random_examples_have_the_same_form(self):
-        import random
-
-        right = noisy_addition.addition(random.Random(0), is_right=True)
-        wrong = noisy_addition.addition(random.Random(0), is_right=False)
-        assert right["input_ids"][:12] == wrong["input_ids"][:12]
-        assert len(right["input_ids"]) == len(wrong["input_ids"])
-        assert right != wrong
-
-    def test_auroc(self):
-        assert noisy_addition.auroc({"right 0": 1, "right 1": 3, "random 2": 2}) == 0.5
-        assert noisy_addition.auroc({"right 0": 2, "random 1": 2}) == 0.5
+from recipes import arithmetic, demo
 
 
 class TestArithmetic:

@@ -2,7 +2,7 @@
 
 20 tasks, of which 10, 20 or 40% are wrong, in three ways:
 
-* random: each answer is random, as in the noisy addition of the paper (``recipes/noisy_addition``);
+* random: each answer is random, as in the noisy addition of the paper (``recipes/noisy_groups``);
 * shuffled: the answers of a task's examples are exchanged among them;
 * own rule: each wrong task replaces the digits of its answers by a rule of its own.
 
@@ -32,7 +32,7 @@ from benchmarks import RESULTS
 from hf_auxselect import GradientCoreset, SelectionProblem
 from hf_auxselect.estimators import Estimate
 from hf_auxselect.files import to_json, write_atomically
-from recipes.noisy_addition import CHARACTERS, GROUP_SIZE, addition, collate
+from recipes.noisy_groups import CHARACTERS, GROUP_SIZE, addition, collate
 
 NUM_TASKS = 20
 NUM_STEPS, BATCH_SIZE = 100, 64

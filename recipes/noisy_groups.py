@@ -1,16 +1,17 @@
-"""The paper's own experiment: tell groups of right examples from groups of random ones.
+"""Find the bad data sources, and train without them: the paper's own experiment.
 
 A two-layer GPT learns five-digit addition, with the intermediate lines, from 300 right examples and
 200 whose output digits are random, in 20 groups of 25. Nothing tells it which are which. The
 groups are the tasks, right examples held out are the target, and every parameter is captured. The
 scores of a random ensemble (50 subsets of 7 groups) should rank all 12 right groups before the 8
-random ones: an AUROC of 1.
+random ones: an AUROC of 1. What scores above the widest gap is dropped.
 
 The scores are taken early, after 30 steps, when the model knows the format and a little of the
-sums. Later it has learned the right examples, whose margins then hardly move, and the mean
-margin, which ``GradExLogistic`` works with, no longer tells the groups apart.
+sums. ``GradExLogistic`` is right here and the default estimator is not: 30 more steps of all
+parameters lead farther than its quadratic model holds, and mostly the report warns of that. In the
+fine-tunes that were measured it is the other way round: see ``docs/recipes/noisy_groups.md``.
 
-    python -m recipes.noisy_addition [--seeds 5]
+    python -m recipes.noisy_groups [--seeds 5]
 
 Source: Li et al., "Scalable Fine-tuning from Multiple Data Sources" (EMNLP Findings 2024).
 """
@@ -18,17 +19,27 @@ Source: Li et al., "Scalable Fine-tuning from Multiple Data Sources" (EMNLP Find
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from hf_auxselect import GradExLogistic, RandomEnsemble, TaskSelectionCallback, concatenate_tasks
+from hf_auxselect import (
+    AbstractEstimator,
+    GradExLogistic,
+    LinearizedTraining,
+    RandomEnsemble,
+    TaskSelectionCallback,
+    concatenate_tasks,
+)
 
+WARM_UP_STEPS, STEPS, WIDTH = 30, 60, 128
 CHARACTERS = "\n+0123456789"
-GROUP_SIZE, RIGHT_GROUPS, RANDOM_GROUPS = 25, 12, 8
+GROUP_SIZE, RIGHT_GROUPS, RANDOM_GROUPS, TARGET_SIZE = 25, 12, 8, 200
 
 
 def addition(rng: random.Random, *, is_right: bool) -> dict[str, list[int]]:
@@ -71,15 +82,20 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def build(
-    seed: int, callback: TaskSelectionCallback, output_dir: str, *, width: int = 128, **options: Any
+    seed: int,
+    callback: TaskSelectionCallback | None,
+    output_dir: str,
+    *,
+    without: Collection[str] = (),
+    **options: Any,
 ) -> Trainer:
-    """The trainer; other options are those of TrainingArguments."""
+    """The trainer, on all groups but some; other options are those of TrainingArguments."""
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(CHARACTERS),
             n_positions=64,
-            n_embd=width,
+            n_embd=WIDTH,
             n_layer=2,
             n_head=4,
             resid_pdrop=0.0,
@@ -88,7 +104,7 @@ def build(
         )
     )
     arguments: dict[str, Any] = {
-        "max_steps": 30,
+        "max_steps": STEPS,
         "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 64,
         "learning_rate": 1e-3,
@@ -101,13 +117,16 @@ def build(
         "seed": seed,
     }
     rng = random.Random(1000 + seed)
+    kept = {name: rows for name, rows in groups(seed).items() if name not in without}
     return Trainer(
         model=model,
         args=TrainingArguments(output_dir, **arguments | options),
-        train_dataset=concatenate_tasks(groups(seed)),
-        eval_dataset=Dataset.from_list([addition(rng, is_right=True) for _ in range(200)]),
+        train_dataset=concatenate_tasks(kept),  # <- remembers each row's group
+        eval_dataset=Dataset.from_list(
+            [addition(rng, is_right=True) for _ in range(TARGET_SIZE)]
+        ),  # <- the target
         data_collator=collate,
-        callbacks=[callback],
+        callbacks=[callback] if callback else [],  # <- scores the groups
     )
 
 
@@ -118,32 +137,70 @@ def auroc(scores: dict[str, float]) -> float:
     return sum((a < b) + 0.5 * (a == b) for a in right for b in wrong) / (len(right) * len(wrong))
 
 
-def score_groups(seed: int, output_dir: str, **options: Any) -> dict[str, float]:
-    """Train on everything, capture, and score the groups by 50 subsets of 7."""
-    callback = TaskSelectionCallback(
-        warmup=options.get("max_steps", 30),
-        estimator=GradExLogistic(),
+def above_the_gap(scores: dict[str, float]) -> list[str]:
+    """The groups above the widest gap between two neighbouring scores: those to drop."""
+    names = sorted(scores, key=scores.__getitem__)
+    gaps = [scores[after] - scores[before] for before, after in itertools.pairwise(names)]
+    return names[gaps.index(max(gaps)) + 1 :]
+
+
+def scoring(
+    seed: int, estimator: AbstractEstimator, warmup: int = WARM_UP_STEPS
+) -> TaskSelectionCallback:
+    """Scores the groups after the warm-up, by 50 subsets of 7, and changes nothing in the run."""
+    return TaskSelectionCallback(
+        warmup=warmup,
+        estimator=estimator,
         selector=RandomEnsemble(num_subsets=50, subset_size=7, seed=seed),
         after="observe",
         projection_dim=512,
     )
-    build(seed, callback, output_dir, **options).train()
+
+
+def score_groups(
+    seed: int, estimator: AbstractEstimator, output_dir: str, **options: Any
+) -> tuple[dict[str, float], float]:
+    """Train on all groups: the score of each, and the target's loss at the end."""
+    callback = scoring(seed, estimator, options.get("max_steps", STEPS) // 2)
+    trainer = build(seed, callback, output_dir, **options)
+    trainer.train()
     assert callback.report is not None
-    return callback.report.scores
+    return callback.report.scores, trainer.evaluate()["eval_loss"]
 
 
 def main() -> None:
-    """Print the AUROC of every seed."""
+    """Print the AUROC of every seed by both estimators, and what dropping groups is worth."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output_dir", default="outputs/noisy_addition")
+    parser.add_argument("--max_steps", type=int, default=STEPS, help="half of them warm up")
+    parser.add_argument("--output_dir", default="outputs/noisy_groups")
     options = parser.parse_args()
-    results = []
+    if options.seeds < 1:
+        parser.error(f"--seeds must be a number of seeds, 1 or more, got {options.seeds}.")
+    if options.max_steps < 2:
+        parser.error(f"--max_steps must be 2 or more, got {options.max_steps}.")
+    quiet: dict[str, Any] = {
+        "max_steps": options.max_steps,
+        "logging_steps": 100,
+        "disable_tqdm": True,
+    }
+    lines = []
     for seed in range(options.seeds):
-        scores = score_groups(seed, f"{options.output_dir}/{seed}", logging_steps=100)
-        results.append(auroc(scores))
-        print(f"seed {seed}: AUROC {results[-1]:.3f}", flush=True)
-    print("AUROC:", ", ".join(f"{value:.3f}" for value in results))
+        directory = f"{options.output_dir}/{seed}"
+        scores, of_all = score_groups(seed, GradExLogistic(), f"{directory}/gradex", **quiet)
+        others, _ = score_groups(seed, LinearizedTraining(), f"{directory}/default", **quiet)
+        bad = above_the_gap(scores)
+        trainer = build(seed, None, f"{directory}/dropped", without=bad, **quiet)
+        trainer.train()
+        num_random = sum(name.startswith("random") for name in bad)
+        lines.append(
+            f"seed {seed}: AUROC GradExLogistic() {auroc(scores):.3f}, LinearizedTraining() "
+            f"{auroc(others):.3f}; dropped {num_random} random groups of {RANDOM_GROUPS}, "
+            f"{len(bad) - num_random} right ones: target loss "
+            f"{trainer.evaluate()['eval_loss']:.3f}, with all groups {of_all:.3f}"
+        )
+        print(lines[-1], flush=True)
+    print("", *lines, sep="\n")
 
 
 if __name__ == "__main__":
