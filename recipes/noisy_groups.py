@@ -145,11 +145,11 @@ def above_the_gap(scores: dict[str, float]) -> list[str]:
 
 
 def scoring(
-    seed: int, estimator: AbstractEstimator, warmup: int = WARM_UP_STEPS
+    seed: int, estimator: AbstractEstimator, warmup: int | None = None
 ) -> TaskSelectionCallback:
     """Scores the groups after the warm-up, by 50 subsets of 7, and changes nothing in the run."""
     return TaskSelectionCallback(
-        warmup=warmup,
+        warmup=warmup or WARM_UP_STEPS,
         estimator=estimator,
         selector=RandomEnsemble(num_subsets=50, subset_size=7, seed=seed),
         after="observe",
@@ -161,7 +161,8 @@ def score_groups(
     seed: int, estimator: AbstractEstimator, output_dir: str, **options: Any
 ) -> tuple[dict[str, float], float]:
     """Train on all groups: the score of each, and the target's loss at the end."""
-    callback = scoring(seed, estimator, options.get("max_steps", STEPS) // 2)
+    steps = options.get("max_steps", STEPS)
+    callback = scoring(seed, estimator, None if steps == STEPS else steps // 2)
     trainer = build(seed, callback, output_dir, **options)
     trainer.train()
     assert callback.report is not None
