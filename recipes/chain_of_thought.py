@@ -8,7 +8,7 @@ At its end the model writes rationales for questions it has not seen, and their 
         [--target gsm8k] [--data_dir DIR] [--num_rows N] [--num_held_out N] [--max_new_tokens N] \
         [--warmup STEPS] [--max_steps N] [--examples_per_task N] [--clusters N] [--output_dir DIR]
 
-``--compare SEEDS`` trains on other mixtures, too, from the same checkpoint at the switch, and
+``--compare_seeds SEEDS`` trains on other mixtures, too, from the same checkpoint at the switch, and
 prints a measured table; ``--results FILE`` keeps it.
 
 Source: Li et al., "Scalable Fine-tuning from Multiple Data Sources" (EMNLP Findings 2024).
@@ -58,11 +58,11 @@ class DataArguments:
     max_new_tokens: int = field(
         default=96, metadata={"help": "length of a generated rationale, at most"}
     )
-    compare: int = field(
+    compare_seeds: int = field(
         default=0, metadata={"help": "number of seeds to compare mixtures with; 0: only train"}
     )
     results: str | None = field(
-        default=None, metadata={"help": "JSON file that what --compare measures is added to"}
+        default=None, metadata={"help": "JSON file that what --compare_seeds measures is added to"}
     )
 
 
@@ -165,7 +165,7 @@ def compare(
         "lora_r": model_args.lora_r,
     }
     runs: list[comparison.Run] = []
-    for seed in range(options.compare):
+    for seed in range(options.compare_seeds):
         runs += Comparison(
             make=make,
             callback=selection.callback,
@@ -208,19 +208,20 @@ def check(options: DataArguments, selection: SelectionArguments, args: SFTConfig
     Raises:
         ValueError: for the first that is wrong.
     """
-    if options.results and not options.compare:
+    if options.results and not options.compare_seeds:
         raise ValueError(
-            f"--results {options.results} is for what --compare measures; add --compare SEEDS, or "
-            "leave --results out."
+            f"--results {options.results} keeps what --compare_seeds measures; add it, or leave "
+            "--results out."
         )
-    if options.compare and args.world_size > 1:
+    if options.compare_seeds and args.world_size > 1:
         raise ValueError(
-            f"--compare {options.compare} trains one run after another in one process; got "
-            f"{args.world_size} processes. Launch one, or leave --compare out."
+            f"--compare_seeds {options.compare_seeds} trains one run after another in one process; "
+            f"got {args.world_size} processes. Launch one, or leave --compare_seeds out."
         )
-    if options.compare and args.max_steps <= selection.warmup:
+    if options.compare_seeds and args.max_steps <= selection.warmup:
         raise ValueError(
-            f"--compare needs --max_steps above --warmup {selection.warmup}, got {args.max_steps}."
+            f"--compare_seeds needs --max_steps above --warmup {selection.warmup}, got "
+            f"{args.max_steps}."
         )
 
 
@@ -247,7 +248,7 @@ def main() -> None:
     tasks = concatenate_tasks(  # <- remembers each row's task
         {name: rows.select_columns(TEXT) for name, rows in data.tasks.items()}
     )
-    if options.compare:
+    if options.compare_seeds:
         compare(data, tasks, options, selection, args, model_args)
         return
     callback = selection.callback()

@@ -10,7 +10,7 @@ the lines marked with an arrow is an ordinary ``Trainer`` script.
 DIR has a file ``TASK.jsonl`` for each task, rows with ``text`` and ``label`` (0, 1, ...), and
 ``TARGET.heldout.jsonl``. Without ``--data_dir`` the rows come from the Hub (``--dataset_name``,
 ``--task_column``, ``--text_column``, ``--label_column``, ``--heldout_split``), without ``--model``
-a small encoder is trained from scratch. ``--seeds 3`` checks the choice by training;
+a small encoder is trained from scratch. ``--compare_seeds 3`` checks the choice by training;
 ``--confirm 3`` lets measured losses decide.
 """
 
@@ -64,7 +64,7 @@ class ModelArguments:
     confirm: int = field(
         default=0, metadata={"help": "train so many finalists, and go on with the best of them"}
     )
-    seeds: int = field(
+    compare_seeds: int = field(
         default=0, metadata={"help": "check the choice by training, with so many seeds"}
     )
 
@@ -226,15 +226,15 @@ def compare(
         output_dir=Path(str(args.output_dir)),
         settings=settings,
     )
-    runs = [run for seed in range(options.seeds) for run in comparing.run(seed)]
-    directories = [comparing.directory("chosen", seed) for seed in range(options.seeds)]
+    runs = [run for seed in range(options.compare_seeds) for run in comparing.run(seed)]
+    directories = [comparing.directory("chosen", seed) for seed in range(options.compare_seeds)]
     reports = [SelectionReport.load(directory / "_task_selection") for directory in directories]
     correlations = comparison.rank_agreement(runs).items()
     return [
         f"Measured on {len(measured)} rows of the target that no run has seen ({args.max_steps} "
         f"steps each,",
         f"of which the first {switch_step} are shared); mean and standard error of "
-        f"{options.seeds} seed(s), loss in nats:",
+        f"{options.compare_seeds} seed(s), loss in nats:",
         "",
         *comparison.table(runs),
         "",
@@ -254,10 +254,11 @@ def main() -> None:
     """Run the recipe from the command line."""
     parser = HfArgumentParser((DataArguments, ModelArguments, Arguments))
     data, options, args = parser.parse_args_into_dataclasses()
-    if options.seeds and (args.world_size > 1 or args.max_steps < 2):
+    if options.compare_seeds and (args.world_size > 1 or args.max_steps < 2):
         raise ValueError(
-            f"--seeds {options.seeds} compares runs of one process and of --max_steps 2 or more; "
-            f"got {args.world_size} process(es) and --max_steps {args.max_steps}."
+            f"--compare_seeds {options.compare_seeds} compares runs of one process and of "
+            f"--max_steps 2 or more; got {args.world_size} process(es) and --max_steps "
+            f"{args.max_steps}."
         )
     domains = load(data)
     if options.model:
@@ -269,9 +270,9 @@ def main() -> None:
     def make(callback: TaskSelectionCallback, own: TrainingArguments) -> Trainer:
         return build(domains, tokenizer, callback, own, options.model)
 
-    if options.seeds:
+    if options.compare_seeds:
         settings = asdict(data) | asdict(options) | args.to_sanitized_dict()
-        unlike = ("seeds", "output_dir", "run_name", "logging_dir")
+        unlike = ("compare_seeds", "output_dir", "run_name", "logging_dir")
         kept = {key: value for key, value in settings.items() if key not in unlike}
         print("\n" + "\n".join(compare(make, options, args, domains.measured, kept)))
         return

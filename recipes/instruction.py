@@ -224,6 +224,12 @@ def main() -> None:
         trainer.save_model()
         return
 
+    if training.world_size > 1:
+        raise ValueError(
+            f"--compare_seeds {selection.compare_seeds} trains one run after another in one "
+            f"process; got {training.world_size} processes. Launch one, or leave it out."
+        )
+
     def make(callback: TaskSelectionCallback, directory: Path, seed: int) -> Trainer:
         own = copy.copy(training)
         own.output_dir, own.seed, own.save_strategy = str(directory), seed, "steps"

@@ -72,7 +72,7 @@ def test_it_trains_on_the_other_tasks_and_counts_answers(run_script, capsys):
 def test_it_compares_mixtures_and_keeps_what_it_measured(run_script, tmp_path, capsys):
     results = tmp_path / "results.json"
     results.write_text('{"other": 1}')
-    run_script("--compare", "1", "--results", str(results), "--target", "gsm8k")
+    run_script("--compare_seeds", "1", "--results", str(results), "--target", "gsm8k")
     shown = capsys.readouterr().out
     found = json.loads(results.read_text())
     assert found["other"] == 1
@@ -86,7 +86,7 @@ def test_it_compares_mixtures_and_keeps_what_it_measured(run_script, tmp_path, c
 
 def test_rivals_train_on_the_clusters_of_the_run(run_script, tmp_path):
     results = tmp_path / "results.json"
-    directory = run_script("--compare", "1", "--results", str(results), "--clusters", "3")
+    directory = run_script("--compare_seeds", "1", "--results", str(results), "--clusters", "3")
     runs = json.loads(results.read_text())["strategyqa clusters"]["runs"]
     names = {"cluster 1", "cluster 2", "cluster 3"}
     assert len(runs) == 4
@@ -106,8 +106,14 @@ def test_rivals_train_on_the_clusters_of_the_run(run_script, tmp_path):
         (["--data_dir", "/nowhere"], "--data_dir /nowhere has no files TASK.jsonl"),
         (["--num_held_out", "7"], "strategyqa has 12 rows held out, but --num_target 6 and"),
         (["--num_rows", "0"], "--num_rows must be 1 or more, got 0"),
-        (["--compare", "1", "--max_steps", "2"], "--compare needs --max_steps above --warmup 2"),
-        (["--results", "r.json"], "--results r.json is for what --compare measures; add --compare"),
+        (
+            ["--compare_seeds", "1", "--max_steps", "2"],
+            "--compare_seeds needs --max_steps above --warmup 2",
+        ),
+        (
+            ["--results", "r.json"],
+            "--results r.json keeps what --compare_seeds measures; add it",
+        ),
         (["--after", "pause"], "after must be one of"),
     ],
 )

@@ -82,7 +82,7 @@ class TestScript:
         assert (tmp_path / "out" / "model.safetensors").is_file()
 
     def test_seeds_check_the_choice_by_training(self, run_main, folder, tmp_path):
-        shown = run_main("--data_dir", folder, "--target", "phone", "--seeds", 1)
+        shown = run_main("--data_dir", folder, "--target", "phone", "--compare_seeds", 1)
         for line in (
             "chosen by hf-auxselect",
             "all tasks",
@@ -121,8 +121,12 @@ class TestScript:
         assert any(name.endswith("query") for name in saved["target_modules"])
 
     def test_several_processes_and_a_comparison_exclude_each_other(self, run_main, folder):
-        with pytest.raises(ValueError, match=r"--seeds 2 .* got 1 process.* --max_steps -1"):
-            run_main("--data_dir", folder, "--target", "phone", "--seeds", 2, "--max_steps", -1)
+        with pytest.raises(
+            ValueError, match=r"--compare_seeds 2 .* got 1 process.* --max_steps -1"
+        ):
+            run_main(
+                "--data_dir", folder, "--target", "phone", "--compare_seeds", 2, "--max_steps", -1
+            )
 
 
 class TestData:
