@@ -30,13 +30,13 @@ test test-fast test-oldest test-newest: export OMP_NUM_THREADS := 1
 PARALLEL := --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 # What touches Trainer, PEFT or autograd. Where runs are killed matters to files, how much memory is
-# predicted to PyTorch, and estimates to NumPy alone: none depends on versions of those. That processes
-# are launched is part of test_two_processes.py. Options, repeated runs and changed resumed runs go
-# through what is here.
+# predicted to PyTorch, and estimates to NumPy alone: none depends on versions of those. Of two
+# processes one run is enough, which selects what one process does. Options, repeated runs and changed
+# resumed runs go through what is here.
 CORE_TESTS ?= --deselect tests/test_resume.py::TestKills --deselect tests/test_resume.py::TestResumption \
 	$(addprefix --deselect tests/test_callback.py::Test,Preview Options MeetingTheTrainer) \
 	$(addprefix tests/,test_versions.py test_callback.py test_resume.py trainer/test_batches.py \
-	trainer/test_two_processes.py trainer/test_privates.py \
+	'test_launch.py::test_they_run_on_a_cpu[two_cpu_processes.yaml-2]' trainer/test_privates.py \
 	capture/test_examples.py capture/test_adapters.py)
 
 .PHONY: demo test test-fast check docs wheel-check clean test-versions test-oldest test-newest

@@ -133,9 +133,8 @@ def job_with_a_free_port():
 
 
 class TestSlurm:
-    @pytest.mark.parametrize(("num_nodes", "per_node"), [(1, 2), (2, 1)])
-    def test_the_script(self, num_nodes, per_node, recipe, run_dir, tmp_path):
-        """All nodes are this machine."""
+    def test_the_script(self, recipe, run_dir, tmp_path):
+        """Two nodes of one process, both of which are this machine."""
         commands = tmp_path / "bin"
         commands.mkdir()
         for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
@@ -148,8 +147,8 @@ class TestSlurm:
             ),
             SLURM_JOB_ID=str(job_with_a_free_port()),
             SLURM_JOB_NODELIST="node[0-1]",
-            SLURM_JOB_NUM_NODES=str(num_nodes),
-            PROCESSES_PER_NODE=str(per_node),
+            SLURM_JOB_NUM_NODES="2",
+            PROCESSES_PER_NODE="1",
         )
         check_selections(run_dir, 2)
 
