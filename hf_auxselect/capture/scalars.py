@@ -214,7 +214,10 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The arguments with which the model returns logits at the positions of the labels."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     base = base_model(model)
-    if getattr(getattr(base, "config", None), "use_cache", False):
+    parameters = inspect.signature(type(base).forward).parameters.values()
+    # Before transformers 5, encoders have the setting, but their heads take no such argument.
+    takes_cache = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters)
+    if takes_cache and getattr(getattr(base, "config", None), "use_cache", False):
         inputs["use_cache"] = False
     made_of_labels = is_encoder_decoder(model) and batch["labels"].ndim == 2
     if made_of_labels and inputs.get("decoder_input_ids") is None:
