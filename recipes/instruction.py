@@ -123,12 +123,11 @@ def load_tasks(
         }
     elif script.dataset_name and data.task_column:
         rows = load_dataset(script.dataset_name, split=script.dataset_train_split)
-        names = sorted(rows.unique(data.task_column))
-        tasks = {
-            name: rows.filter(lambda row, name=name: row[data.task_column] == name)
-            for name in names
-        }
-        tasks = {name: rows.remove_columns(data.task_column) for name, rows in tasks.items()}
+        rows_of: dict[str, list[int]] = {}
+        for row, name in enumerate(rows[data.task_column]):
+            rows_of.setdefault(name, []).append(row)
+        rows = rows.remove_columns(data.task_column)
+        tasks = {name: rows.select(rows_of[name]) for name in sorted(rows_of)}
     else:
         raise ValueError(
             "there are no tasks: give --data_dir, or datasets: in the YAML file, or --dataset_name "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import evaluate
 import numpy as np
@@ -24,31 +24,38 @@ _ANSWER = re.compile(r"answer is:?\s*(.*?)\s*(?:\.(?=\s|$)|\n|$)", re.IGNORECASE
 """Up to the end of the sentence or of the line."""
 
 
-class _TextMetric(evaluate.Metric):
-    """A metric over pairs of texts: ``compute(predictions=[...], references=[...])``."""
+class _PairMetric(evaluate.Metric):
+    """A metric over pairs of values: ``compute(predictions=[...], references=[...])``."""
+
+    dtype: ClassVar[str]
+    """Of the values, as ``datasets`` names it."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=str(type(self).__doc__),
             citation="",
-            inputs_description="predictions and references: lists of strings",
-            features=Features({"predictions": Value("string"), "references": Value("string")}),
+            inputs_description=f"predictions and references: lists of {self.dtype}",
+            features=Features({name: Value(self.dtype) for name in ("predictions", "references")}),
         )
 
 
-class ExactMatch(_TextMetric):
+class ExactMatch(_PairMetric):
     """Share of predictions that are the reference, except for space around them."""
+
+    dtype = "string"
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         pairs = zip(predictions, references, strict=True)
         return {"exact_match": float(np.mean([a.strip() == b.strip() for a, b in pairs]))}
 
 
-class AnswerAccuracy(_TextMetric):
+class AnswerAccuracy(_PairMetric):
     """Share of generated rationales whose final answer is that of the reference.
 
     The answer is what follows the last "the answer is"; see :func:`answer_of`.
     """
+
+    dtype = "string"
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         pairs = zip(predictions, references, strict=True)
@@ -140,27 +147,19 @@ def generated(
     return texts
 
 
-class _ClassMetric(evaluate.Metric):
-    """A metric over pairs of class numbers: ``compute(predictions=[...], references=[...])``."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=str(type(self).__doc__),
-            citation="",
-            inputs_description="predictions and references: class numbers",
-            features=Features({"predictions": Value("int64"), "references": Value("int64")}),
-        )
-
-
-class Accuracy(_ClassMetric):
+class Accuracy(_PairMetric):
     """Share of predictions that are the reference."""
+
+    dtype = "int64"
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.equal(predictions, references)))}
 
 
-class F1(_ClassMetric):
+class F1(_PairMetric):
     """F1 of a class, or its mean over the classes that occur: ``compute(..., average="macro")``."""
+
+    dtype = "int64"
 
     def _compute(
         self,
