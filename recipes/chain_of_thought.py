@@ -20,16 +20,14 @@ import json
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from hf_auxselect import TaskSelectionCallback, cluster_tasks, concatenate_tasks
-from hf_auxselect.files import to_json, write_atomically
 from recipes import comparison
-from recipes.comparison import ALL, Comparison
+from recipes.comparison import ALL, Comparison, ComparisonArguments
 from recipes.metrics import AnswerAccuracy, CompletionMetric, generated, most_likely_tokens
 from recipes.models import smollm2
 from recipes.rationales import Rationales, load
@@ -57,12 +55,6 @@ class DataArguments:
     )
     max_new_tokens: int = field(
         default=96, metadata={"help": "length of a generated rationale, at most"}
-    )
-    compare_seeds: int = field(
-        default=0, metadata={"help": "number of seeds to compare mixtures with; 0: only train"}
-    )
-    results: str | None = field(
-        default=None, metadata={"help": "JSON file that what --compare_seeds measures is added to"}
     )
 
 
@@ -130,6 +122,7 @@ def compare(
     tasks: Dataset,
     options: DataArguments,
     selection: SelectionArguments,
+    comparing: ComparisonArguments,
     args: SFTConfig,
     model_args: ModelConfig,
 ) -> list[comparison.Run]:
@@ -165,7 +158,7 @@ def compare(
         "lora_r": model_args.lora_r,
     }
     runs: list[comparison.Run] = []
-    for seed in range(options.compare_seeds):
+    for seed in range(comparing.compare_seeds):
         runs += Comparison(
             make=make,
             callback=selection.callback,
@@ -178,59 +171,22 @@ def compare(
             output_dir=output_dir,
             settings=settings,
         ).run(seed)
-        if options.results:
-            key = options.target + (" clusters" if selection.clusters else "")
-            _add_results(Path(options.results), key, settings, runs)
+        if comparing.results:
+            name = options.target + (" clusters" if selection.clusters else "")
+            comparison.add_results(comparing.results, name, settings, runs)
     print(f"\nMeasured on {len(data.held_out)} rows of {options.target} that no run has seen:\n")
-    print("\n".join(comparison.table(runs)))
-    for run in runs:
-        if run.name == comparison.CHOSEN:
-            print(f"\nSeed {run.seed}, chosen: {comparison.shares(run.weights)}.")
-    print(f"\n{comparison.verdict(runs)}")
-    agreement = comparison.rank_agreement(runs).items()
-    for name, value in agreement:
-        print(f"Rank correlation of estimated losses with {name}: {value:.2f}")
+    print("\n".join(comparison.summary(runs)))
     return runs
-
-
-def _add_results(
-    path: Path, key: str, settings: dict[str, Any], runs: list[comparison.Run]
-) -> None:
-    """Replace the entry of a comparison in a file of results."""
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    known[key] = {"settings": settings, "runs": [asdict(run) for run in runs]}
-    write_atomically(path, to_json(known))
-
-
-def check(options: DataArguments, selection: SelectionArguments, args: SFTConfig) -> None:
-    """Refuse arguments that do not go together, before anything is spent.
-
-    Raises:
-        ValueError: for the first that is wrong.
-    """
-    if options.results and not options.compare_seeds:
-        raise ValueError(
-            f"--results {options.results} keeps what --compare_seeds measures; add it, or leave "
-            "--results out."
-        )
-    if options.compare_seeds and args.world_size > 1:
-        raise ValueError(
-            f"--compare_seeds {options.compare_seeds} trains one run after another in one process; "
-            f"got {args.world_size} processes. Launch one, or leave --compare_seeds out."
-        )
-    if options.compare_seeds and args.max_steps <= selection.warmup:
-        raise ValueError(
-            f"--compare_seeds needs --max_steps above --warmup {selection.warmup}, got "
-            f"{args.max_steps}."
-        )
 
 
 def main() -> None:
     """Run the recipe from the command line."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    parser = TrlParser((DataArguments, SelectionArguments, SFTConfig, ModelConfig))
-    options, selection, args, model_args = parser.parse_args_and_config()
-    check(options, selection, args)
+    parser = TrlParser(
+        (DataArguments, SelectionArguments, ComparisonArguments, SFTConfig, ModelConfig)
+    )
+    options, selection, comparing, args, model_args = parser.parse_args_and_config()
+    comparing.check(args, selection.warmup)
     data = load(
         options.target,
         data_dir=options.data_dir,
@@ -248,8 +204,8 @@ def main() -> None:
     tasks = concatenate_tasks(  # <- remembers each row's task
         {name: rows.select_columns(TEXT) for name, rows in data.tasks.items()}
     )
-    if options.compare_seeds:
-        compare(data, tasks, options, selection, args, model_args)
+    if comparing.compare_seeds:
+        compare(data, tasks, options, selection, comparing, args, model_args)
         return
     callback = selection.callback()
     trainer = build(tasks, data.target, callback, args, model_args)

@@ -229,20 +229,13 @@ def compare(
     runs = [run for seed in range(options.compare_seeds) for run in comparing.run(seed)]
     directories = [comparing.directory("chosen", seed) for seed in range(options.compare_seeds)]
     reports = [SelectionReport.load(directory / "_task_selection") for directory in directories]
-    correlations = comparison.rank_agreement(runs).items()
     return [
         f"Measured on {len(measured)} rows of the target that no run has seen ({args.max_steps} "
         f"steps each,",
         f"of which the first {switch_step} are shared); mean and standard error of "
         f"{options.compare_seeds} seed(s), loss in nats:",
         "",
-        *comparison.table(runs),
-        "",
-        *(f"Seed {i} chose {comparison.shares(r.weights)}." for i, r in enumerate(reports)),
-        comparison.verdict(runs),
-        "Rank correlation of the estimated loss with what was measured: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in correlations)
-        + ".",
+        *comparison.summary(runs),
         f"Everything took {(time.perf_counter() - start) / 60:.1f} minutes; a selection "
         f"{reports[0].run['seconds']:.0f} seconds.",
         "",

@@ -13,11 +13,11 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hf_auxselect import FixedSelection, SelectionReport, TaskSelectionCallback
 from hf_auxselect.files import to_json, write_atomically
@@ -26,6 +26,48 @@ CHOSEN, ALL = "chosen by hf-auxselect", "all tasks"
 
 Mixture = Mapping[str, float] | list[str]
 """Task -> share of the rows, or the tasks whose rows are pooled."""
+
+
+@dataclass
+class ComparisonArguments:
+    """Flags of a script that can check its choice by training."""
+
+    compare_seeds: int = field(
+        default=0,
+        metadata={"help": "Seeds with which other mixtures are trained on, too; 0: only train."},
+    )
+    results: Path | None = field(
+        default=None, metadata={"help": "JSON file that what is measured is added to."}
+    )
+
+    def check(self, args: TrainingArguments, switch_step: float) -> None:
+        """Refuse a comparison that cannot be made.
+
+        Raises:
+            ValueError: it names the flag.
+        """
+        if self.results and not self.compare_seeds:
+            raise ValueError(
+                f"--results {self.results} keeps what --compare_seeds measures; add it, or leave "
+                "--results out."
+            )
+        if not self.compare_seeds:
+            return
+        if args.world_size > 1:
+            raise ValueError(
+                f"--compare_seeds {self.compare_seeds} trains one run after another in one "
+                f"process; got {args.world_size} processes. Launch one, or leave it out."
+            )
+        if switch_step < 1:
+            raise ValueError(
+                "--compare_seeds: --warmup must be a number of steps, at which a checkpoint is "
+                f"saved; got the share {switch_step}."
+            )
+        if 0 < args.max_steps <= switch_step:
+            raise ValueError(
+                f"--compare_seeds needs --max_steps above --warmup {switch_step:g}, got "
+                f"{args.max_steps}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +290,25 @@ def verdict(runs: list[Run]) -> str:
         return f"The choice did NOT win: {' and '.join(better)} had a lower loss."
     gain = losses[ALL] - losses[CHOSEN]
     return f"The choice won; it is {gain:.4f} nats below training on all tasks."
+
+
+def summary(runs: list[Run]) -> list[str]:
+    """Lines: the table, the chosen mixtures, who won, and how well estimates ranked the runs."""
+    lines = [*table(runs), ""]
+    lines += [f"Seed {run.seed} chose {shares(run.weights)}." for run in runs if run.name == CHOSEN]
+    lines += ["", verdict(runs)]
+    lines += [
+        f"Rank correlation of the estimated loss with the measured {name}: {value:.2f}"
+        for name, value in rank_agreement(runs).items()
+    ]
+    return lines
+
+
+def add_results(path: Path, name: str, settings: Mapping[str, object], runs: list[Run]) -> None:
+    """Put a comparison into a file of results, in place of an earlier one of the same name."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known[name] = {"settings": settings, "runs": [asdict(run) for run in runs]}
+    write_atomically(path, to_json(known))
 
 
 def shares(weights: Mapping[str, float]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -33,11 +33,13 @@ from hf_auxselect import TaskSelectionCallback, concatenate_tasks
 from recipes.comparison import (
     ALL,
     Comparison,
+    ComparisonArguments,
+    Run,
+    add_results,
     all_tasks,
+    most_similar,
     random_order,
-    rank_agreement,
-    table,
-    verdict,
+    summary,
 )
 from recipes.metrics import CompletionMetric, ExactMatch, most_likely_tokens
 from recipes.models import smollm2
@@ -76,7 +78,7 @@ class DataArguments:
 
 @dataclass
 class SelectionArguments:
-    """Options of the callback, and the check by training."""
+    """Options of the callback."""
 
     warmup: float = field(
         default=0.2, metadata={"help": "Share of the run, or number of steps, on all tasks."}
@@ -86,9 +88,6 @@ class SelectionArguments:
     )
     confirm: int = field(
         default=0, metadata={"help": "Finalists that are trained before the switch."}
-    )
-    compare_seeds: int = field(
-        default=0, metadata={"help": "Seeds with which the choice is checked by training."}
     )
 
     def callback(self, seed: int | None = None) -> TaskSelectionCallback:
@@ -207,15 +206,17 @@ def main() -> None:
             DatasetMixtureConfig,
             DataArguments,
             SelectionArguments,
+            ComparisonArguments,
             SFTConfig,
             ModelConfig,
         )
     )
-    script, mixture, data, selection, training, model = parser.parse_args_and_config()
+    script, mixture, data, selection, comparing, training, model = parser.parse_args_and_config()
+    comparing.check(training, selection.warmup)
     warnings.filterwarnings("ignore", category=FutureWarning)
     train = load_tasks(script, mixture, data)
     target, test = load_target(data)
-    if not selection.compare_seeds:
+    if not comparing.compare_seeds:
         callback = selection.callback()
         trainer = build(model, training, train, target, callback)
         print(callback.preview(trainer))
@@ -223,43 +224,40 @@ def main() -> None:
         trainer.save_model()
         return
 
-    if training.world_size > 1:
-        raise ValueError(
-            f"--compare_seeds {selection.compare_seeds} trains one run after another in one "
-            f"process; got {training.world_size} processes. Launch one, or leave it out."
-        )
-
     def make(callback: TaskSelectionCallback, directory: Path, seed: int) -> Trainer:
         own = copy.copy(training)
         own.output_dir, own.seed, own.save_strategy = str(directory), seed, "steps"
         own.save_steps = callback.warmup  # the other runs start from the checkpoint at the switch
         return build(model, own, train, target, callback)
 
-    if selection.warmup < 1:
-        raise ValueError(
-            f"--compare_seeds: --warmup must be a number of steps, at which a checkpoint is saved; "
-            f"got the share {selection.warmup}."
-        )
+    settings = {
+        "data": asdict(data) | {"data_dir": str(data.data_dir)},
+        "selection": asdict(selection),
+        "max_steps": training.max_steps,
+        "batch_size": training.per_device_train_batch_size,
+        "learning_rate": training.learning_rate,
+        "lora_r": model.lora_r,
+        "model": model.model_name_or_path,
+    }
     comparison = Comparison(
         make=make,
         callback=selection.callback,
         measure=lambda trainer: _measure(trainer, test),
-        rivals={ALL: all_tasks, "weights in random order": random_order},
-        output_dir=Path(training.output_dir),
-        settings={
-            "data": vars(data) | {"data_dir": str(data.data_dir)},
-            "selection": vars(selection) | {"compare_seeds": None},
-            "max_steps": training.max_steps,
-            "learning_rate": training.learning_rate,
-            "model": model.model_name_or_path,
+        rivals={
+            ALL: all_tasks,
+            "most similar gradients (LESS)": most_similar,
+            "weights in random order": random_order,
         },
+        output_dir=Path(training.output_dir),
+        settings=settings,
     )
-    runs = [run for seed in range(selection.compare_seeds) for run in comparison.run(seed)]
+    runs: list[Run] = []
+    for seed in range(comparing.compare_seeds):
+        runs += comparison.run(seed)
+        if comparing.results:
+            add_results(comparing.results, _name(data.target), settings, runs)
     print(f"\n{_name(data.target)}, {len(test)} rows that no run has seen; nats per label token:\n")
-    print("\n".join(table(runs)))
-    print(f"\n{verdict(runs)}")
-    for name, correlation in rank_agreement(runs).items():
-        print(f"Rank correlation of estimated loss and measured {name}: {correlation:.2f}")
+    print("\n".join(summary(runs)))
 
 
 def _measure(trainer: Trainer, test: Dataset) -> dict[str, float]:

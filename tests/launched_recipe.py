@@ -1,11 +1,13 @@
-"""Runs a recipe's own command line, and records its selections; for test_recipe_launch.py.
+"""Runs the command lines of recipes, and records their selections; for test_recipe_launch.py.
 
-It is started as ``launched_recipe.py DIRECTORY MODULE ARGUMENTS...``, by a launcher.
+It is started as ``launched_recipe.py DIRECTORY MODULE ARGUMENTS... [+ MODULE ARGUMENTS...]...``, by
+a launcher: a start takes longer than a tiny run.
 """
 
+import importlib
+import itertools
 import json
 import os
-import runpy
 import sys
 from pathlib import Path
 
@@ -17,12 +19,15 @@ from matplotlib.figure import Figure
 from transformers import Trainer
 
 from hf_auxselect import TaskSelectionCallback
+from recipes import noisy_groups
 
 
-def main(directory: Path, module: str, arguments: list[str]) -> None:
+def main(directory: Path, commands: list[list[str]]) -> None:
     torch.set_num_threads(1)
     # Rendering takes longer than a tiny run.
     Figure.savefig = lambda figure, file, **options: file.write(b"\x89PNG")
+    # Its sizes are the paper's, and no options.
+    noisy_groups.WIDTH, noisy_groups.GROUP_SIZE, noisy_groups.TARGET_SIZE = 8, 3, 10
     runs = []
     train = Trainer.train
 
@@ -36,11 +41,16 @@ def main(directory: Path, module: str, arguments: list[str]) -> None:
         return result
 
     Trainer.train = recorded
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-    (directory / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(runs))
+    selections = {}
+    for module, *arguments in commands:
+        sys.argv = [module, *arguments]
+        importlib.import_module(module).main()
+        selections[module], runs[:] = list(runs), []
+    rank = os.environ.get("RANK", "0")
+    (directory / f"rank{rank}.json").write_text(json.dumps(selections))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    words = itertools.groupby(sys.argv[2:], "+".__eq__)
+    main(Path(sys.argv[1]), [list(command) for is_plus, command in words if not is_plus])
     tiny.leave()

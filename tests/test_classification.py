@@ -92,7 +92,7 @@ class TestScript:
             assert f"  {line}" in shown
         assert "of which the first 2 are shared" in shown
         assert "The choice " in shown
-        assert "Rank correlation of the estimated loss with what was measured: loss" in shown
+        assert "Rank correlation of the estimated loss with the measured loss" in shown
         runs = json.loads((tmp_path / "out" / "measured-0.json").read_text())["runs"]
         assert len(runs) == 4
         for run in runs:

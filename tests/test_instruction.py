@@ -54,13 +54,16 @@ def run(monkeypatch, config, model, output, **options):
 
 
 def test_it_selects_and_checks_the_choice(folder, config, tiny_model, run_dir, monkeypatch, capsys):
-    run(monkeypatch, config, tiny_model, run_dir, data_dir=folder, target="target", compare_seeds=2)
+    given = {"data_dir": folder, "target": "target", "results": run_dir / "results.json"}
+    run(monkeypatch, config, tiny_model, run_dir, compare_seeds=2, **given)
     shown = capsys.readouterr().out
     assert "target, 6 rows that no run has seen" in shown
-    for line in ("all tasks", "weights in random order", "chosen by hf-auxselect", "exact match"):
-        assert line in shown
+    runs = json.loads((run_dir / "results.json").read_text())["target"]["runs"]
+    assert [run["seed"] for run in runs] == [0] * 4 + [1] * 4
+    for name in ("all tasks", "weights in random order", "chosen by hf-auxselect", "exact match"):
+        assert name in shown
     assert "The choice" in shown
-    assert "Rank correlation of estimated loss and measured loss" in shown
+    assert "Rank correlation of the estimated loss with the measured loss" in shown
     record = json.loads((run_dir / "measured-1.json").read_text())
     assert set(record["runs"][0]["weights"]) == {"sums", "letters", "shuffled"}
     report = json.loads(

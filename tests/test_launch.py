@@ -34,7 +34,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("config", "num_processes"),
-    [("one_process.yaml", 1), ("two_cpu_processes.yaml", 2), ("fsdp2.yaml", 2)],
+    [("two_cpu_processes.yaml", 2), ("fsdp2.yaml", 2)],
 )
 def test_they_run_on_a_cpu(config, num_processes, run_dir, alone):
     """Accelerate shards nothing on a CPU: the FSDP configuration trains as DDP there."""

@@ -54,15 +54,14 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def recipe(tiny_model, data, run_dir, tmp_path, monkeypatch):
-    """The words of a recipe's command line, with what records its selections before them."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def command(tiny_model, data, tmp_path_factory):
+    """The words of recipes' command lines, with what records their selections before them."""
 
-    def words(module):
-        run_dir.mkdir()
-        paths = {"model": tiny_model, "output": run_dir / "output", "data": data}
-        return [SCRIPT, str(run_dir), module, *RECIPES[module].format(**paths).split()]
+    def words(directory, *modules):
+        paths = {"model": tiny_model, "output": directory / "output", "data": data}
+        lines = [f"{module} {RECIPES[module].format(**paths)}" for module in modules]
+        return [SCRIPT, str(directory), *" + ".join(lines).split()]
 
     return words
 
@@ -78,11 +77,11 @@ def run(command, **environment):
     assert done.returncode == 0, done.stderr
 
 
-def check_selections(directory, num_processes):
+def check_selections(directory, module, num_processes):
     """Every process selected, in a run of all of them, and the same."""
     files = sorted(directory.glob("rank*.json"))
     assert [file.name for file in files] == [f"rank{i}.json" for i in range(num_processes)]
-    runs = [json.loads(file.read_text()) for file in files]
+    runs = [json.loads(file.read_text())[module] for file in files]
     for selections in runs:
         assert selections == runs[0] and selections
         for selection in selections:
@@ -90,24 +89,40 @@ def check_selections(directory, num_processes):
             assert sum(selection["weights"].values()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(
-    ("config", "num_processes"), [("one_process.yaml", 1), ("two_cpu_processes.yaml", 2)]
+@pytest.fixture(
+    scope="class",
+    params=[("one_process.yaml", 1), ("two_cpu_processes.yaml", 2)],
+    ids=lambda param: param[0],
 )
-@pytest.mark.parametrize("module", RECIPES)
-def test_accelerate_launch(module, config, num_processes, recipe, run_dir):
-    path = ROOT / "recipes" / "accelerate" / config
+def launched(request, command, tmp_path_factory):
+    """What one launch of all recipes wrote, and its number of processes."""
+    config, num_processes = request.param
+    directory = tmp_path_factory.mktemp("launched")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    run([*launcher, "--config_file", str(path), *recipe(module)])
-    check_selections(run_dir, num_processes)
+    path = ROOT / "recipes" / "accelerate" / config
+    run(
+        [*launcher, "--config_file", str(path), *command(directory, *RECIPES)],
+        HF_DATASETS_CACHE=str(directory / "cache"),
+    )
+    return directory, num_processes
 
 
-def test_the_line_for_torchrun(recipe, run_dir):
+@pytest.mark.parametrize("module", RECIPES)
+class TestAccelerateLaunch:
+    def test_all_processes_select_the_same(self, module, launched):
+        directory, num_processes = launched
+        check_selections(directory, module, num_processes)
+
+
+def test_the_line_for_torchrun(command, run_dir):
+    run_dir.mkdir()
     page = (ROOT / "docs" / "launching.md").read_text()
     (line,) = re.findall(r"^ACCELERATE_USE_CPU=true (torchrun .*)$", page, re.MULTILINE)
     *launcher, option, module = shlex.split(line)
     assert (launcher[0], option, module) == ("torchrun", "-m", COPY)
-    run([sys.executable, "-m", "torch.distributed.run", *launcher[1:], *recipe(module)])
-    check_selections(run_dir, 2)
+    words = command(run_dir, COPY)
+    run([sys.executable, "-m", "torch.distributed.run", *launcher[1:], *words])
+    check_selections(run_dir, COPY, 2)
 
 
 FAKE_SRUN = """#!/bin/bash
@@ -133,15 +148,16 @@ def job_with_a_free_port():
 
 
 class TestSlurm:
-    def test_the_script(self, recipe, run_dir, tmp_path):
+    def test_the_script(self, command, run_dir, tmp_path):
         """Two nodes of one process, both of which are this machine."""
+        run_dir.mkdir()
         commands = tmp_path / "bin"
         commands.mkdir()
         for name, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
             (commands / name).write_text(text)
             (commands / name).chmod(0o755)
         run(
-            ["bash", str(SLURM), *recipe(COPY)],
+            ["bash", str(SLURM), *command(run_dir, COPY)],
             PATH=os.pathsep.join(
                 [str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]
             ),
@@ -150,7 +166,7 @@ class TestSlurm:
             SLURM_JOB_NUM_NODES="2",
             PROCESSES_PER_NODE="1",
         )
-        check_selections(run_dir, 2)
+        check_selections(run_dir, COPY, 2)
 
     def test_it_says_what_is_missing_without_gpus(self):
         done = subprocess.run(["bash", SLURM], capture_output=True, text=True)

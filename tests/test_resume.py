@@ -81,10 +81,16 @@ class TestKills:
 class TestCheckpointsThatAreNotWhole:
     options: ClassVar = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("whole")
+        trained(tiny.sft_trainer, directory, callback(), **self.options)
+        return directory
+
     @pytest.fixture
-    def stopped(self, run_dir):
+    def stopped(self, whole, run_dir):
         """A run whose last checkpoint has no state."""
-        trained(tiny.sft_trainer, run_dir, callback(), **self.options)
+        shutil.copytree(whole, run_dir)
         (run_dir / "checkpoint-6" / "trainer_state.json").unlink()
         return run_dir
 
@@ -158,10 +164,16 @@ class TestResumption:
 
     options: ClassVar = {"save_strategy": "steps", "save_steps": 2}
 
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("whole")
+        trained(tiny.sft_trainer, directory, callback(), **self.options)
+        return directory
+
     @pytest.fixture
-    def finished(self, run_dir):
-        trained(tiny.sft_trainer, run_dir, callback(), **self.options)
-        return run_dir
+    def finished(self, whole, run_dir):
+        """A copy of a finished run, for the test to change."""
+        return shutil.copytree(whole, run_dir)
 
     def resume(self, directory, step, cb=None, **options):
         checkpoint = str(directory / f"checkpoint-{step}")
