@@ -15,10 +15,10 @@ from hf_auxselect.capture.batching import BatchLimits, TaskExamples, num_tokens,
 from hf_auxselect.capture.example_gradients import ExampleGradients
 from hf_auxselect.capture.examples import plan_shards, with_roles
 from hf_auxselect.capture.memory import PeakMemory, evaluation_mode
-from hf_auxselect.capture.module_gradients import trainable_parameters
 from hf_auxselect.capture.probes import ProbeReader, WeightedRow, examples_to_probe
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import NEXT_TOKEN_LOSS, CollateFn, ExampleLoss
+from hf_auxselect.sharding import trainable_parameters
 
 
 @dataclass(frozen=True)

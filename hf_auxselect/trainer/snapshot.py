@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_auxselect.capture.optimizer_state import copy_of_state
+from hf_auxselect.sharding import local, reshard
 from hf_auxselect.trainer import access
 
 
@@ -81,9 +82,10 @@ class Snapshot:
 
 
 def _changing(trainer: Trainer) -> list[tuple[str, Tensor]]:
-    """Trainable parameters and buffers, by name."""
+    """Trainable parameters and buffers, by name; of sharded ones this process's part."""
+    reshard(trainer.model)
     return [
-        (name, tensor)
+        (name, local(tensor))
         for name, tensor in (
             *trainer.model.named_parameters(),
             *trainer.model.named_buffers(),
