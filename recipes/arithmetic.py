@@ -129,7 +129,7 @@ def main() -> None:
         output_dir=options.output_dir,
         max_steps=options.max_steps,
     )
-    print(callback.preview(trainer))
+    trainer.accelerator.print(callback.preview(trainer))
     trainer.train()
     print("target loss:", trainer.evaluate()["eval_loss"])
     trainer.save_model()

@@ -24,13 +24,20 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import (
+    ModelConfig,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 
 from hf_auxselect import TaskSelectionCallback, cluster_tasks, concatenate_tasks
 from recipes import comparison
 from recipes.comparison import ALL, Comparison, ComparisonArguments
 from recipes.metrics import AnswerAccuracy, CompletionMetric, generated, most_likely_tokens
-from recipes.models import smollm2
+from recipes.models import add_model_options
 from recipes.rationales import Rationales, load
 
 TEXT = ["prompt", "completion"]
@@ -96,6 +103,7 @@ def build(
         train_dataset=tasks,
         eval_dataset=target.select_columns(TEXT),  # <- the target
         processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         compute_metrics=CompletionMetric(AnswerAccuracy(), tokenizer),
         preprocess_logits_for_metrics=most_likely_tokens,
@@ -199,12 +207,7 @@ def main() -> None:
         num_held_out=options.num_held_out,
         include_target=options.include_target,
     )
-    model_args.model_name_or_path = model_args.model_name_or_path or smollm2()
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "dtype": model_args.dtype,
-        "attn_implementation": model_args.attn_implementation,
-    } | (args.model_init_kwargs or {})
+    add_model_options(args, model_args)
     tasks = concatenate_tasks(  # <- remembers each row's task
         {name: rows.select_columns(TEXT) for name, rows in data.tasks.items()}
     )
@@ -213,8 +216,7 @@ def main() -> None:
         return
     callback = selection.callback()
     trainer = build(tasks, data.target, callback, args, model_args)
-    preview = callback.preview(trainer)
-    trainer.accelerator.print(preview)
+    trainer.accelerator.print(callback.preview(trainer))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     measured = measure(trainer, data.held_out, options.max_new_tokens)
     if callback.report is not None:

@@ -28,6 +28,7 @@ from trl import (
     TrlParser,
     get_dataset,
     get_peft_config,
+    get_quantization_config,
 )
 
 from hf_auxselect import TaskSelectionCallback, concatenate_tasks
@@ -43,7 +44,7 @@ from recipes.comparison import (
     summary,
 )
 from recipes.metrics import CompletionMetric, ExactMatch, most_likely_tokens
-from recipes.models import smollm2
+from recipes.models import add_model_options
 
 COLUMNS = {"input": "prompt", "output": "completion"}
 """Columns of Super-NaturalInstructions on the Hub -> those of TRL."""
@@ -186,10 +187,11 @@ def build(
 ) -> SFTTrainer:
     """The trainer of this recipe."""
     trainer = SFTTrainer(
-        model=model.model_name_or_path or smollm2(),
+        model=model.model_name_or_path,
         args=training,
         train_dataset=train,
         eval_dataset=target,  # <- the target
+        quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         preprocess_logits_for_metrics=most_likely_tokens,
         callbacks=[callback],  # <- selects, and switches
@@ -216,11 +218,17 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     train = load_tasks(script, mixture, data)
     target, test = load_target(data)
+    add_model_options(training, model)
     if not comparing.compare_seeds:
         callback = selection.callback()
         trainer = build(model, training, train, target, callback)
-        print(callback.preview(trainer))
+        trainer.accelerator.print(callback.preview(trainer))
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        measured = _measure(trainer, test)
+        trainer.accelerator.print(
+            f"target loss: {measured['loss']:.4f}; exact match: {measured['exact match']:.1%} of "
+            f"{len(test)} rows that the run has not seen"
+        )
         trainer.save_model()
         return
 
@@ -237,7 +245,7 @@ def main() -> None:
         "batch_size": training.per_device_train_batch_size,
         "learning_rate": training.learning_rate,
         "lora_r": model.lora_r,
-        "model": model.model_name_or_path,
+        "model": Path(str(model.model_name_or_path)).name,
     }
     comparison = Comparison(
         make=make,
@@ -261,6 +269,7 @@ def main() -> None:
 
 
 def _measure(trainer: Trainer, test: Dataset) -> dict[str, float]:
+    """Loss and metric of rows that no run has seen."""
     measured = trainer.evaluate(test)
     return {"loss": measured["eval_loss"], "exact match": measured["eval_exact_match"]}
 
