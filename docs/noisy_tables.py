@@ -11,9 +11,9 @@ LOOKED_AT = range(5)
 """Seeds that were looked at while the recipe was written."""
 NAMES = {
     "GradExLogistic()": "`GradExLogistic()`",
-    "LinearizedTraining()": "`LinearizedTraining()`, the default: the 30 steps that are left",
-    "LinearizedTraining(probes=False)": "the same without probes",
-    "LinearizedTraining, next three steps": "the same, and as if three steps were left",
+    "LinearizedTraining()": "`LinearizedTraining()`, the default: 30 remaining steps",
+    "LinearizedTraining(probes=False)": "`LinearizedTraining(probes=False)`",
+    "LinearizedTraining, next three steps": "`LinearizedTraining(probes=False)`, three steps",
     "GaussNewton()": "`GaussNewton()`",
     "loss of the group": "*loss of the group itself*",
 }
@@ -42,8 +42,8 @@ def noisy_groups() -> str:
         "scored by",
         f"AUROC, seeds {', '.join(seeds[0])}",
         f"seeds {', '.join(seeds[1])}",
-        "dropped of 8 random",
-        "of 12 right",
+        "random groups dropped, of 8",
+        "right groups dropped, of 12",
     ]
     return markdown(header, rows)
 
@@ -69,10 +69,10 @@ def noisy_groups_dropped() -> str:
         [
             "seed",
             "target loss, all groups",
-            "without the dropped",
-            "random above the floor",
-            "right above it",
-            "rows from random groups",
+            "without the dropped groups",
+            "random groups above the floor",
+            "right groups above the floor",
+            "share of rows from random groups",
             "warnings",
         ],
         rows,
@@ -86,7 +86,6 @@ def noisy_families() -> str:
     shown = {
         **NAMES,
         "LinearizedTraining()": "`LinearizedTraining()`, the default",
-        "LinearizedTraining, next three steps": "the same, and as if three steps were left",
     }
     rows = [
         [label, *(str(f["rank"].get(name, "not captured")) for f in families)]
@@ -95,13 +94,13 @@ def noisy_families() -> str:
     rows.insert(
         2,
         [
-            "its slope, the score of `MixtureOptimization()`",
+            "slope of `LinearizedTraining()`, the score of `MixtureOptimization()`",
             *(str(f["rank_of_slope"]["LinearizedTraining()"]) for f in families),
         ],
     )
     rows.append(
         [
-            "share of the shuffled task over its share in all rows, `MixtureOptimization()`",
+            "share of the shuffled task by `MixtureOptimization()`, over its share in all rows",
             *(number(f["mixture"]["shuffled"]) for f in families),
         ]
     )

@@ -1,10 +1,11 @@
 """Fine-tune on the tasks that help with three-term sums: a TRL script, and three lines.
 
-Ten tasks of reasoning-gym, some of use for the target and some not, and one whose answers are
-shuffled. This is the script to copy: all but the lines marked with an arrow is an ordinary
-``SFTTrainer`` script.
+There are ten tasks of reasoning-gym, some of which help the target, and one task whose answers are
+shuffled. This is the script to copy: without the lines marked with an arrow it is an ordinary
+``SFTTrainer`` script. It prints what the selection will cost, at the switch the estimates, and at
+the end the target's loss.
 
-    python -m recipes.arithmetic [--model NAME] [--output_dir DIR] [--after restart] ...
+    python -m recipes.arithmetic [--model NAME] [--output_dir DIR] [--after restart] [--max_steps N]
 """
 
 from __future__ import annotations
@@ -108,9 +109,18 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="name or directory; default: SmolLM2 from PyPI")
-    parser.add_argument("--output_dir", default="outputs/arithmetic")
-    parser.add_argument("--after", default="continue", choices=["continue", "restart", "observe"])
-    parser.add_argument("--max_steps", type=int, default=60)
+    parser.add_argument(
+        "--output_dir", default="outputs/arithmetic", help="for the adapter and _task_selection/"
+    )
+    parser.add_argument(
+        "--after",
+        default="continue",
+        choices=["continue", "restart", "observe"],
+        help="after the selection: go on, start again from the initial adapter, or only report",
+    )
+    parser.add_argument(
+        "--max_steps", type=int, default=60, help="training steps; 40%% of them warm up"
+    )
     options = parser.parse_args()
     callback = TaskSelectionCallback(warmup=0.4, after=options.after)
     trainer = build(
@@ -119,7 +129,7 @@ def main() -> None:
         output_dir=options.output_dir,
         max_steps=options.max_steps,
     )
-    print(callback.preview(trainer))
+    trainer.accelerator.print(callback.preview(trainer))
     trainer.train()
     print("target loss:", trainer.evaluate()["eval_loss"])
     trainer.save_model()

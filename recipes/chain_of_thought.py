@@ -1,15 +1,16 @@
 """Fine-tune on rationales: which data sets of chains of thought help with StrategyQA, or GSM8K?
 
-Each data set is a task; or, with ``--clusters n``, each of n clusters of rows whose gradients are
-alike, as in the paper. All but the lines marked with an arrow is an ordinary ``SFTTrainer`` script.
-At its end the model writes rationales for questions it has not seen, and their answers are counted.
+Each data set is a task; or, with ``--clusters n``, each of n clusters of rows with similar
+gradients, as in the paper. Without the lines marked with an arrow this is an ordinary
+``SFTTrainer`` script. At the end the model writes rationales for questions that it has not seen,
+and the script counts the right answers.
 
     python -m recipes.chain_of_thought --config recipes/configs/chain_of_thought_cpu.yaml \
         [--target gsm8k] [--data_dir DIR] [--num_rows N] [--num_held_out N] [--max_new_tokens N] \
         [--warmup STEPS] [--max_steps N] [--examples_per_task N] [--clusters N] [--output_dir DIR]
 
-``--compare_seeds SEEDS`` trains on other mixtures, too, from the same checkpoint at the switch, and
-prints a measured table; ``--results FILE`` keeps it.
+``--compare_seeds N`` also trains on other mixtures from the checkpoint at the switch, with N seeds,
+and prints a table of what was measured; ``--results FILE`` keeps it.
 
 Source: Li et al., "Scalable Fine-tuning from Multiple Data Sources" (EMNLP Findings 2024).
 """
@@ -23,13 +24,20 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import (
+    ModelConfig,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 
 from hf_auxselect import TaskSelectionCallback, cluster_tasks, concatenate_tasks
 from recipes import comparison
 from recipes.comparison import ALL, Comparison, ComparisonArguments
 from recipes.metrics import AnswerAccuracy, CompletionMetric, generated, most_likely_tokens
-from recipes.models import smollm2
+from recipes.models import add_model_options
 from recipes.rationales import Rationales, load
 
 TEXT = ["prompt", "completion"]
@@ -37,24 +45,22 @@ TEXT = ["prompt", "completion"]
 
 @dataclass
 class DataArguments:
-    """Where rationales come from, and how many rows are read."""
+    """Where rationales come from, and how many rows are read and generated."""
 
     target: str = field(default="strategyqa", metadata={"help": "the task to improve"})
     data_dir: str | None = field(
-        default=None, metadata={"help": "folder of JSONL files; default: data sets of the Hub"}
+        default=None, metadata={"help": "folder of JSONL files; default: data sets on the Hub"}
     )
     num_rows: int = field(default=200, metadata={"help": "rows of each task, at most"})
-    num_target: int = field(
-        default=48, metadata={"help": "rows of the target by which tasks are chosen"}
-    )
+    num_target: int = field(default=48, metadata={"help": "rows of the target for the selection"})
     num_held_out: int = field(
-        default=64, metadata={"help": "further rows of the target, for loss and accuracy"}
+        default=64, metadata={"help": "further rows of the target, to measure loss and answers"}
     )
     include_target: bool = field(
-        default=False, metadata={"help": "the target's own training rows are a task, too"}
+        default=False, metadata={"help": "make the target's own training rows a task"}
     )
     max_new_tokens: int = field(
-        default=96, metadata={"help": "length of a generated rationale, at most"}
+        default=96, metadata={"help": "tokens of a generated rationale, at most"}
     )
 
 
@@ -63,14 +69,19 @@ class SelectionArguments:
     """Options of the ``TaskSelectionCallback``."""
 
     warmup: int = field(default=24, metadata={"help": "steps on all tasks before the selection"})
-    after: str = field(default="continue", metadata={"help": "continue, restart or observe"})
+    after: str = field(
+        default="continue",
+        metadata={"help": "continue, restart (from the initial adapter) or observe (only report)"},
+    )
     examples_per_task: int = field(
         default=48, metadata={"help": "examples of each task that are captured, at most"}
     )
     clusters: int | None = field(
-        default=None, metadata={"help": "number of clusters of rows; default: tasks are data sets"}
+        default=None, metadata={"help": "number of clusters of rows; default: data sets are tasks"}
     )
-    verify: int = field(default=0, metadata={"help": "number of ground-truth runs at the switch"})
+    verify: int = field(
+        default=0, metadata={"help": "number of ground-truth runs, to compare with the estimates"}
+    )
 
     def callback(self, seed: int | None = None) -> TaskSelectionCallback:
         """The callback with these options."""
@@ -92,6 +103,7 @@ def build(
         train_dataset=tasks,
         eval_dataset=target.select_columns(TEXT),  # <- the target
         processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         compute_metrics=CompletionMetric(AnswerAccuracy(), tokenizer),
         preprocess_logits_for_metrics=most_likely_tokens,
@@ -195,12 +207,7 @@ def main() -> None:
         num_held_out=options.num_held_out,
         include_target=options.include_target,
     )
-    model_args.model_name_or_path = model_args.model_name_or_path or smollm2()
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "dtype": model_args.dtype,
-        "attn_implementation": model_args.attn_implementation,
-    } | (args.model_init_kwargs or {})
+    add_model_options(args, model_args)
     tasks = concatenate_tasks(  # <- remembers each row's task
         {name: rows.select_columns(TEXT) for name, rows in data.tasks.items()}
     )
@@ -209,8 +216,7 @@ def main() -> None:
         return
     callback = selection.callback()
     trainer = build(tasks, data.target, callback, args, model_args)
-    preview = callback.preview(trainer)
-    trainer.accelerator.print(preview)
+    trainer.accelerator.print(callback.preview(trainer))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     measured = measure(trainer, data.held_out, options.max_new_tokens)
     if callback.report is not None:

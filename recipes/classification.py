@@ -1,15 +1,15 @@
 """Classify texts of one domain with the help of other domains: a Trainer script, and three lines.
 
-Each domain is a task. An encoder with a classification head warms up on all of them, and goes on
-with the mixture that is estimated to lower the loss of one domain, the target, the most. All but
-the lines marked with an arrow is an ordinary ``Trainer`` script.
+One domain is the target, each other one a task. An encoder with a classification head warms up on
+all tasks, and goes on with the mixture for which the lowest loss of the target is estimated.
+Without the lines marked with an arrow this is an ordinary ``Trainer`` script.
 
     python -m recipes.classification --data_dir DIR --target phones
     python -m recipes.classification --target telephone --model answerdotai/ModernBERT-base
 
-DIR has a file ``TASK.jsonl`` for each task, rows with ``text`` and ``label`` (0, 1, ...), and
-``TARGET.heldout.jsonl``. Without ``--data_dir`` the rows come from the Hub (``--dataset_name``,
-``--task_column``, ``--text_column``, ``--label_column``, ``--heldout_split``), without ``--model``
+DIR has a file ``TASK.jsonl`` for each task, and ``TARGET.heldout.jsonl``; a row has ``text`` and
+``label`` (0, 1, ...). Without ``--data_dir`` the rows come from the Hub (``--dataset_name``,
+``--task_column``, ``--text_column``, ``--label_column``, ``--heldout_split``). Without ``--model``
 a small encoder is trained from scratch. ``--compare_seeds 3`` checks the choice by training;
 ``--confirm 3`` lets measured losses decide.
 """
@@ -57,15 +57,17 @@ class ModelArguments:
         default=None,
         metadata={"help": "encoder that gets a LoRA adapter; default: a small one, from scratch"},
     )
-    max_length: int = field(default=128, metadata={"help": "tokens at which a text is cut"})
+    max_length: int = field(default=128, metadata={"help": "tokens of a text, at most"})
     warmup: float = field(
-        default=0.75, metadata={"help": "share of the steps before the selection"}
+        default=0.75, metadata={"help": "share of the steps on all tasks before the selection"}
     )
     confirm: int = field(
-        default=0, metadata={"help": "train so many finalists, and go on with the best of them"}
+        default=0,
+        metadata={"help": "number of candidate mixtures to train on; the best goes on; 0: none"},
     )
     compare_seeds: int = field(
-        default=0, metadata={"help": "check the choice by training, with so many seeds"}
+        default=0,
+        metadata={"help": "number of seeds to check the choice with by training; 0: only train"},
     )
 
 

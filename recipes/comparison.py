@@ -1,7 +1,7 @@
-"""Check a choice by training: other mixtures for the same steps, from the same checkpoint.
+"""Check a choice by training on other mixtures, for the same steps and from the same checkpoint.
 
-Recipes use it to print a measured table. A script that you copy does not need it: ``verify=n`` of
-the callback trains on a few mixtures, too, and shows the losses in the report.
+Recipes print a table of what was measured. A script that you copy does not need this module:
+``verify=n`` of the callback also trains on a few mixtures, and shows their losses in the report.
 
 Shapes: K tasks.
 """
@@ -34,10 +34,10 @@ class ComparisonArguments:
 
     compare_seeds: int = field(
         default=0,
-        metadata={"help": "Seeds with which other mixtures are trained on, too; 0: only train."},
+        metadata={"help": "Number of seeds to check the choice with by training; 0: only train."},
     )
     results: Path | None = field(
-        default=None, metadata={"help": "JSON file that what is measured is added to."}
+        default=None, metadata={"help": "JSON file to which the measurements are added."}
     )
 
     def check(self, args: TrainingArguments, switch_step: float) -> None:

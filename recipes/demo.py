@@ -1,8 +1,8 @@
 """The main job from end to end: select tasks in one run, then check the choice by training.
 
-One run of ``arithmetic.py`` warms up, selects and goes on. From its checkpoint at the switch two
-more runs go on for as many steps: with all tasks, and with the chosen weights in a random order.
-The table at the end is measured, on examples of the target that no run has seen.
+A short run of ``arithmetic.py`` warms up, selects and goes on. From its checkpoint at the switch
+two more runs train for as many steps: on all tasks, and on the chosen weights in a random order.
+The losses in the table at the end are measured on examples of the target that no run has seen.
 
     python -m recipes.demo [--model NAME] [--output_dir DIR]
 """
@@ -36,7 +36,12 @@ def main() -> None:
     """Run everything and print the measured table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="name or directory; default: SmolLM2 from PyPI")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("outputs/demo"),
+        help="for all runs; what is in it is deleted first",
+    )
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     model = options.model or smollm2()

@@ -1,7 +1,7 @@
-"""Texts with labels from several domains, from a folder of JSONL files or from the Hub.
+"""Labelled texts of several domains, from a folder of JSONL files or from the Hub.
 
-What ``classification.py`` trains on. Replace :func:`load` by what makes :class:`Domains` of your
-own rows.
+``classification.py`` trains on them. For your own rows, replace :func:`load` with a function that
+makes :class:`Domains` of them.
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ Rows = list[dict[str, Any]]
 class DataArguments:
     """Where the domains come from."""
 
-    target: str = field(default="phones", metadata={"help": "the domain whose loss should be low"})
+    target: str = field(default="phones", metadata={"help": "the domain whose loss is to be low"})
     data_dir: str | None = field(
-        default=None, metadata={"help": "folder of TASK.jsonl and TASK.heldout.jsonl"}
+        default=None,
+        metadata={"help": "folder of TASK.jsonl and TARGET.heldout.jsonl; default: the Hub"},
     )
     dataset_name: str = field(
-        default="nyu-mll/multi_nli", metadata={"help": "data set of the Hub, without --data_dir"}
+        default="nyu-mll/multi_nli", metadata={"help": "data set on the Hub, without --data_dir"}
     )
-    task_column: str = field(default="genre", metadata={"help": "column that names the domain"})
+    task_column: str = field(default="genre", metadata={"help": "column with the domain's name"})
     text_column: str = field(
-        default="premise,hypothesis", metadata={"help": "column of the text; two, of a pair"}
+        default="premise,hypothesis", metadata={"help": "column of the text; for pairs, two"}
     )
     label_column: str = field(default="label", metadata={"help": "column of the class number"})
     heldout_split: str = field(
-        default="validation_matched", metadata={"help": "split of the held-out rows"}
+        default="validation_matched", metadata={"help": "split with the held-out rows"}
     )
     train_on_target: bool = field(
-        default=False, metadata={"help": "the target's training rows are a task, too"}
+        default=False,
+        metadata={"help": "make the target's training rows a task, instead of held-out rows"},
     )
-    max_rows: int = field(default=1000, metadata={"help": "largest number of rows of a task"})
+    max_rows: int = field(default=1000, metadata={"help": "rows of each task, at most"})
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A TRL script with its usual command line and YAML, and three lines. Tasks are the entries of
 ``datasets:``, the values of a column (``--dataset_name`` and ``--task_column``), or the JSONL files
-of a folder (``--data_dir``). With ``--compare_seeds n`` the choice is checked by training at the
-end: on all tasks, and on the chosen weights in a random order.
+of a folder (``--data_dir``). ``--compare_seeds N`` checks the choice by training with N seeds on
+other mixtures: all tasks, the two tasks with the most similar gradients, and the chosen weights in
+a random order.
 
     python -m recipes.instruction --config recipes/configs/instruction.yaml
     python -m recipes.instruction --config recipes/configs/instruction_cpu.yaml [--data_dir DIR]
@@ -27,6 +28,7 @@ from trl import (
     TrlParser,
     get_dataset,
     get_peft_config,
+    get_quantization_config,
 )
 
 from hf_auxselect import TaskSelectionCallback, concatenate_tasks
@@ -42,7 +44,7 @@ from recipes.comparison import (
     summary,
 )
 from recipes.metrics import CompletionMetric, ExactMatch, most_likely_tokens
-from recipes.models import smollm2
+from recipes.models import add_model_options
 
 COLUMNS = {"input": "prompt", "output": "completion"}
 """Columns of Super-NaturalInstructions on the Hub -> those of TRL."""
@@ -53,13 +55,13 @@ class DataArguments:
     """Where tasks and target are."""
 
     target: str = field(
-        metadata={"help": "The target: a data set on the Hub; with data_dir a file of this name."}
+        metadata={"help": "The target: a data set on the Hub; with --data_dir, a file's name."}
     )
     target_split: str = field(default="test", metadata={"help": "Split of a target on the Hub."})
     data_dir: Path | None = field(
         default=None,
         metadata={
-            "help": "Folder of JSONL files with `prompt` and `completion`, in place of the Hub: "
+            "help": "Folder of JSONL files with `prompt` and `completion`, instead of the Hub: "
             "TASK.jsonl for each entry of `datasets:` (all files, if there is none), and "
             "TARGET.heldout.jsonl."
         },
@@ -67,12 +69,10 @@ class DataArguments:
     task_column: str | None = field(
         default=None, metadata={"help": "Column of --dataset_name with each row's task."}
     )
-    rows_per_task: int | None = field(default=None, metadata={"help": "Rows of a task at most."})
-    target_rows: int = field(
-        default=64, metadata={"help": "Rows of the target that the selection is made for."}
-    )
+    rows_per_task: int | None = field(default=None, metadata={"help": "Rows of a task, at most."})
+    target_rows: int = field(default=64, metadata={"help": "Rows of the target for the selection."})
     test_rows: int = field(
-        default=200, metadata={"help": "Further rows of the target, for the final measurement."}
+        default=200, metadata={"help": "Further rows of the target, to measure the result."}
     )
 
 
@@ -81,13 +81,14 @@ class SelectionArguments:
     """Options of the callback."""
 
     warmup: float = field(
-        default=0.2, metadata={"help": "Share of the run, or number of steps, on all tasks."}
+        default=0.2, metadata={"help": "Share of the run, or steps, before the selection."}
     )
     examples_per_task: int = field(
-        default=64, metadata={"help": "Examples of each task that the gradient pass reads."}
+        default=64, metadata={"help": "Examples of each task that are captured, at most."}
     )
     confirm: int = field(
-        default=0, metadata={"help": "Finalists that are trained before the switch."}
+        default=0,
+        metadata={"help": "Number of candidate mixtures to train on; the best goes on; 0: none."},
     )
 
     def callback(self, seed: int | None = None) -> TaskSelectionCallback:
@@ -186,10 +187,11 @@ def build(
 ) -> SFTTrainer:
     """The trainer of this recipe."""
     trainer = SFTTrainer(
-        model=model.model_name_or_path or smollm2(),
+        model=model.model_name_or_path,
         args=training,
         train_dataset=train,
         eval_dataset=target,  # <- the target
+        quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         preprocess_logits_for_metrics=most_likely_tokens,
         callbacks=[callback],  # <- selects, and switches
@@ -216,11 +218,17 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     train = load_tasks(script, mixture, data)
     target, test = load_target(data)
+    add_model_options(training, model)
     if not comparing.compare_seeds:
         callback = selection.callback()
         trainer = build(model, training, train, target, callback)
-        print(callback.preview(trainer))
+        trainer.accelerator.print(callback.preview(trainer))
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        measured = _measure(trainer, test)
+        trainer.accelerator.print(
+            f"target loss: {measured['loss']:.4f}; exact match: {measured['exact match']:.1%} of "
+            f"{len(test)} rows that the run has not seen"
+        )
         trainer.save_model()
         return
 
@@ -237,7 +245,7 @@ def main() -> None:
         "batch_size": training.per_device_train_batch_size,
         "learning_rate": training.learning_rate,
         "lora_r": model.lora_r,
-        "model": model.model_name_or_path,
+        "model": Path(str(model.model_name_or_path)).name,
     }
     comparison = Comparison(
         make=make,
@@ -261,6 +269,7 @@ def main() -> None:
 
 
 def _measure(trainer: Trainer, test: Dataset) -> dict[str, float]:
+    """Loss and metric of rows that no run has seen."""
     measured = trainer.evaluate(test)
     return {"loss": measured["eval_loss"], "exact match": measured["eval_exact_match"]}
 

