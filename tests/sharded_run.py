@@ -6,6 +6,7 @@ It is started as ``sharded_run.py DIRECTORY CASE...``, and writes what each proc
 import contextlib
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -22,10 +23,16 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from matplotlib.figure import Figure
 from peft import get_peft_model
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 
-from hf_auxselect import GradExLogistic, LayerSelection, MixtureOptimization
-from hf_auxselect.sharding import trainable_parameters, whole
+from hf_auxselect import (
+    GradExLogistic,
+    LayerSelection,
+    MixtureOptimization,
+    concatenate_tasks,
+)
+from hf_auxselect.capture.example_gradients import ExampleGradients
+from hf_auxselect.sharding import local, trainable_parameters, whole
 
 WRAPPED = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 
@@ -40,6 +47,8 @@ def fsdp_on_cpu() -> Iterator[None]:
         plugin = kwargs.get("fsdp_plugin")
         if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            if plugin.cpu_offload:  # which pins memory for a GPU
+                plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
             if self._mixed_precision != "no":
                 plugin.set_mixed_precision(self._mixed_precision)
             PartialState._shared_state["distributed_type"] = self.distributed_type
@@ -55,6 +64,11 @@ def fsdp_on_cpu() -> Iterator[None]:
 def adapted(**options: Any) -> Any:
     """A model with another adapter, made anew for each run."""
     return lambda: get_peft_model(tiny.llama(), tiny.lora(**options))
+
+
+def few_tasks() -> Any:
+    """Fewer tasks than processes, with different numbers of rows."""
+    return tiny.tokenize(concatenate_tasks({"a": tiny.sums(9, 1), "b": tiny.sums(24, 2)}))
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -85,9 +99,21 @@ CASES: dict[str, dict[str, Any]] = {
         "kind": "SFTTrainer",
         "training": {"gradient_checkpointing": True},
     },
-    "activation checkpointing": {"kind": "SFTTrainer", "fsdp": {"activation_checkpointing": True}},
+    "activation checkpointing": {
+        "kind": "SFTTrainer",
+        "fsdp": {"activation_checkpointing": True},
+        # Accelerate's wrapper draws other dropout masks when a layer runs again.
+        "training": {"peft_config": tiny.lora()},
+    },
     "offload": {"kind": "SFTTrainer", "fsdp": {"cpu_offload": True}},
     "no wrapping": {"kind": "SFTTrainer", "fsdp": {"auto_wrap_policy": "NO_WRAP"}},
+    "few tasks": {"kind": "Trainer", "training": {"train_dataset": few_tasks()}},
+    "resumed": {"kind": "SFTTrainer", "callback": {"verify": 1}},
+    "resumed from parts": {
+        "kind": "Trainer",
+        "callback": {"after": "restart"},
+        "fsdp": {"state_dict_type": "SHARDED_STATE_DICT"},
+    },
     "bfloat16": {"kind": "SFTTrainer", "training": {"bf16": True}},
 }
 
@@ -115,6 +141,7 @@ def measured(trainer: Any, callback: Any) -> dict[str, np.ndarray]:
         outputs, gradients = store.scalar(scalar)
         arrays |= {f"outputs of {scalar}": outputs, f"gradients of {scalar}": gradients}
     arrays["estimates"] = np.array([row.loss for row in report.rows])
+    arrays["weights"] = np.array(list(report.weights.values()))
     arrays["verification"] = np.array([one.measured for one in report.verification])
     arrays["evaluation"] = np.array([trainer.evaluate()["eval_loss"]])
     for name, p in trainable_parameters(trainer.model).items():
@@ -129,33 +156,79 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / max(np.abs(one).max(), 1e-12)) if one.size else 0.0
 
 
+def compared(path: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """A run with sharded parameters, and the same one without."""
+    expected = measured(*run(path / "whole", case, sharded=False))
+    with fsdp_on_cpu():
+        trainer, callback = run(path / "sharded", case, sharded=True)
+        found = measured(trainer, callback)
+        return {
+            "world_size": trainer.args.world_size,
+            "share": share_of_parameters(trainer.model),
+            "differences": {
+                name: difference(array, found.get(name, np.empty(0)))
+                for name, array in expected.items()
+            },
+        }
+
+
+def share_of_parameters(model: torch.nn.Module) -> float:
+    """Of all parameters, how much this process holds."""
+    parameters = list(model.parameters())
+    return sum(local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
+
+
+def resumed(path: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """A run with sharded parameters, and the same one, stopped and resumed at several steps."""
+    case = case | {"training": {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}}
+    with fsdp_on_cpu():
+        expected = measured(*run(path / "unbroken", case, sharded=True))
+    differences = {}
+    for step in (2, 4, 6):
+        if dist.get_rank() == 0:
+            shutil.copytree(path / "unbroken", path / f"from {step}")
+            for later in range(step + 2, 10, 2):
+                shutil.rmtree(path / f"from {step}" / f"checkpoint-{later}")
+        dist.barrier()
+        with fsdp_on_cpu():
+            trainer, callback = run(path / f"from {step}", case, sharded=True, resume=True)
+            found = measured(trainer, callback)
+        differences[f"from step {step}"] = max(
+            difference(array, found[name]) for name, array in expected.items()
+        )
+    return {
+        "world_size": trainer.args.world_size,
+        "share": share_of_parameters(trainer.model),
+        "differences": differences,
+    }
+
+
+def fail_in_second_process(path: Path) -> None:
+    """A run in which the second process raises in the gradient pass."""
+    capture = ExampleGradients.batches
+
+    def batches(self: ExampleGradients, stream: str, rows: Any) -> Any:
+        if dist.get_rank() == 1 and stream == "task/d":
+            raise RuntimeError("the second process fails")
+        return capture(self, stream, rows)
+
+    with fsdp_on_cpu(), mock.patch.object(ExampleGradients, "batches", batches):
+        run(path, CASES["Trainer"], sharded=True)
+
+
 def main(directory: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     Figure.savefig = lambda figure, file, **options: file.write(b"\x89PNG")
     results: dict[str, Any] = {}
     for name in names:
-        case = CASES[name]
         path = directory / name.replace(" ", "_")
-        trainer, callback = run(path / "whole", case, sharded=False)
-        expected, weights = measured(trainer, callback), callback.report.weights
-        with fsdp_on_cpu():
-            trainer, callback = run(path / "sharded", case, sharded=True)
-            found = measured(trainer, callback)
-            parts = [p for p in trainer.model.parameters() if isinstance(p, DTensor)]
-            results[name] = {
-                "world_size": trainer.args.world_size,
-                "is_sharded": bool(parts)
-                and len(parts) == len(list(trainer.model.parameters()))
-                and sum(p.to_local().numel() for p in parts)
-                < 0.75 * sum(p.numel() for p in parts),
-                "same_choice": callback.report.weights == weights,
-                "differences": {
-                    key: difference(expected[key], found.get(key, np.empty(0))) for key in expected
-                },
-            }
-            del trainer, callback
-    rank = dist.get_rank()
-    (directory / f"rank{rank}.json").write_text(json.dumps(results, indent=1))
+        if name == "failure":
+            fail_in_second_process(path)
+        elif name.startswith("resumed"):
+            results[name] = resumed(path, CASES[name])
+        else:
+            results[name] = compared(path, CASES[name])
+    (directory / f"rank{dist.get_rank()}.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -227,7 +227,9 @@ def read_optimizer(
             if not ratio:
                 continue
             own = optimizer.state.get(parameter, {})
-            own = {key: whole(v) if isinstance(v, DTensor) else v for key, v in own.items()}
+            if isinstance(parameter, DTensor):
+                own = {key: whole(v) if isinstance(v, Tensor) else v for key, v in own.items()}
+                parameter = whole(parameter)
             state = read(optimizer, group, parameter, own)
             if state is None:
                 continue
@@ -277,6 +279,8 @@ def copy_of_state(optimizer: Any) -> dict[Any, dict[str, Any]]:
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        return value.detach().clone()
     if not hasattr(value, "__tensor_flatten__"):
         return copy.deepcopy(value)
     # A quantized state of torchao does not know how to be copied, but what it is made of.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from hf_auxselect.capture.optimizer_state import copy_of_state
@@ -173,6 +174,8 @@ def _trained(trainer: Trainer) -> list[Tensor]:
 
 def _feed(state: Any, value: Any) -> None:
     """Feed a value to a hash: tensors and arrays by their bytes, others by their ``repr``."""
+    if isinstance(value, DTensor):
+        value = local(value)
     if hasattr(value, "__tensor_flatten__"):  # quantized: by what it is made of
         names, _ = value.__tensor_flatten__()
         value = {name: getattr(value, name) for name in names}

@@ -80,6 +80,23 @@ def refuse_unsupported(trainer: Trainer) -> None:
         )
 
 
+def require_model_on_device(trainer: Trainer) -> None:
+    """Refuse to run a model that FSDP has yet to move to its devices.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if not trainer.is_fsdp_enabled or isinstance(trainer.model, FSDPModule):
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    device = next(trainer.model.parameters()).device
+    if device.type != trainer.args.device.type or plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "preview: FSDP moves and shards the model when training begins, so no batch can be "
+            "timed before. Leave preview(trainer) out: the callback prints the preview then."
+        )
+
+
 def _sharded_otherwise(model: nn.Module) -> str | None:
     """A parameter that something else than FSDP2 has sharded, by name; None: there is none."""
     reshard(model)
