@@ -108,10 +108,8 @@ def parameters_of_graph(
 
     def look(owned: Owned, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
-            held = ((owner._parameters[key], name) for owner, key, name in owned)
-            found.update(
-                {name: p for p, name in held if p is not None and not isinstance(p, DTensor)}
-            )
+            held = ((getattr(owner, key), name) for owner, key, name in owned)
+            found.update({name: p for p, name in held if not isinstance(p, DTensor)})
 
     handles = []
     for module in model.modules():
@@ -119,7 +117,7 @@ def parameters_of_graph(
             owned: Owned = [
                 (owner, key, names[id(p)])
                 for owner in module.modules()
-                for key, p in owner._parameters.items()
+                for key, p in owner.named_parameters(recurse=False, remove_duplicate=False)
                 if id(p) in names
             ]
             handles.append(module.register_forward_pre_hook(partial(look, owned)))

@@ -1,11 +1,13 @@
 """Run under torchrun by trainer/test_sharded.py: runs with whole and with sharded parameters.
 
-It is started as ``sharded_run.py DIRECTORY CASE...``, and writes what each process measured as JSON.
+It is started as ``sharded_run.py DIRECTORY CASE... [failure]``, and writes what each process
+measured as JSON.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -72,49 +74,51 @@ def few_tasks() -> Any:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "Trainer": {"kind": "Trainer"},
-    "SFTTrainer": {"kind": "SFTTrainer", "callback": {"verify": 1, "calibrate": 2}},
-    "restart": {"kind": "Trainer", "callback": {"after": "restart", "verify": 1}},
-    "observe": {"kind": "SFTTrainer", "callback": {"after": "observe"}},
-    "confirm": {"kind": "SFTTrainer", "callback": {"confirm": 3}},
-    "layers": {
-        "kind": "Trainer",
-        "callback": {"layers": LayerSelection(keep=1, training="freeze")},
-    },
-    "clusters": {"kind": "Trainer", "callback": {"clusters": 3, "estimator": GradExLogistic()}},
-    "one by one": {"kind": "Trainer", "callback": {"one_by_one": True}},
-    "accumulation": {"kind": "SFTTrainer", "training": {"gradient_accumulation_steps": 2}},
-    "SGD": {"kind": "Trainer", "training": {"optim": "sgd", "learning_rate": 0.1}},
-    "embedding": {
-        "kind": "Trainer",
-        "model": adapted(target_modules=["embed_tokens", "q_proj", "lm_head"]),
-    },
-    "DoRA": {"kind": "Trainer", "model": adapted(use_dora=True)},
-    "modules to save": {
-        "kind": "Trainer",
-        "model": adapted(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    },
-    "gathered layers": {"kind": "SFTTrainer", "fsdp": {"reshard_after_forward": False}},
-    "gradient checkpointing": {
+    "ground-truth runs, gradient checkpointing": {
         "kind": "SFTTrainer",
+        "callback": {"verify": 1, "calibrate": 2},
         "training": {"gradient_checkpointing": True},
     },
-    "activation checkpointing": {
-        "kind": "SFTTrainer",
-        "fsdp": {"activation_checkpointing": True},
-        # Accelerate's wrapper draws other dropout masks when a layer runs again.
-        "training": {"peft_config": tiny.lora()},
+    "restart, SGD, LoRA on embedding and head": {
+        "kind": "Trainer",
+        "callback": {"after": "restart", "verify": 1},
+        "training": {"optim": "sgd", "learning_rate": 0.1},
+        "model": adapted(target_modules=["embed_tokens", "q_proj", "lm_head"]),
     },
-    "offload": {"kind": "SFTTrainer", "fsdp": {"cpu_offload": True}},
-    "no wrapping": {"kind": "SFTTrainer", "fsdp": {"auto_wrap_policy": "NO_WRAP"}},
+    "finalists, activation checkpointing, accumulation": {
+        "kind": "SFTTrainer",
+        "callback": {"confirm": 3},
+        # Accelerate's wrapper draws other dropout masks when a layer runs again.
+        "training": {"gradient_accumulation_steps": 2, "peft_config": tiny.lora()},
+        "fsdp": {"activation_checkpointing": True},
+    },
+    "observe, one by one, DoRA, offload": {
+        "kind": "Trainer",
+        "callback": {"after": "observe", "one_by_one": True},
+        "model": adapted(target_modules=["q_proj", "v_proj"], use_dora=True),
+        "fsdp": {"cpu_offload": True},
+    },
+    "frozen layers, DoRA, modules to save, layers stay gathered": {
+        "kind": "Trainer",
+        "callback": {"layers": LayerSelection(keep=1, training="freeze")},
+        "model": adapted(
+            target_modules=["q_proj", "up_proj"], use_dora=True, modules_to_save=["lm_head"]
+        ),
+        "fsdp": {"reshard_after_forward": False},
+    },
+    "clusters, no wrapping": {
+        "kind": "Trainer",
+        "callback": {"clusters": 3, "estimator": GradExLogistic()},
+        "fsdp": {"auto_wrap_policy": "NO_WRAP"},
+    },
     "few tasks": {"kind": "Trainer", "training": {"train_dataset": few_tasks()}},
-    "resumed": {"kind": "SFTTrainer", "callback": {"verify": 1}},
-    "resumed from parts": {
+    "bfloat16": {"kind": "SFTTrainer", "training": {"bf16": True}},
+    "resumed from steps 2, 4, 6": {"kind": "SFTTrainer"},
+    "resumed from step 4, of sharded files": {
         "kind": "Trainer",
         "callback": {"after": "restart"},
-        "fsdp": {"state_dict_type": "SHARDED_STATE_DICT"},
+        "fsdp": {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True},
     },
-    "bfloat16": {"kind": "SFTTrainer", "training": {"bf16": True}},
 }
 
 
@@ -137,6 +141,8 @@ def measured(trainer: Any, callback: Any) -> dict[str, np.ndarray]:
     report = callback.report
     store = report.gradients()
     arrays = {f"vectors of {name}": array for name, array in store.vectors.items()}
+    if store.probes is not None:  # a change of a loss is rounded as the loss is
+        arrays["vectors of end_changes"] = store.probes.loss_changes_ET + report.rows[0].loss
     for scalar in store.scalars:
         outputs, gradients = store.scalar(scalar)
         arrays |= {f"outputs of {scalar}": outputs, f"gradients of {scalar}": gradients}
@@ -178,13 +184,13 @@ def share_of_parameters(model: torch.nn.Module) -> float:
     return sum(local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
 
 
-def resumed(path: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """A run with sharded parameters, and the same one, stopped and resumed at several steps."""
+def resumed(path: Path, case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
+    """A run with sharded parameters, and the same one, stopped and resumed at some steps."""
     case = case | {"training": {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}}
     with fsdp_on_cpu():
         expected = measured(*run(path / "unbroken", case, sharded=True))
     differences = {}
-    for step in (2, 4, 6):
+    for step in steps:
         if dist.get_rank() == 0:
             shutil.copytree(path / "unbroken", path / f"from {step}")
             for later in range(step + 2, 10, 2):
@@ -208,32 +214,34 @@ def fail_in_second_process(path: Path) -> None:
     capture = ExampleGradients.batches
 
     def batches(self: ExampleGradients, stream: str, rows: Any) -> Any:
-        if dist.get_rank() == 1 and stream == "task/d":
+        if dist.get_rank() == 1:
             raise RuntimeError("the second process fails")
         return capture(self, stream, rows)
 
     with fsdp_on_cpu(), mock.patch.object(ExampleGradients, "batches", batches):
-        run(path, CASES["Trainer"], sharded=True)
+        run(path, {"kind": "Trainer"}, sharded=True)
 
 
-def main(directory: Path, names: list[str]) -> None:
+def main(directory: Path, names: list[str], *, fails: bool) -> None:
     torch.set_num_threads(1)
     Figure.savefig = lambda figure, file, **options: file.write(b"\x89PNG")
     results: dict[str, Any] = {}
     for name in names:
-        path = directory / name.replace(" ", "_")
-        if name == "failure":
-            fail_in_second_process(path)
-        elif name.startswith("resumed"):
-            results[name] = resumed(path, CASES[name])
+        path = directory / re.sub(r"\W+", "_", name)
+        if name.startswith("resumed"):
+            steps = [int(step) for step in re.findall(r"\d+", name)]
+            results[name] = resumed(path, CASES[name], steps)
         else:
             results[name] = compared(path, CASES[name])
     (directory / f"rank{dist.get_rank()}.json").write_text(json.dumps(results, indent=1))
+    if fails:
+        fail_in_second_process(directory / "failure")
 
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), sys.argv[2:])
+        names = [name for name in sys.argv[2:] if name != "failure"]
+        main(Path(sys.argv[1]), names, fails="failure" in sys.argv)
     except BaseException:
         traceback.print_exc()
         tiny.leave(1)
