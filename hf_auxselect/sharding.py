@@ -57,10 +57,18 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def device_of(parameter: Tensor) -> torch.device:
+    """Where layers compute with a parameter; sharded ones may be kept on the CPU meanwhile."""
+    if isinstance(parameter, DTensor):
+        return torch.empty(0, device=parameter.device_mesh.device_type).device
+    return parameter.device
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A parameter, or a state of it, as one plain tensor, detached; collective if it is sharded."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    return tensor.detach().full_tensor().to(device_of(tensor))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -79,15 +87,18 @@ def assign(
         parameters: by name.
         values: whole tensors, by the same names and more; each process has all of each.
     """
-    with torch.no_grad():
-        for name, p in parameters.items():
-            value = values[name]
-            if isinstance(p, DTensor):
-                value = value.to(p.device, p.dtype)
-                # Every process cuts its part out of its own value; none is sent.
-                value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-            p.copy_(value)
+    for name, p in parameters.items():
+        write(p, values[name])
     reshard(model)
+
+
+def write(parameter: Tensor, value: Tensor) -> None:
+    """Give one parameter another value; to be followed by :func:`reshard` of its model."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        # Every process cuts its part out of its own value; none is sent.
+        value = distribute_tensor(value.detach(), mesh, placements, src_data_rank=None).to_local()
+    local(parameter).copy_(value)
 
 
 @contextlib.contextmanager

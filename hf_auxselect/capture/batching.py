@@ -84,7 +84,7 @@ class BatchLimits:
                 start = end
 
 
-def _count(examples: int) -> str:
+def _counted(examples: int) -> str:
     return "one example" if examples == 1 else f"a batch of {examples} examples"
 
 
@@ -135,7 +135,7 @@ class FittingBatches:
                         else "gradient_checkpointing=True"
                     )
                     raise torch.OutOfMemoryError(
-                        f"memory does not suffice for {_count(len(rows))}"
+                        f"memory does not suffice for {_counted(len(rows))}"
                         + (f" of {length} tokens" if length else "")
                         + f" in the gradient pass. Set {advice}, truncate rows "
                         "(max_length), train fewer parameters, or free memory. The allocator said: "

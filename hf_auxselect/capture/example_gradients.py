@@ -44,6 +44,7 @@ from hf_auxselect.capture.scalars import (
 from hf_auxselect.files import JsonDict
 from hf_auxselect.seeds import random_words
 from hf_auxselect.sharding import (
+    device_of,
     is_sharded,
     parameters_of_graph,
     passes_to_add,
@@ -181,7 +182,7 @@ class ExampleGradients:
     def prepare_tables(self) -> None:
         """Build the projection's tables now, not within a backward pass."""
         for name, p in self._trainable.items():
-            like = at_least_float32(torch.empty(0, dtype=p.dtype, device=p.device))
+            like = at_least_float32(torch.empty(0, dtype=p.dtype, device=device_of(p)))
             self._sketch.prepare(name, p.numel(), like)
 
     def __enter__(self) -> ExampleGradients:

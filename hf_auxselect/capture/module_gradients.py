@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_auxselect.capture.memory import is_out_of_memory
 from hf_auxselect.capture.scalars import at_least_float32
+from hf_auxselect.sharding import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def differentiate(
 
 def zeros_of(parameter: Tensor) -> Tensor:
     """Zeros of a parameter's whole shape, also if it is sharded."""
-    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=device_of(parameter))
 
 
 def autograd_gradients(

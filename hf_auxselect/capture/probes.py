@@ -35,11 +35,14 @@ from hf_auxselect.capture.scalars import (
 from hf_auxselect.distributed import gather, on_main_process, process_rank, sum_over_processes
 from hf_auxselect.sharding import (
     assign,
+    device_of,
     is_sharded,
     parameters_of_graph,
     passes_to_add,
+    reshard,
     trainable_parameters,
     whole,
+    write,
 )
 from hf_auxselect.store.arrays import GradientStore, evenly_spread
 from hf_auxselect.store.records import MAX_PROBE_EXAMPLES, InitialLosses, Probes
@@ -375,7 +378,8 @@ class _Displacements:
     def sum_over_processes(self) -> None:
         """Add up the sources of all processes."""
         for name, value in self._sources.items():
-            self._sources[name] = sum_over_processes(value.to(self._parameters[name].device)).cpu()
+            device = device_of(self._parameters[name])
+            self._sources[name] = sum_over_processes(value.to(device)).cpu()
 
     @contextmanager
     def applied(self, coefficients_S: np.ndarray) -> Iterator[dict[str, Tensor]]:
@@ -384,14 +388,15 @@ class _Displacements:
         In half precision a small displacement is rounded.
         """
         factors = torch.from_numpy(coefficients_S).float()
-        after, moved = {}, {}
+        moved = {}
         with _restored(self._model, self._parameters) as before:
             for name, value in before.items():
                 scale = self._state.scales[name]
                 step = (factors @ self._sources[name]).to(value.device) * scale
-                after[name] = value.clone()
-                after[name] += step.view_as(value)
-                step = after[name].float() - value.float()
+                after = value.clone()
+                after += step.view_as(value)
+                write(self._parameters[name], after)
+                step = after.float() - value.float()
                 moved[name] = self._state.to_coordinates(name, step.flatten())
-            assign(self._model, self._parameters, after)
+            reshard(self._model)
             yield moved
