@@ -68,7 +68,7 @@ def whole(tensor: Tensor) -> Tensor:
     """A parameter, or a state of it, as one plain tensor, detached; collective if it is sharded."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    return tensor.detach().full_tensor().to(device_of(tensor))
+    return tensor.full_tensor().detach().to(device_of(tensor))
 
 
 def local(tensor: Tensor) -> Tensor:
