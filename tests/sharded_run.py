@@ -4,14 +4,12 @@ It is started as ``sharded_run.py DIRECTORY CASE... [failure]``, and writes what
 measured as JSON.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,45 +20,14 @@ import numpy as np
 import tiny
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, DistributedType, PartialState
 from matplotlib.figure import Figure
 from peft import get_peft_model
-from torch.distributed.fsdp import CPUOffloadPolicy
 
-from hf_auxselect import (
-    GradExLogistic,
-    LayerSelection,
-    MixtureOptimization,
-    concatenate_tasks,
-)
+from hf_auxselect import LayerSelection, MixtureOptimization, concatenate_tasks
 from hf_auxselect.capture.example_gradients import ExampleGradients
 from hf_auxselect.sharding import local, trainable_parameters, whole
 
 WRAPPED = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-
-
-@contextlib.contextmanager
-def fsdp_on_cpu() -> Iterator[None]:
-    """Let Accelerate shard on a CPU, too, where it leaves models whole."""
-    original = AcceleratorState.__init__
-
-    def init(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        plugin = kwargs.get("fsdp_plugin")
-        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
-            if plugin.cpu_offload:  # which pins memory for a GPU
-                plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
-            if self._mixed_precision != "no":
-                plugin.set_mixed_precision(self._mixed_precision)
-            PartialState._shared_state["distributed_type"] = self.distributed_type
-
-    with mock.patch.object(AcceleratorState, "__init__", init):
-        try:
-            yield
-        finally:
-            AcceleratorState._reset_state()
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
 
 
 def adapted(**options: Any) -> Any:
@@ -79,11 +46,12 @@ CASES: dict[str, dict[str, Any]] = {
         "callback": {"verify": 1, "calibrate": 2},
         "training": {"gradient_checkpointing": True},
     },
-    "restart, SGD, LoRA on embedding and head": {
+    "restart, SGD, LoRA on embedding and head, no wrapping": {
         "kind": "Trainer",
         "callback": {"after": "restart", "verify": 1},
         "training": {"optim": "sgd", "learning_rate": 0.1},
         "model": adapted(target_modules=["embed_tokens", "q_proj", "lm_head"]),
+        "fsdp": {"auto_wrap_policy": "NO_WRAP"},
     },
     "finalists, activation checkpointing, accumulation": {
         "kind": "SFTTrainer",
@@ -105,11 +73,6 @@ CASES: dict[str, dict[str, Any]] = {
             target_modules=["q_proj", "up_proj"], use_dora=True, modules_to_save=["lm_head"]
         ),
         "fsdp": {"reshard_after_forward": False},
-    },
-    "clusters, no wrapping": {
-        "kind": "Trainer",
-        "callback": {"clusters": 3, "estimator": GradExLogistic()},
-        "fsdp": {"auto_wrap_policy": "NO_WRAP"},
     },
     "few tasks": {"kind": "Trainer", "training": {"train_dataset": few_tasks()}},
     "bfloat16": {"kind": "SFTTrainer", "training": {"bf16": True}},
@@ -165,7 +128,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 def compared(path: Path, case: dict[str, Any]) -> dict[str, Any]:
     """A run with sharded parameters, and the same one without."""
     expected = measured(*run(path / "whole", case, sharded=False))
-    with fsdp_on_cpu():
+    with tiny.fsdp_on_cpu():
         trainer, callback = run(path / "sharded", case, sharded=True)
         found = measured(trainer, callback)
         return {
@@ -187,7 +150,7 @@ def share_of_parameters(model: torch.nn.Module) -> float:
 def resumed(path: Path, case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
     """A run with sharded parameters, and the same one, stopped and resumed at some steps."""
     case = case | {"training": {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}}
-    with fsdp_on_cpu():
+    with tiny.fsdp_on_cpu():
         expected = measured(*run(path / "unbroken", case, sharded=True))
     differences = {}
     for step in steps:
@@ -196,7 +159,7 @@ def resumed(path: Path, case: dict[str, Any], steps: list[int]) -> dict[str, Any
             for later in range(step + 2, 10, 2):
                 shutil.rmtree(path / f"from {step}" / f"checkpoint-{later}")
         dist.barrier()
-        with fsdp_on_cpu():
+        with tiny.fsdp_on_cpu():
             trainer, callback = run(path / f"from {step}", case, sharded=True, resume=True)
             found = measured(trainer, callback)
         differences[f"from step {step}"] = max(
@@ -218,7 +181,7 @@ def fail_in_second_process(path: Path) -> None:
             raise RuntimeError("the second process fails")
         return capture(self, stream, rows)
 
-    with fsdp_on_cpu(), mock.patch.object(ExampleGradients, "batches", batches):
+    with tiny.fsdp_on_cpu(), mock.patch.object(ExampleGradients, "batches", batches):
         run(path, {"kind": "Trainer"}, sharded=True)
 
 
