@@ -96,8 +96,7 @@ def write(parameter: Tensor, value: Tensor) -> None:
     """Give one parameter another value; to be followed by :func:`reshard` of its model."""
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
-        # Every process cuts its part out of its own value; none is sent.
-        value = distribute_tensor(value.detach(), mesh, placements, src_data_rank=None).to_local()
+        value = distribute_tensor(value.detach(), mesh, placements).to_local()
     local(parameter).copy_(value)
 
 
