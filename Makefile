@@ -39,7 +39,7 @@ PARALLEL := --numprocesses auto --dist loadscope --no-loadscope-reorder
 CORE_TESTS ?= --deselect tests/test_resume.py::TestKills --deselect tests/test_resume.py::TestResumption \
 	$(addprefix --deselect tests/test_callback.py::Test,Preview Options MeetingTheTrainer) \
 	$(addprefix tests/,test_versions.py test_callback.py test_resume.py trainer/test_batches.py \
-	'test_launch.py::test_they_run_on_a_cpu[two_cpu_processes.yaml-2]' trainer/test_privates.py \
+	'test_launch.py::test_they_run_on_a_cpu[two_cpu_processes.yaml-False]' trainer/test_privates.py \
 	capture/test_examples.py capture/test_adapters.py capture/test_heads.py)
 
 .PHONY: demo test test-fast check docs wheel-check clean test-versions test-oldest test-newest

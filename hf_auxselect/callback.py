@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_auxselect.confirmation import training_steps
@@ -41,6 +42,7 @@ from hf_auxselect.reselection import Reselection
 from hf_auxselect.run import Run
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory
 from hf_auxselect.selectors import AbstractSelector, MixtureOptimization
+from hf_auxselect.sharding import is_sharded
 from hf_auxselect.switch import Switch, evaluate_target
 from hf_auxselect.trainer import access, checkpoints, hub, support
 from hf_auxselect.trainer.batches import BatchSource
@@ -174,18 +176,26 @@ class TaskSelectionCallback(TrainerCallback):
         return self
 
     def preview(self, trainer: Trainer) -> CostPreview:
-        """Time a batch and predict what the gradient pass will cost. Changes nothing.
+        """Time a few batches and predict what the gradient pass will cost. Changes nothing.
+
+        With several processes, all of them call it. FSDP moves and shards the model when training
+        begins: the callback prints the preview then.
 
         Raises:
-            ValueError: the run is one in which a selection cannot work.
+            ValueError: the run is one in which a selection cannot work, or FSDP has yet to move the
+                model.
         """
         self._meet(trainer)
+        support.require_model_on_device(trainer)
         with access.preserved_rng():
             loader = trainer.get_train_dataloader()
             max_steps = access.total_steps(trainer, loader)
             plan = self._make_plan(trainer, max_steps)
-            gradient_pass = GradientPass(trainer=trainer, plan=plan, options=self._options())
-            preview = gradient_pass.preview()
+            return self._preview(trainer, plan, max_steps)
+
+    def _preview(self, trainer: Trainer, plan: Plan, max_steps: int) -> CostPreview:
+        gradient_pass = GradientPass(trainer=trainer, plan=plan, options=self._options())
+        preview = gradient_pass.preview()
         confirmation = self._options().confirmation
         steps = sum(
             (self.verify + self.calibrate) * (max_steps - step)
@@ -219,6 +229,10 @@ class TaskSelectionCallback(TrainerCallback):
             gradient_pass = GradientPass(trainer=trainer, plan=plan, options=options)
             is_needed = options.needs_estimates or options.clusters is not None
             notes = gradient_pass.check() if is_needed else []
+            if is_sharded(trainer.model) and is_needed:
+                preview = self._preview(trainer, plan, state.max_steps)
+                if state.is_world_process_zero:
+                    tqdm.write(str(preview))
         plan = directory.resume(plan, on_disk) if resumed else directory.start(plan)
         if self.after == "restart":
             if resumed:

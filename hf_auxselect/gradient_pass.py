@@ -37,6 +37,7 @@ from hf_auxselect.layers import LayerSelection
 from hf_auxselect.options import Options
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.reselection import MAX_TESTED, drift_p_value
+from hf_auxselect.sharding import is_sharded
 from hf_auxselect.store.arrays import GradientStore, evenly_spread
 from hf_auxselect.store.writer import add_vectors
 from hf_auxselect.tasks import TaskRows
@@ -214,6 +215,7 @@ class GradientPass:
             memory_mib=(kept + memory) / 2**20,
             host_memory_mib=host / 2**20,
             switch_step=plan.switch_steps[0],
+            is_sharded=is_sharded(self.trainer.model),
         )
 
     def run(self, directory: Path, initial: Mapping[str, Tensor] | None) -> GradientStore:

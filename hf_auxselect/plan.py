@@ -213,6 +213,8 @@ class CostPreview:
             ``calibrate`` and ``confirm``; these share the runs on equal mixtures.
         num_selections: number of selections, which all other numbers are about together; with
             ``Reselection(significance=...)`` the largest possible one, without the tests.
+        is_sharded: whether the numbers are about a process that holds its shard of the model, and
+            all of what belongs to trained parameters.
     """
 
     num_examples: int
@@ -223,6 +225,7 @@ class CostPreview:
     verification_steps: int = 0
     host_memory_mib: float = 0.0
     num_selections: int = 1
+    is_sharded: bool = False
 
     def __str__(self) -> str:
         minutes, seconds = divmod(round(self.seconds), 60)
@@ -243,6 +246,12 @@ class CostPreview:
             + (
                 f"; ground-truth runs: {self.verification_steps} training steps"
                 if self.verification_steps
+                else ""
+            )
+            + (
+                "; each process holds its shard of the model and, in this memory, whole gradients "
+                "of the trained parameters"
+                if self.is_sharded
                 else ""
             )
         )

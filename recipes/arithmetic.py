@@ -129,7 +129,8 @@ def main() -> None:
         output_dir=options.output_dir,
         max_steps=options.max_steps,
     )
-    trainer.accelerator.print(callback.preview(trainer))
+    if not trainer.is_fsdp_enabled:  # with FSDP the callback prints it when training begins
+        trainer.accelerator.print(callback.preview(trainer))
     trainer.train()
     print("target loss:", trainer.evaluate()["eval_loss"])
     trainer.save_model()

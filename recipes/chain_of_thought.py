@@ -216,7 +216,8 @@ def main() -> None:
         return
     callback = selection.callback()
     trainer = build(tasks, data.target, callback, args, model_args)
-    trainer.accelerator.print(callback.preview(trainer))
+    if not trainer.is_fsdp_enabled:  # with FSDP the callback prints it when training begins
+        trainer.accelerator.print(callback.preview(trainer))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     measured = measure(trainer, data.held_out, options.max_new_tokens)
     if callback.report is not None:

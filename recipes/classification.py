@@ -273,9 +273,8 @@ def main() -> None:
         return
     callback = TaskSelectionCallback(warmup=options.warmup, confirm=options.confirm)
     trainer = make(callback, args)
-    preview = callback.preview(trainer)
-    if trainer.is_world_process_zero():
-        print(preview)
+    if not trainer.is_fsdp_enabled:  # with FSDP the callback prints it when training begins
+        trainer.accelerator.print(callback.preview(trainer))
     trainer.train()
     metrics = trainer.evaluate(domains.measured)
     if trainer.is_world_process_zero():

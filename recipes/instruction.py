@@ -222,7 +222,8 @@ def main() -> None:
     if not comparing.compare_seeds:
         callback = selection.callback()
         trainer = build(model, training, train, target, callback)
-        trainer.accelerator.print(callback.preview(trainer))
+        if not trainer.is_fsdp_enabled:  # with FSDP the callback prints it when training begins
+            trainer.accelerator.print(callback.preview(trainer))
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         measured = _measure(trainer, test)
         trainer.accelerator.print(

@@ -90,3 +90,18 @@ def test_exp3_draws_what_is_rewarded_more_often():
         assert probabilities.sum() == pytest.approx(1) and (probabilities > 0).all()
     assert probabilities.argmax() == 2 and probabilities[2] > 0.26
     assert len(batches) == 2000 and len({*drawn}) == 4
+
+
+def test_the_script_for_a_gpu():
+    """On a CPU, at a tiny size; compiling takes too long here."""
+    from benchmarks.gpu import measure
+
+    assert max(measure.compare_with_cpu("cpu").values()) == 0
+    errors = measure.compare_with_autograd("cpu")
+    assert max(errors[f"{kind}, float32"] for kind in ("eager", "sdpa")) < 1e-5
+    assert measure.observe("cpu")["bitwise"]
+    cost = measure.measure_cost(
+        "tiny", "cpu", checkpointing=True, batch_size=4, length=24, repetitions=1
+    )
+    assert cost["time_ratio"]["training"] == 1
+    assert set(cost["projection_share"]) == {"one scalar", "default"}

@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -661,7 +662,7 @@ class TestRefusals:
             head = trainer.model.get_base_model().lm_head
             head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh))
             with pytest.raises(
-                ValueError, match=r"lm_head.weight' is sharded.*Load the model whole"
+                ValueError, match=r"lm_head.weight' is sharded by tensor parallelism.*with FSDP2"
             ):
                 cb.preview(trainer)
         finally:
@@ -706,12 +707,21 @@ class TestRefusals:
             data_collator=unlabelled,
         )
 
-    @pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
-    def test_sharded_parameters(self, run_dir, kind):
+    @pytest.mark.parametrize(
+        ("kind", "told"),
+        [
+            ("fsdp", "FSDP in its first version.*fsdp_version: 2"),
+            ("deepspeed", "DeepSpeed keeps parameters.*Shard with FSDP2"),
+        ],
+    )
+    def test_other_kinds_of_sharding(self, run_dir, monkeypatch, kind, told):
         cb = callback()
         trainer = tiny.sft_trainer(run_dir, cb)
         setattr(trainer, f"is_{kind}_enabled", True)
-        with pytest.raises(ValueError, match="shards parameters"):
+        if kind == "fsdp":
+            plugin = SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=False)
+            monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+        with pytest.raises(ValueError, match=told):
             cb.preview(trainer)
 
     def test_processes_that_are_not_connected(self, run_dir, monkeypatch):

@@ -47,6 +47,7 @@ LAYERS = [
     "packing",
     "fingerprint",
     "seeds",
+    "sharding",
     "distributed",
     "files",
     "checks",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -288,6 +292,30 @@ def trained(
     trainer = make(directory, cb, **options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+@contextlib.contextmanager
+def fsdp_on_cpu() -> Iterator[None]:
+    """Let Accelerate shard on a CPU, too, where it leaves models whole."""
+    original = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            if plugin.cpu_offload:  # which pins memory for a GPU
+                plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+            PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    with mock.patch.object(AcceleratorState, "__init__", init):
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state()
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
 
 
 def leave(code: int = 0) -> None:

@@ -84,14 +84,23 @@ class BatchLimits:
                 start = end
 
 
+def _counted(examples: int) -> str:
+    return "one example" if examples == 1 else f"a batch of {examples} examples"
+
+
 class FittingBatches:
     """Runs batches, in parts where memory does not suffice for a whole one.
 
     A batch for which memory does not suffice is halved until it does; later batches of more tokens
     than half of it has are cut beforehand. A warning is logged when the limit is met first.
+
+    Args:
+        can_split: False raises in place of halving: where processes run their passes in step, none
+            can run more of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, can_split: bool = True) -> None:
+        self._can_split = can_split
         self.tokens: float = math.inf
         """The largest number of tokens that is tried at once, padding included."""
 
@@ -118,12 +127,17 @@ class FittingBatches:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(rows) == 1:
-                    length = row_length(example(rows[0]))
+                if len(rows) == 1 or not self._can_split:
+                    length = max(row_length(example(row)) for row in rows)
+                    advice = (
+                        "a lower per_device_train_batch_size, or batch_size of the callback"
+                        if len(rows) > 1
+                        else "gradient_checkpointing=True"
+                    )
                     raise torch.OutOfMemoryError(
-                        "memory does not suffice for one example"
+                        f"memory does not suffice for {_counted(len(rows))}"
                         + (f" of {length} tokens" if length else "")
-                        + " in the gradient pass. Set gradient_checkpointing=True, truncate rows "
+                        + f" in the gradient pass. Set {advice}, truncate rows "
                         "(max_length), train fewer parameters, or free memory. The allocator said: "
                         f"{error}"
                     ) from error

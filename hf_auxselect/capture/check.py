@@ -21,7 +21,7 @@ from hf_auxselect.capture.hooks import (
     NonFiniteError,
 )
 from hf_auxselect.capture.memory import evaluation_mode
-from hf_auxselect.capture.module_gradients import autograd_gradients, trainable_parameters
+from hf_auxselect.capture.module_gradients import autograd_gradients, zeros_of
 from hf_auxselect.capture.scalars import (
     NEXT_TOKEN_LOSS,
     SCALARS,
@@ -31,6 +31,7 @@ from hf_auxselect.capture.scalars import (
     forward_label_logits,
     match_model_loss,
 )
+from hf_auxselect.sharding import parameters_of_graph, trainable_parameters
 
 TOLERANCES = (2e-3, 5e-2)
 HALF_PRECISION_TOLERANCES = (0.2, 0.8)
@@ -75,9 +76,14 @@ def gradients_one_by_one(
         UnsupportedModuleError: no trainable parameter gets a gradient.
     """
     trainable = trainable_parameters(model)
-    for row in examples:
-        value = SCALARS[scalar](forward_label_logits(model, collate_fn([row]), loss)).sum()
-        yield autograd_gradients(value, trainable)
+    with parameters_of_graph(model, trainable) as of_graph:
+        for row in examples:
+            value = SCALARS[scalar](forward_label_logits(model, collate_fn([row]), loss)).sum()
+            gradients = autograd_gradients(value, of_graph)
+            yield {
+                name: gradients[name] if name in gradients else zeros_of(p)
+                for name, p in trainable.items()
+            }
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_auxselect.capture.batching import BatchLimits, FittingBatches, TaskExamples, row_length
-from hf_auxselect.capture.hooks import GradientHooks, InseparableError, NonFiniteError
+from hf_auxselect.capture.hooks import (
+    ONE_BY_ONE,
+    GradientHooks,
+    InseparableError,
+    NonFiniteError,
+    RetryBatchError,
+)
 from hf_auxselect.capture.memory import evaluation_mode
-from hf_auxselect.capture.module_gradients import differentiate, trainable_parameters
+from hf_auxselect.capture.module_gradients import UnsupportedModuleError, differentiate
 from hf_auxselect.capture.optimizer_state import OptimizerState
 from hf_auxselect.capture.projection import PROJECTION_VERSION, CountSketch
 from hf_auxselect.capture.scalars import (
@@ -37,6 +43,14 @@ from hf_auxselect.capture.scalars import (
 )
 from hf_auxselect.files import JsonDict
 from hf_auxselect.seeds import random_words
+from hf_auxselect.sharding import (
+    device_of,
+    is_sharded,
+    parameters_of_graph,
+    passes_to_add,
+    trainable_parameters,
+    whole,
+)
 from hf_auxselect.store.format import Arrays
 from hf_auxselect.store.writer import ShardSpec
 
@@ -94,11 +108,13 @@ class ExampleGradients:
         self._optimizer = optimizer
         self._scales = (scales or {}) if optimizer is None else optimizer.scales
         self._rates = parameter_rates or {}
-        self._fitting = FittingBatches()
+        self._is_sharded = is_sharded(model)
+        self._fitting = FittingBatches(can_split=not self._is_sharded)
         self._trainable = trainable_parameters(model)
         self._hooks = None if one_by_one else GradientHooks(model, self._receive, rerun=rerun)
         if self._hooks is not None:
             self._hooks.in_parts = True
+        self._of_graph: Mapping[str, Tensor] = {}
         self._projected: dict[str, Tensor] = {}
         self.fixed_with_gradient: set[str] = set()
         self._stack = contextlib.ExitStack()
@@ -115,7 +131,7 @@ class ExampleGradients:
         if self._loss.of_batch is not None:
             loss["name"] = self._loss.of_batch_name
         return {
-            "parameters": _digest(self._trainable),
+            "parameters": _digest(self._values),
             "num_trainable_parameters": sum(p.numel() for p in self._trainable.values()),
             "projection": "count_sketch",
             "projection_version": PROJECTION_VERSION,
@@ -138,6 +154,11 @@ class ExampleGradients:
             | {"python": platform.python_version()},
         }
 
+    @functools.cached_property
+    def _values(self) -> dict[str, Tensor]:
+        """The whole trainable parameters."""
+        return {name: whole(p) for name, p in self._trainable.items()}
+
     def vectors(self) -> Arrays:
         """Projected momentum and parameters [D], in the optimizer's coordinates."""
         state = self._optimizer
@@ -151,8 +172,8 @@ class ExampleGradients:
             for name, values in {
                 "momentum": {n: m * state.scales[n] for n, m in state.momentum.items()},
                 "parameters": {
-                    n: state.to_coordinates(n, p.detach().float().flatten() * state.decay_ratios[n])
-                    for n, p in self._trainable.items()
+                    n: state.to_coordinates(n, p.float().flatten() * state.decay_ratios[n])
+                    for n, p in self._values.items()
                     if n in state.scales
                 },
             }.items()
@@ -161,7 +182,7 @@ class ExampleGradients:
     def prepare_tables(self) -> None:
         """Build the projection's tables now, not within a backward pass."""
         for name, p in self._trainable.items():
-            like = at_least_float32(p.detach().new_empty(0))
+            like = at_least_float32(torch.empty(0, dtype=p.dtype, device=device_of(p)))
             self._sketch.prepare(name, p.numel(), like)
 
     def __enter__(self) -> ExampleGradients:
@@ -169,6 +190,8 @@ class ExampleGradients:
         self._stack.enter_context(evaluation_mode(self._model))
         if self._hooks is not None:
             self._stack.enter_context(self._hooks)
+        of_graph = parameters_of_graph(self._model, self._trainable)
+        self._of_graph = self._stack.enter_context(of_graph)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -187,9 +210,12 @@ class ExampleGradients:
         lengths = np.array([row_length(row) for _, row in rows])
         batches = list(limits.cut(lengths))
         parts: list[Arrays] = []
+        extra = passes_to_add(len(batches), self._model)
         for chosen in batches:
             parts += self.batches(stream, [rows[i] for i in chosen])
             advance(len(chosen))
+        for _ in range(extra):
+            self.batches(stream, [rows[i] for i in batches[-1]])
         back = np.argsort(np.concatenate(batches))
         arrays = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
         arrays["example_ids"] = np.array(shard.example_ids, np.int64)
@@ -215,9 +241,16 @@ class ExampleGradients:
     def _batch(self, stream: str, rows: Sequence[tuple[int, Any]]) -> Arrays:
         if self._hooks is not None:
             self._hooks.batch_size = len(rows)
+            run = functools.partial(self._run, stream, rows)
             try:
-                return self._hooks.capture(functools.partial(self._run, stream, rows))
-            except InseparableError as error:
+                return run() if self._is_sharded else self._hooks.capture(run)
+            except (InseparableError, RetryBatchError) as error:
+                if self._is_sharded:  # other processes run no batch once more
+                    raise UnsupportedModuleError(
+                        "examples of a batch cannot be told apart where examples of other batches "
+                        f"can: {error}. The model is sharded, so all processes run each batch "
+                        f"once; {ONE_BY_ONE}."
+                    ) from error
                 # The check has seen other examples: not every model uses its parts in each batch.
                 self._hooks.__exit__()
                 self._hooks = None
@@ -246,7 +279,7 @@ class ExampleGradients:
             if self._hooks is not None:
                 self._hooks.backward(values, retain_graph=retain_graph)
             else:  # one example alone
-                gradients = differentiate(values.sum(), self._trainable, retain_graph=retain_graph)
+                gradients = differentiate(values.sum(), self._of_graph, retain_graph=retain_graph)
                 for parameter, gradient in gradients.items():
                     self._receive(parameter, at_least_float32(gradient).unsqueeze(0))
                 del gradients

@@ -44,6 +44,7 @@ from hf_auxselect.checks import require_count
 from hf_auxselect.distributed import gather, on_main_process, process_rank
 from hf_auxselect.fingerprint import digest
 from hf_auxselect.layers import LayerSelection
+from hf_auxselect.sharding import is_sharded
 from hf_auxselect.store.arrays import GradientStore
 from hf_auxselect.store.format import Arrays, Role, task_entry
 from hf_auxselect.store.records import LayerGradients, RemainingTraining
@@ -268,6 +269,7 @@ def capture_examples(
 
     pending = on_main_process(open_store)  # only the first process has a writer
     limits = BatchLimits.of(1 if one_by_one else batch_size, [task for task, _ in parts])
+    in_step = is_sharded(model)
     num_done = sum(len(shard.example_ids) for shard in shards if shard not in pending)
     bar = tqdm(
         total=num_done + sum(len(shard.example_ids) for shard in pending),
@@ -286,14 +288,18 @@ def capture_examples(
         for start in range(0, len(pending), world_size):
             round_of_shards = pending[start : start + world_size]
             result: Arrays | Exception | None = None
-            if rank < len(round_of_shards):
-                shard = round_of_shards[rank]
+            is_idle = rank >= len(round_of_shards)
+            if not is_idle or in_step:  # an idle process goes along, for nothing
+                shard = round_of_shards[0 if is_idle else rank]
                 task = by_key[shard.task, shard.role]
                 try:
                     result = capture.shard(shard, task, limits, advance=bar.update)
                 except Exception as caught:  # raised in all processes, so that none waits for it
+                    # Within a pass the others wait in a layer, and only the launcher ends them.
+                    if in_step and not isinstance(caught, NonFiniteError):
+                        raise
                     result = caught
-            results = gather(result)
+            results = gather(None if is_idle else result)
             for other in results:
                 if isinstance(other, Exception):
                     raise other

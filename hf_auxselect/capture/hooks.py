@@ -10,6 +10,7 @@ Shapes: B examples of a batch, S positions.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -25,9 +26,9 @@ from hf_auxselect.capture.module_gradients import (
     differentiate,
     map_tensors,
     tensors_in,
-    trainable_parameters,
 )
 from hf_auxselect.capture.scalars import HALF
+from hf_auxselect.sharding import parameters_of_graph, trainable_parameters
 
 ReceiveFn = Callable[[str, Tensor], None]
 T = TypeVar("T")
@@ -121,7 +122,7 @@ def _parameters_of_parts(module: nn.Module) -> set[int]:
 
 
 class RetryBatchError(Exception):
-    """Parameters were assigned to modules around their own; the batch must run once more."""
+    """Parameters have other owners, for the reason that it says: the batch must run once more."""
 
 
 class GradientHooks:
@@ -166,7 +167,8 @@ class GradientHooks:
         self._model = model
         self._trainable = trainable_parameters(model)
         self._receive = receive
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._stack = contextlib.ExitStack()
+        self._of_graph: Mapping[str, Tensor] = {}
         self._replaying = False
         self._owners: dict[str, set[str]] = {}
         """Paths of the modules that own each trainable parameter, by its name."""
@@ -177,8 +179,10 @@ class GradientHooks:
         self._received: set[str] = set()
 
     def __enter__(self) -> GradientHooks:
-        watch = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        self._handles.append(watch)
+        self._of_graph = self._stack.enter_context(
+            parameters_of_graph(self._model, self._trainable)
+        )
+        self._add(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._owners = {name: set() for name in self._trainable}
         rerun = {self._model.get_submodule(path) for path in self.rerun}
         below: set[nn.Module] = set()
@@ -202,12 +206,14 @@ class GradientHooks:
                 # module computes with references to its parameters that vmap cannot replace.
                 vectorise = module not in rerun and not isinstance(module, nn.RNNBase)
                 hook = partial(self._after_forward, path, own, vectorise)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                self._add(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._stack.close()
+
+    def _add(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        self._stack.callback(handle.remove)
 
     def capture(self, run: Callable[[], T]) -> T:
         """Call ``run``, a forward and its :meth:`backward`, until all calls split; its result."""
@@ -230,7 +236,7 @@ class GradientHooks:
         try:
             # The parameters' own gradients are the price of reaching them. They are dropped: p.grad
             # stays untouched, and no gradient reducer of a distributed wrapper wakes up.
-            gradients = differentiate(values.sum(), self._trainable, retain_graph=retain_graph)
+            gradients = differentiate(values.sum(), self._of_graph, retain_graph=retain_graph)
             reasons = self._reasons
         finally:
             self._reasons = None
@@ -243,7 +249,7 @@ class GradientHooks:
                     )
         if reasons:
             self._move_owners_up(reasons)
-            raise RetryBatchError
+            raise RetryBatchError("; ".join(dict.fromkeys(reasons.values())))
 
     def move_owners_up(self, names: Iterable[str]) -> None:
         """Let modules around their owners own these parameters, whose gradients were wrong.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_auxselect.capture.batching import TaskExamples
 from hf_auxselect.capture.hooks import NonFiniteError
 from hf_auxselect.capture.memory import evaluation_mode
-from hf_auxselect.capture.module_gradients import differentiate, trainable_parameters
+from hf_auxselect.capture.module_gradients import differentiate
 from hf_auxselect.capture.probes import examples_to_probe
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import (
@@ -28,6 +28,7 @@ from hf_auxselect.capture.scalars import (
 )
 from hf_auxselect.distributed import gather, on_main_process, process_rank
 from hf_auxselect.layers import Grouping, LayerSelection, layer_scores, require_weights
+from hf_auxselect.sharding import parameters_of_graph, passes_to_add, trainable_parameters, whole
 from hf_auxselect.store.records import LayerGradients
 
 _BELOW_ADAPTERS = ("base_layer", "original_module")
@@ -130,15 +131,24 @@ def measure_layers(
     places = range(rank, len(chosen.example_ids), world_size)
     tokens_T = np.zeros(len(chosen.example_ids))
     projected = np.zeros((len(names), len(chosen.example_ids), sketch.dim), np.float32)
+
+    def gradient_of(place: int) -> tuple[float, dict[str, Tensor]]:
+        """Label tokens and gradients of an example alone."""
+        row = chosen.rows[chosen.example_ids[place]]
+        with parameters_of_graph(model, parameters) as of_graph:
+            output = forward_label_logits(model, collate_fn([row]), loss)
+        gradients = differentiate(SCALARS["loss"](output).sum(), of_graph)
+        return float(loss.count(output.num_label_tokens)[0]), gradients
+
     with evaluation_mode(model):
         for place in places:
-            row = chosen.rows[chosen.example_ids[place]]
-            output = forward_label_logits(model, collate_fn([row]), loss)
-            tokens_T[place] = float(loss.count(output.num_label_tokens)[0])
-            if tokens_T[place]:
-                gradients = differentiate(SCALARS["loss"](output).sum(), parameters)
+            tokens, gradients = gradient_of(place)
+            tokens_T[place] = tokens
+            if tokens:
                 for number, value in enumerate(_by_layer(gradients, layers, names, sketch)):
                     projected[number, place] = value
+        for _ in range(passes_to_add(len(places), model)):
+            gradient_of(0)
     tokens_T, projected = np.sum(gather(tokens_T), axis=0), np.sum(gather(projected), axis=0)
     finite = np.isfinite(projected).all((0, 2))
     if not finite.all():
@@ -211,4 +221,4 @@ def _squared_length(parameters: Sequence[Tensor]) -> float:
     if not all(parameter.is_floating_point() for parameter in parameters):
         return float("nan")
     with torch.no_grad():
-        return float(sum(float(at_least_float32(p).square().sum()) for p in parameters))
+        return float(sum(float(whole(at_least_float32(p).square().sum())) for p in parameters))

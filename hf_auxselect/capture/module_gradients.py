@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_auxselect.capture.memory import is_out_of_memory
 from hf_auxselect.capture.scalars import at_least_float32
+from hf_auxselect.sharding import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,6 @@ _NO_GRADIENT = (
 
 class UnsupportedModuleError(ValueError):
     """A trainable parameter whose per-example gradient cannot be captured; names it."""
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _flat_positions(tensor: Tensor) -> Tensor:
@@ -94,14 +90,17 @@ def differentiate(
     return {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
+def zeros_of(parameter: Tensor) -> Tensor:
+    """Zeros of a parameter's whole shape, also if it is sharded."""
+    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=device_of(parameter))
+
+
 def autograd_gradients(
     output: Tensor, parameters: Mapping[str, Tensor], grad: Tensor | None = None
 ) -> dict[str, Tensor]:
     """:func:`differentiate`; 0 for parameters that the output does not depend on."""
     gradients = differentiate(output, parameters, grad)
-    return {
-        n: gradients[n] if n in gradients else torch.zeros_like(p) for n, p in parameters.items()
-    }
+    return {n: gradients[n] if n in gradients else zeros_of(p) for n, p in parameters.items()}
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -240,10 +239,13 @@ class ModuleCall:
         def forward(tensors: Sequence[Tensor], parameters: dict[str, Tensor] | None) -> Tensor:
             rest = iter(tensors)
             args, kwargs = map_tensors(self.inputs, lambda _: next(rest))
+            # Without the module's own hooks: FSDP would take it for another pass over its layer.
+            alone = _WithoutHooks(self.module)
             if parameters is None:
-                output = self.module(*args, **kwargs)
+                output = alone(*args, **kwargs)
             else:
-                output = torch.func.functional_call(self.module, parameters, args, kwargs)
+                own = {f"module.{name}": value for name, value in parameters.items()}
+                output = torch.func.functional_call(alone, own, args, kwargs)
             return tensors_in(output)[self.output]
 
         def vectorised(tensors: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
@@ -258,7 +260,7 @@ class ModuleCall:
             with torch.enable_grad():
                 output = forward(mine, None)
             if not output.requires_grad:
-                return {name: torch.zeros_like(p) for name, p in trainable.items()}
+                return {name: zeros_of(p) for name, p in trainable.items()}
             return autograd_gradients(output, trainable, grad[i])
 
         gradients: dict[str, Tensor] | None = None
@@ -279,6 +281,17 @@ class ModuleCall:
                 each = [alone(i) for i in range(self.layout.batch_size)]
                 gradients = {name: torch.stack([g[name] for g in each]) for name in trainable}
         return {name: at_least_float32(gradient) for name, gradient in gradients.items()}
+
+
+class _WithoutHooks(nn.Module):
+    """A module whose own hooks are not called; those of its parts are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
 
 
 @functools.cache  # once, not in every batch

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from hf_auxselect.capture.module_gradients import trainable_parameters
 from hf_auxselect.capture.optimizer_families import FAMILIES, family_of, underlying
 from hf_auxselect.capture.schedule import Schedule, momentum_coefficient, reference_group
+from hf_auxselect.sharding import trainable_parameters, whole
 
 _SAME_RATE = 1e-6
 """The rates of two groups count as proportional if they differ from a constant ratio by less than
@@ -225,7 +226,11 @@ def read_optimizer(
             ratio = ratios[g] * (parameter_rates or {}).get(name, 1.0)
             if not ratio:
                 continue
-            state = read(optimizer, group, parameter, optimizer.state.get(parameter, {}))
+            own = optimizer.state.get(parameter, {})
+            if isinstance(parameter, DTensor):
+                own = {key: whole(v) if isinstance(v, Tensor) else v for key, v in own.items()}
+                parameter = whole(parameter)
+            state = read(optimizer, group, parameter, own)
             if state is None:
                 continue
             scale = state.scale.flatten()
@@ -274,6 +279,8 @@ def copy_of_state(optimizer: Any) -> dict[Any, dict[str, Any]]:
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        return value.detach().clone()
     if not hasattr(value, "__tensor_flatten__"):
         return copy.deepcopy(value)
     # A quantized state of torchao does not know how to be copied, but what it is made of.

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from hf_auxselect.capture.batching import BatchLimits, FittingBatches, TaskExamples, row_length
 from hf_auxselect.capture.memory import evaluation_mode
-from hf_auxselect.capture.module_gradients import differentiate, trainable_parameters
+from hf_auxselect.capture.module_gradients import differentiate
 from hf_auxselect.capture.optimizer_state import OptimizerState, read_optimizer
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import (
@@ -33,6 +33,17 @@ from hf_auxselect.capture.scalars import (
     forward_label_logits,
 )
 from hf_auxselect.distributed import gather, on_main_process, process_rank, sum_over_processes
+from hf_auxselect.sharding import (
+    assign,
+    device_of,
+    is_sharded,
+    parameters_of_graph,
+    passes_to_add,
+    reshard,
+    trainable_parameters,
+    whole,
+    write,
+)
 from hf_auxselect.store.arrays import GradientStore, evenly_spread
 from hf_auxselect.store.records import MAX_PROBE_EXAMPLES, InitialLosses, Probes
 from hf_auxselect.store.writer import add_vectors
@@ -126,7 +137,7 @@ def measure_probes(
     )
     with bar, evaluation_mode(model):
         reader.advance = target_reader.advance = bar.update
-        displacements = _Displacements(reader.parameters, state, len(sources_SD))
+        displacements = _Displacements(model, reader.parameters, state, len(sources_SD))
         if rank == 0:
             displacements.add(0, {n: m * state.scales[n] for n, m in state.momentum.items()})
         for k in range(len(tasks)):
@@ -186,10 +197,8 @@ def losses_at(
     """
     chosen = examples_to_probe(target)
     reader = ProbeReader(model, collate_fn, [chosen], batch_size, loss)
-    with evaluation_mode(model), _restored(reader.parameters):
-        with torch.no_grad():
-            for name, p in reader.parameters.items():
-                p.copy_(values[name])
+    with evaluation_mode(model), _restored(model, reader.parameters):
+        assign(model, reader.parameters, values)
         losses_T = np.sum(gather(reader.losses()), axis=0)
     return InitialLosses(losses_T=losses_T, example_ids=np.array(chosen.example_ids, np.int64))
 
@@ -256,7 +265,7 @@ class ProbeReader:
     ) -> None:
         self._model, self._collate_fn, self._loss = model, collate_fn, loss
         self._tasks = tasks
-        self._fitting = FittingBatches()
+        self._fitting = FittingBatches(can_split=not is_sharded(model))
         self.parameters = trainable_parameters(model)
         limits = BatchLimits.of(batch_size if loss.of_batch is None else 1, tasks)
         self.all_batches = [
@@ -281,24 +290,34 @@ class ProbeReader:
     def losses(self) -> np.ndarray:
         """Loss [T] of the examples of the first task; 0 for those that other processes read."""
         losses_T = np.zeros(len(self._tasks[0].example_ids))
-        for batch in self._batches:
-            if batch.task == 0:
-                losses_T[batch.places] = np.concatenate(list(self.run_losses(self.rows(batch))))
-                self.advance(len(batch.places))
+        own, others = self._batches_of(0)
+        for batch in own:
+            losses_T[batch.places] = np.concatenate(list(self.run_losses(self.rows(batch))))
+            self.advance(len(batch.places))
+        for batch in others:
+            list(self.run_losses(self.rows(batch)))
         return losses_T
 
     def gradient(self, k: int, scales: Values) -> dict[str, Tensor]:
         """This process's part of the gradient of a task's mean loss, in the coordinates."""
         total: dict[str, Tensor] = {}
-        for batch in self._batches:
-            if batch.task == k:
-                for part in self.run_gradients(self.rows(batch)):
-                    for name, value in part.items():
-                        if name in scales:
-                            scaled = value.flatten().float() * scales[name]
-                            total[name] = total[name] + scaled if name in total else scaled
-                self.advance(len(batch.places))
+        own, others = self._batches_of(k)
+        for batch in own:
+            for part in self.run_gradients(self.rows(batch)):
+                for name, value in part.items():
+                    if name in scales:
+                        scaled = value.flatten().float() * scales[name]
+                        total[name] = total[name] + scaled if name in total else scaled
+            self.advance(len(batch.places))
+        for batch in others:
+            list(self.run_gradients(self.rows(batch)))
         return total
+
+    def _batches_of(self, k: int) -> tuple[list[_TaskBatch], list[_TaskBatch]]:
+        """This process's batches of a task; and others, so that all processes run as many."""
+        own = [batch for batch in self._batches if batch.task == k]
+        any_batch = next(batch for batch in self.all_batches if batch.task == k)
+        return own, [any_batch] * passes_to_add(len(own), self._model)
 
     def run_losses(self, rows: Sequence[WeightedRow]) -> Iterator[np.ndarray]:
         """Losses of the examples of a batch, in parts that fit into memory."""
@@ -313,11 +332,12 @@ class ProbeReader:
         """Gradients of the weighted sum of a batch's losses, in parts that fit into memory."""
 
         def run(part: Sequence[WeightedRow]) -> dict[str, Tensor]:
-            losses = self._losses(part)
+            with parameters_of_graph(self._model, self.parameters) as of_graph:
+                losses = self._losses(part)
             weights = torch.as_tensor(
                 [weight for _, weight in part], dtype=losses.dtype, device=losses.device
             )
-            return differentiate(losses @ weights, self.parameters)
+            return differentiate(losses @ weights, of_graph)
 
         return self._fitting.run(rows, run, lambda row: row[0])
 
@@ -327,15 +347,13 @@ class ProbeReader:
 
 
 @contextmanager
-def _restored(parameters: Values) -> Iterator[Values]:
+def _restored(model: nn.Module, parameters: Values) -> Iterator[Values]:
     """Let parameters change for the length of a context; gives the values to which they return."""
-    before = {name: p.detach().clone() for name, p in parameters.items()}
+    before = {name: whole(p).clone() for name, p in parameters.items()}
     try:
         yield before
     finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(before[name])
+        assign(model, parameters, before)
 
 
 class _Displacements:
@@ -344,7 +362,10 @@ class _Displacements:
     The sources are kept on the CPU. Parameters that the optimizer does not train do not move.
     """
 
-    def __init__(self, parameters: Values, state: OptimizerState, count: int) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Values, state: OptimizerState, count: int
+    ) -> None:
+        self._model = model
         self._parameters = {name: p for name, p in parameters.items() if name in state.scales}
         self._state = state
         self._sources = {n: torch.zeros(count, p.numel()) for n, p in self._parameters.items()}
@@ -357,7 +378,8 @@ class _Displacements:
     def sum_over_processes(self) -> None:
         """Add up the sources of all processes."""
         for name, value in self._sources.items():
-            self._sources[name] = sum_over_processes(value.to(self._parameters[name].device)).cpu()
+            device = device_of(self._parameters[name])
+            self._sources[name] = sum_over_processes(value.to(device)).cpu()
 
     @contextmanager
     def applied(self, coefficients_S: np.ndarray) -> Iterator[dict[str, Tensor]]:
@@ -367,12 +389,14 @@ class _Displacements:
         """
         factors = torch.from_numpy(coefficients_S).float()
         moved = {}
-        with _restored(self._parameters) as before:
-            with torch.no_grad():
-                for name, p in self._parameters.items():
-                    scale = self._state.scales[name]
-                    step = (factors @ self._sources[name]).to(p.device) * scale
-                    p += step.view_as(p)
-                    step = p.float() - before[name].float()
-                    moved[name] = self._state.to_coordinates(name, step.flatten())
+        with _restored(self._model, self._parameters) as before:
+            for name, value in before.items():
+                scale = self._state.scales[name]
+                step = (factors @ self._sources[name]).to(value.device) * scale
+                after = value.clone()
+                after += step.view_as(value)
+                write(self._parameters[name], after)
+                step = after.float() - value.float()
+                moved[name] = self._state.to_coordinates(name, step.flatten())
+            reshard(self._model)
             yield moved

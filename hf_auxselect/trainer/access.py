@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_auxselect.capture.optimizer_families import underlying
+from hf_auxselect.sharding import trainable_parameters, whole
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -202,11 +203,7 @@ def option_value(option: Any) -> Any:
 
 def trainable_state(model: torch.nn.Module) -> dict[str, Tensor]:
     """A copy of the trainable parameters on the CPU, by name."""
-    return {
-        name: parameter.detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {name: whole(p).cpu().clone() for name, p in trainable_parameters(model).items()}
 
 
 def model_name(trainer: Trainer) -> str:

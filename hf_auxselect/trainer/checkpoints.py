@@ -184,7 +184,8 @@ def is_whole(checkpoint: Path, num_processes: int = 1) -> bool:
         json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, ValueError, RecursionError):
         return False
-    if num_processes == 1 or not (checkpoint / "optimizer.pt").is_file():
+    # FSDP saves the optimizer's state as optimizer.bin, or in parts in a folder.
+    if num_processes == 1 or not list(checkpoint.glob("optimizer*")):
         return True
     # Of several processes the first may be done before the others have saved theirs.
     return all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(num_processes))

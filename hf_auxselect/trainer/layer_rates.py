@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from hf_auxselect.capture.module_gradients import trainable_parameters
 from hf_auxselect.capture.optimizer_families import family_of
+from hf_auxselect.sharding import trainable_parameters
 from hf_auxselect.trainer import access
 
 

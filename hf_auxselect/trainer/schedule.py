@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
-from hf_auxselect.capture.module_gradients import trainable_parameters
 from hf_auxselect.capture.schedule import Schedule, schedule_to_come
+from hf_auxselect.sharding import assign, trainable_parameters
 from hf_auxselect.store.records import RemainingTraining
 from hf_auxselect.trainer.access import option_value, preserved_rng, torch_optimizer
 
@@ -31,10 +31,9 @@ def restart(trainer: Trainer, initial: Mapping[str, Tensor]) -> None:
             "after='restart': the initial parameters on disk are not those of this model; the run "
             "was started with another adapter. Start again, in another output_dir."
         )
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(initial[name])
-            parameter.grad = None
+    assign(trainer.model, trainable, initial)
+    for parameter in trainable.values():
+        parameter.grad = None
     torch_optimizer(trainer).state.clear()
     state = trainer.state
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None

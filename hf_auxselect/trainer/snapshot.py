@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from hf_auxselect.capture.optimizer_state import copy_of_state
+from hf_auxselect.sharding import local, reshard
 from hf_auxselect.trainer import access
 
 
@@ -81,9 +83,10 @@ class Snapshot:
 
 
 def _changing(trainer: Trainer) -> list[tuple[str, Tensor]]:
-    """Trainable parameters and buffers, by name."""
+    """Trainable parameters and buffers, by name; of sharded ones this process's part."""
+    reshard(trainer.model)
     return [
-        (name, tensor)
+        (name, local(tensor))
         for name, tensor in (
             *trainer.model.named_parameters(),
             *trainer.model.named_buffers(),
@@ -171,6 +174,8 @@ def _trained(trainer: Trainer) -> list[Tensor]:
 
 def _feed(state: Any, value: Any) -> None:
     """Feed a value to a hash: tensors and arrays by their bytes, others by their ``repr``."""
+    if isinstance(value, DTensor):
+        value = local(value)
     if hasattr(value, "__tensor_flatten__"):  # quantized: by what it is made of
         names, _ = value.__tensor_flatten__()
         value = {name: getattr(value, name) for name in names}

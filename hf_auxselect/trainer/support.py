@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import os
 
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
+
+from hf_auxselect.sharding import reshard
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +31,12 @@ def refuse_unsupported(trainer: Trainer) -> None:
             "Trainer: select there with the preferred answers as the target, and give "
             f"{type(trainer).__name__} the tasks that were selected."
         )
-    sharded = [name for name, p in trainer.model.named_parameters() if isinstance(p, DTensor)]
-    if sharded:
+    sharded = _sharded_otherwise(trainer.model)
+    if sharded is not None:
         raise ValueError(
-            f"the model's parameter {sharded[0]!r} is sharded over processes (a DTensor, as "
-            "distributed_config or tp_plan in from_pretrained make it), so one process cannot "
-            "capture gradients alone. Load the model whole on each process and launch with DDP."
+            f"the model's parameter {sharded!r} is sharded by tensor parallelism (tp_plan in "
+            "from_pretrained): layers compute with parts of it, of which no per-example gradient "
+            "follows. Shard with FSDP2 (fsdp_config={'version': 2}) instead."
         )
     if trainer.train_dataset is None:
         raise ValueError("the trainer has no train_dataset; there are no tasks to select from.")
@@ -50,11 +54,17 @@ def refuse_unsupported(trainer: Trainer) -> None:
             "one selection would be written over another. Search without TaskSelectionCallback "
             "(trainer.remove_callback), then train with the best values and with it."
         )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        kind = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+    if trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"{kind} shards parameters, whose per-example gradients cannot be captured. Use DDP "
-            "(torchrun or `accelerate launch --multi_gpu`); a LoRA adapter seldom needs sharding."
+            "DeepSpeed keeps parameters and the optimizer's state in buffers of its own, which are "
+            "not read. Shard with FSDP2 (recipes/accelerate/fsdp2.yaml), or launch with DDP "
+            "(torchrun, or `accelerate launch --multi_gpu`)."
+        )
+    if trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
+        raise ValueError(
+            "FSDP in its first version joins the parameters of a layer into a flat one, so that no "
+            "parameter has a gradient of its own. Use the second: fsdp_version: 2 in the "
+            "configuration of accelerate, or fsdp_config={'version': 2} in the training arguments."
         )
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if launched > 1 and args.world_size == 1:
@@ -68,6 +78,40 @@ def refuse_unsupported(trainer: Trainer) -> None:
             f"loss_type={args.loss_type!r} is a loss whose gradient is not that of its value, so "
             "the value after training cannot be estimated; set loss_type='nll'."
         )
+
+
+def require_model_on_device(trainer: Trainer) -> None:
+    """Refuse to run a model that FSDP has yet to move to its devices.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    if not trainer.is_fsdp_enabled or isinstance(trainer.model, FSDPModule):
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    device = next(trainer.model.parameters()).device
+    if device.type != trainer.args.device.type or plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "preview: FSDP moves and shards the model when training begins, so no batch can be "
+            "timed before. Leave preview(trainer) out: the callback prints the preview then."
+        )
+
+
+def _sharded_otherwise(model: nn.Module) -> str | None:
+    """A parameter that something else than FSDP2 has sharded, by name; None: there is none."""
+    reshard(model)
+    of_fsdp = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for p in module.parameters()
+    }
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor):
+            names = p.device_mesh.mesh_dim_names or ()
+            if id(p) not in of_fsdp or "tp" in names:
+                return name
+    return None
 
 
 def warn_of_differences(trainer: Trainer, *, is_rewritten: bool) -> None:

@@ -1,0 +1,1 @@
+"""Checks and costs on an NVIDIA GPU."""
