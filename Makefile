@@ -65,8 +65,9 @@ check: $(VENV)/.installed
 	$(BIN)/mypy --config-file tests/mypy.ini
 
 # A new environment with the declared dependencies, so that a missing one is noticed; importing every
-# public name needs them. pip takes the wheels that .venv was made of from its cache, and compiles
-# nothing, of which little is imported, once. It starts outside the repository, whose own hf_auxselect would be imported instead.
+# public name needs them. pip takes the wheels that .venv was made of from its cache, and does not
+# compile them: few of their modules are imported, and once. Python starts outside the repository,
+# whose own hf_auxselect would be imported instead.
 wheel-check: $(VENV)/.installed
 	rm -rf .venv-wheel build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
