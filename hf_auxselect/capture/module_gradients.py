@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
 from hf_auxselect.capture.memory import is_out_of_memory
@@ -235,17 +236,18 @@ class ModuleCall:
             for tensor, by_example in zip(tensors, splits, strict=True)
         ]
         grad = self.layout.split(grad)
+        module, prefix = self.module, ""
+        if isinstance(module, FSDPModule):  # whose hooks take it for another pass over the layer
+            module, prefix = _WithoutHooks(module), "module."
 
         def forward(tensors: Sequence[Tensor], parameters: dict[str, Tensor] | None) -> Tensor:
             rest = iter(tensors)
             args, kwargs = map_tensors(self.inputs, lambda _: next(rest))
-            # Without the module's own hooks: FSDP would take it for another pass over its layer.
-            alone = _WithoutHooks(self.module)
             if parameters is None:
-                output = alone(*args, **kwargs)
+                output = module(*args, **kwargs)
             else:
-                own = {f"module.{name}": value for name, value in parameters.items()}
-                output = torch.func.functional_call(alone, own, args, kwargs)
+                own = {f"{prefix}{name}": value for name, value in parameters.items()}
+                output = torch.func.functional_call(module, own, args, kwargs)
             return tensors_in(output)[self.output]
 
         def vectorised(tensors: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
