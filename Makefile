@@ -15,6 +15,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -65,15 +66,14 @@ check: $(VENV)/.installed
 	$(BIN)/mypy --config-file tests/mypy.ini
 
 # A new environment with the declared dependencies, so that a missing one is noticed; importing every
-# public name needs them. pip takes the wheels that .venv was made of from its cache, and does not
-# compile them: few of their modules are imported, and once. Python starts outside the repository,
-# whose own hf_auxselect would be imported instead.
+# public name needs them. pip takes the wheels that .venv was made of from its cache. Python starts
+# outside the repository, whose own hf_auxselect would be imported instead.
 wheel-check: $(VENV)/.installed
 	rm -rf .venv-wheel build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --no-compile $(TORCH)
-	.venv-wheel/bin/python -m pip install --quiet --no-compile build/wheel/hf_auxselect-*.whl
+	.venv-wheel/bin/python -m pip install --quiet $(PIP_FLAGS) $(TORCH)
+	.venv-wheel/bin/python -m pip install --quiet $(PIP_FLAGS) build/wheel/hf_auxselect-*.whl
 	cd build/wheel && env -u PYTHONPATH ../../.venv-wheel/bin/python -W error::SyntaxWarning -c \
 		"import hf_auxselect as h; [getattr(h, name) for name in h.__all__]"
 	cd build/wheel && env -u PYTHONPATH ../../.venv-wheel/bin/hf-auxselect --help
@@ -85,22 +85,22 @@ docs: .venv-docs/.installed
 
 .venv-docs/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	.venv-docs/bin/python -m pip install --quiet --group docs
+	.venv-docs/bin/python -m pip install --quiet $(PIP_FLAGS) --upgrade 'pip>=25.1'
+	.venv-docs/bin/python -m pip install --quiet $(PIP_FLAGS) --group docs
 	touch $@
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --upgrade pip
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) $(TORCH)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable '.[dev]'
 	touch $@
 
 # PIP_CONSTRAINT takes the place of a constraint in pip's own configuration.
 .venv-oldest/.installed .venv-newest/.installed: .venv-%/.installed: tests/versions/%.txt pyproject.toml
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --upgrade pip
-	PIP_CONSTRAINT=$< .venv-$*/bin/python -m pip install --quiet --editable '.[test]'
+	.venv-$*/bin/python -m pip install --quiet $(PIP_FLAGS) --upgrade pip
+	PIP_CONSTRAINT=$< .venv-$*/bin/python -m pip install --quiet $(PIP_FLAGS) --editable '.[test]'
 	touch $@
 
 clean:

@@ -18,6 +18,7 @@ settings.load_profile("default")
 # Those that take longest come first, so that no process is left with them when others have ended.
 SLOW_MODULES = (
     "trainer/test_two_processes.py",
+    "trainer/test_sharded.py",
     "test_recipe_launch.py",
     "test_launch.py",
     "test_existing_script.py",
