@@ -15,6 +15,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Such as --no-compile. wheel-check, which turns warnings of the compiler into errors, leaves them out.
 PIP_FLAGS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -72,8 +73,8 @@ wheel-check: $(VENV)/.installed
 	rm -rf .venv-wheel build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet $(PIP_FLAGS) $(TORCH)
-	.venv-wheel/bin/python -m pip install --quiet $(PIP_FLAGS) build/wheel/hf_auxselect-*.whl
+	.venv-wheel/bin/python -m pip install --quiet $(TORCH)
+	.venv-wheel/bin/python -m pip install --quiet build/wheel/hf_auxselect-*.whl
 	cd build/wheel && env -u PYTHONPATH ../../.venv-wheel/bin/python -W error::SyntaxWarning -c \
 		"import hf_auxselect as h; [getattr(h, name) for name in h.__all__]"
 	cd build/wheel && env -u PYTHONPATH ../../.venv-wheel/bin/hf-auxselect --help
