@@ -229,7 +229,8 @@ class TaskSelectionCallback(TrainerCallback):
             gradient_pass = GradientPass(trainer=trainer, plan=plan, options=options)
             is_needed = options.needs_estimates or options.clusters is not None
             notes = gradient_pass.check() if is_needed else []
-            if is_sharded(trainer.model) and is_needed:
+            is_due = state.global_step < plan.switch_steps[-1]
+            if is_needed and is_due and is_sharded(trainer.model):
                 preview = self._preview(trainer, plan, state.max_steps)
                 if state.is_world_process_zero:
                     tqdm.write(str(preview))

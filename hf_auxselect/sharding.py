@@ -44,7 +44,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold parts of parameters, so that they run their passes in step."""
-    return process_rank()[1] > 1 and any(isinstance(p, DTensor) for p in model.parameters())
+    # Not by its parameters: after a forward, all of them may be gathered.
+    return process_rank()[1] > 1 and any(isinstance(m, FSDPModule) for m in model.modules())
 
 
 def reshard(model: nn.Module) -> None:

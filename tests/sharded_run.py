@@ -74,7 +74,11 @@ CASES: dict[str, dict[str, Any]] = {
         ),
         "fsdp": {"reshard_after_forward": False},
     },
-    "few tasks": {"kind": "Trainer", "training": {"train_dataset": few_tasks()}},
+    "few tasks": {
+        "kind": "Trainer",
+        "training": {"train_dataset": few_tasks()},
+        "fsdp": {"auto_wrap_policy": "NO_WRAP"},
+    },
     "bfloat16": {"kind": "SFTTrainer", "training": {"bf16": True}},
     "resumed from steps 2, 4, 6": {"kind": "SFTTrainer"},
     "resumed from step 4, of sharded files": {
