@@ -169,23 +169,20 @@ def compare(
         "learning_rate": args.learning_rate,
         "lora_r": model_args.lora_r,
     }
-    runs: list[comparison.Run] = []
-    for seed in range(comparing.compare_seeds):
-        runs += Comparison(
-            make=make,
-            callback=selection.callback,
-            measure=lambda trainer: measure(trainer, data.held_out, options.max_new_tokens),
-            rivals={
-                ALL: comparison.all_tasks,
-                "most similar gradients (LESS)": comparison.most_similar,
-                "weights in random order": comparison.random_order,
-            },
-            output_dir=output_dir,
-            settings=settings,
-        ).run(seed)
-        if comparing.results:
-            name = options.target + (" clusters" if selection.clusters else "")
-            comparison.add_results(comparing.results, name, settings, runs)
+    comparison_of_mixtures = Comparison(
+        make=make,
+        callback=selection.callback,
+        measure=lambda trainer: measure(trainer, data.held_out, options.max_new_tokens),
+        rivals={
+            ALL: comparison.all_tasks,
+            "most similar gradients (LESS)": comparison.most_similar,
+            "weights in random order": comparison.random_order,
+        },
+        output_dir=output_dir,
+        settings=settings,
+    )
+    name = options.target + (" clusters" if selection.clusters else "")
+    runs = comparison_of_mixtures.run_all(comparing, name)
     print(f"\nMeasured on {len(data.held_out)} rows of {options.target} that no run has seen:\n")
     print("\n".join(comparison.summary(runs)))
     return runs

@@ -123,6 +123,15 @@ class Comparison:
                 self._write(seed, runs)
         return runs
 
+    def run_all(self, arguments: ComparisonArguments, name: str) -> list[Run]:
+        """:meth:`run` with all seeds; the file of results has each as soon as it is measured."""
+        runs: list[Run] = []
+        for seed in range(arguments.compare_seeds):
+            runs += self.run(seed)
+            if arguments.results:
+                add_results(arguments.results, name, self.settings, runs)
+        return runs
+
     def directory(self, name: str, seed: int) -> Path:
         """Output directory of a run."""
         return self.output_dir / f"{name.replace(' ', '-')}-{seed}"

@@ -36,8 +36,6 @@ from recipes.comparison import (
     ALL,
     Comparison,
     ComparisonArguments,
-    Run,
-    add_results,
     all_tasks,
     most_similar,
     random_order,
@@ -240,7 +238,7 @@ def main() -> None:
         return build(model, own, train, target, callback)
 
     settings = {
-        "data": asdict(data) | {"data_dir": str(data.data_dir)},
+        "data": asdict(data) | {"data_dir": data.data_dir and data.data_dir.name},
         "selection": asdict(selection),
         "max_steps": training.max_steps,
         "batch_size": training.per_device_train_batch_size,
@@ -260,11 +258,7 @@ def main() -> None:
         output_dir=Path(training.output_dir),
         settings=settings,
     )
-    runs: list[Run] = []
-    for seed in range(comparing.compare_seeds):
-        runs += comparison.run(seed)
-        if comparing.results:
-            add_results(comparing.results, _name(data.target), settings, runs)
+    runs = comparison.run_all(comparing, _name(data.target))
     print(f"\n{_name(data.target)}, {len(test)} rows that no run has seen; nats per label token:\n")
     print("\n".join(summary(runs)))
 

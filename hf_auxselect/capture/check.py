@@ -21,7 +21,7 @@ from hf_auxselect.capture.hooks import (
     NonFiniteError,
 )
 from hf_auxselect.capture.memory import evaluation_mode
-from hf_auxselect.capture.module_gradients import autograd_gradients, zeros_of
+from hf_auxselect.capture.module_gradients import differentiate, with_zeros
 from hf_auxselect.capture.scalars import (
     NEXT_TOKEN_LOSS,
     SCALARS,
@@ -79,11 +79,7 @@ def gradients_one_by_one(
     with parameters_of_graph(model, trainable) as of_graph:
         for row in examples:
             value = SCALARS[scalar](forward_label_logits(model, collate_fn([row]), loss)).sum()
-            gradients = autograd_gradients(value, of_graph)
-            yield {
-                name: gradients[name] if name in gradients else zeros_of(p)
-                for name, p in trainable.items()
-            }
+            yield with_zeros(differentiate(value, of_graph), trainable)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class ExampleGradients:
         self._hooks = None if one_by_one else GradientHooks(model, self._receive, rerun=rerun)
         if self._hooks is not None:
             self._hooks.in_parts = True
-        self._of_graph: Mapping[str, Tensor] = {}
+        self._of_graph: Mapping[str, Tensor] = self._trainable
         self._projected: dict[str, Tensor] = {}
         self.fixed_with_gradient: set[str] = set()
         self._stack = contextlib.ExitStack()
@@ -190,8 +190,9 @@ class ExampleGradients:
         self._stack.enter_context(evaluation_mode(self._model))
         if self._hooks is not None:
             self._stack.enter_context(self._hooks)
-        of_graph = parameters_of_graph(self._model, self._trainable)
-        self._of_graph = self._stack.enter_context(of_graph)
+        else:
+            of_graph = parameters_of_graph(self._model, self._trainable)
+            self._of_graph = self._stack.enter_context(of_graph)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -247,9 +248,8 @@ class ExampleGradients:
             except (InseparableError, RetryBatchError) as error:
                 if self._is_sharded:  # other processes run no batch once more
                     raise UnsupportedModuleError(
-                        "examples of a batch cannot be told apart where examples of other batches "
-                        f"can: {error}. The model is sharded, so all processes run each batch "
-                        f"once; {ONE_BY_ONE}."
+                        f"the hooks cannot separate the examples of a batch: {error}. The model "
+                        f"is sharded, so all processes run each batch once; {ONE_BY_ONE}."
                     ) from error
                 # The check has seen other examples: not every model uses its parts in each batch.
                 self._hooks.__exit__()

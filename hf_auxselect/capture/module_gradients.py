@@ -91,17 +91,16 @@ def differentiate(
     return {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
-def zeros_of(parameter: Tensor) -> Tensor:
-    """Zeros of a parameter's whole shape, also if it is sharded."""
-    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=device_of(parameter))
-
-
-def autograd_gradients(
-    output: Tensor, parameters: Mapping[str, Tensor], grad: Tensor | None = None
+def with_zeros(
+    gradients: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """:func:`differentiate`; 0 for parameters that the output does not depend on."""
-    gradients = differentiate(output, parameters, grad)
-    return {n: gradients[n] if n in gradients else zeros_of(p) for n, p in parameters.items()}
+    """Gradients of all parameters: 0, of the whole shape, for those that have none."""
+    return {
+        name: gradients[name]
+        if name in gradients
+        else torch.zeros(p.shape, dtype=p.dtype, device=device_of(p))
+        for name, p in parameters.items()
+    }
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -261,9 +260,8 @@ class ModuleCall:
             ]
             with torch.enable_grad():
                 output = forward(mine, None)
-            if not output.requires_grad:
-                return {name: zeros_of(p) for name, p in trainable.items()}
-            return autograd_gradients(output, trainable, grad[i])
+            gradients = differentiate(output, trainable, grad[i]) if output.requires_grad else {}
+            return with_zeros(gradients, trainable)
 
         gradients: dict[str, Tensor] | None = None
         # Casts that autocast keeps for later would outlive the replay.
