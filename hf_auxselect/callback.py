@@ -42,7 +42,6 @@ from hf_auxselect.reselection import Reselection
 from hf_auxselect.run import Run
 from hf_auxselect.run_directory import DIRECTORY_NAME, RunDirectory
 from hf_auxselect.selectors import AbstractSelector, MixtureOptimization
-from hf_auxselect.sharding import is_sharded
 from hf_auxselect.switch import Switch, evaluate_target
 from hf_auxselect.trainer import access, checkpoints, hub, support
 from hf_auxselect.trainer.batches import BatchSource
@@ -230,7 +229,7 @@ class TaskSelectionCallback(TrainerCallback):
             is_needed = options.needs_estimates or options.clusters is not None
             notes = gradient_pass.check() if is_needed else []
             is_due = state.global_step < plan.switch_steps[-1]
-            if is_needed and is_due and is_sharded(trainer.model):
+            if is_needed and is_due and support.prepares_model_late(trainer):
                 preview = self._preview(trainer, plan, state.max_steps)
                 if state.is_world_process_zero:
                     tqdm.write(str(preview))

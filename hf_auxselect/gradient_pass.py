@@ -37,7 +37,7 @@ from hf_auxselect.layers import LayerSelection
 from hf_auxselect.options import Options
 from hf_auxselect.plan import CostPreview, Plan
 from hf_auxselect.reselection import MAX_TESTED, drift_p_value
-from hf_auxselect.sharding import is_sharded
+from hf_auxselect.sharding import is_sharded, shape_of
 from hf_auxselect.store.arrays import GradientStore, evenly_spread
 from hf_auxselect.store.writer import add_vectors
 from hf_auxselect.tasks import TaskRows
@@ -165,8 +165,8 @@ class GradientPass:
         plan = self.plan
         sketch = CountSketch(self.options.projection_dim, plan.seed)
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
-        entries = sum(p.numel() for p in parameters)
-        kept = sum(sketch.table_bytes(p.numel()) for p in parameters)
+        entries = sum(shape_of(p).numel() for p in parameters)
+        kept = sum(sketch.table_bytes(shape_of(p).numel()) for p in parameters)
         if needs_optimizer(self.options.estimator):  # its scales and momentum
             kept += 2 * 4 * entries
         host = 0

@@ -27,6 +27,7 @@ from hf_auxselect.options import Options
 from hf_auxselect.report.content import RunRecord
 from hf_auxselect.reselection import Reselection
 from hf_auxselect.seeds import random_permutation
+from hf_auxselect.sharding import shape_of
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer import access, data, support
 from hf_auxselect.trainer.evaluation import evaluation_weights, has_label_tokens
@@ -362,7 +363,7 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
             "groups": {name: _digest_of_rows(rows) for name, rows in group_rows.items()},
             "trainable parameters": digest(
                 *(
-                    (n, tuple(p.shape))
+                    (n, tuple(shape_of(p)))
                     for n, p in trainer.model.named_parameters()
                     if p.requires_grad
                 )

@@ -1,9 +1,10 @@
-"""Parameters of which each process holds a part (a shard), as FSDP2 keeps them.
+"""Parameters of which each process holds a part (a shard), as FSDP2 and ZeRO-3 keep them.
 
-A sharded parameter is a ``DTensor``. For the length of its layer's call FSDP2 gathers it into a
-plain tensor, and that one is part of the graph; inputs and outputs of layers are plain tensors, so
-hooks see there what they see without sharding. Whatever reads, writes or differentiates by a
-parameter itself goes through this module.
+Both gather a parameter for the length of its layer's call. Under FSDP2 a sharded parameter is a
+``DTensor``, and a plain tensor takes its place in the graph; under ZeRO-3 it is the same object,
+without entries meanwhile. Inputs and outputs of layers are plain tensors, so hooks see there what
+they see without sharding. Whatever reads, writes or differentiates by a parameter itself goes
+through this module.
 
 A forward or backward through a sharded layer is a collective operation: all processes run it, each
 as often as the others.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hf_auxselect import zero
 from hf_auxselect.distributed import gather, process_rank
 
 Owned = list[tuple[nn.Module, str, str]]
@@ -45,17 +47,31 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold parts of parameters, so that they run their passes in step."""
     # Not by its parameters: after a forward, all of them may be gathered.
-    return process_rank()[1] > 1 and any(isinstance(m, FSDPModule) for m in model.modules())
+    return process_rank()[1] > 1 and (
+        zero.has_engine(model) or any(isinstance(m, FSDPModule) for m in model.modules())
+    )
 
 
 def reshard(model: nn.Module) -> None:
-    """Let parameters be sharded again, which FSDP2 leaves gathered after some forwards.
+    """Let parameters be sharded again, which FSDP2 and ZeRO-3 leave gathered at times.
 
-    Else it would not gather them again when the sharded ones have been changed.
+    Else they would not gather them again when the sharded ones have been changed.
     """
+    zero.drop_gathered(model.parameters())
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def shape_of(parameter: Any) -> torch.Size:
+    """The shape of the whole parameter."""
+    shape: torch.Size = parameter.ds_shape if zero.is_partitioned(parameter) else parameter.shape
+    return shape
+
+
+def runs_backward_once(model: nn.Module) -> bool:
+    """Whether each backward needs a forward of its own: ZeRO-3 drops what the first one used."""
+    return zero.has_engine(model)
 
 
 def device_of(parameter: Tensor) -> torch.device:
@@ -67,6 +83,8 @@ def device_of(parameter: Tensor) -> torch.device:
 
 def whole(tensor: Tensor) -> Tensor:
     """A parameter, or a state of it, as one plain tensor, detached; collective if it is sharded."""
+    if zero.is_partitioned(tensor):
+        return zero.whole_parameter(tensor)
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     return tensor.full_tensor().detach().to(device_of(tensor))
@@ -74,6 +92,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, detached; what changes it in place changes the tensor."""
+    if zero.is_partitioned(tensor):
+        return zero.piece_of(tensor).detach()
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -95,6 +115,9 @@ def assign(
 
 def write(parameter: Tensor, value: Tensor) -> None:
     """Give one parameter another value; to be followed by :func:`reshard` of its model."""
+    if zero.is_partitioned(parameter):
+        zero.write_piece(parameter, value)
+        return
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         value = distribute_tensor(value.detach(), mesh, placements).to_local()
@@ -145,3 +168,11 @@ def passes_to_add(own: int, model: nn.Module) -> int:
     Collective where the model is sharded: all ask before their first pass.
     """
     return max(gather(own)) - own if is_sharded(model) else 0
+
+
+def squared_length(parameter: Tensor) -> Tensor:
+    """Sum of the squares of a parameter's entries, at least in float32; collective if sharded."""
+    if zero.is_partitioned(parameter):
+        parameter = zero.whole_parameter(parameter)
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return whole(parameter.to(dtype).square().sum())

@@ -129,7 +129,7 @@ def main() -> None:
         output_dir=options.output_dir,
         max_steps=options.max_steps,
     )
-    if not trainer.is_fsdp_enabled:  # with FSDP the callback prints it when training begins
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # else the callback prints it
         trainer.accelerator.print(callback.preview(trainer))
     trainer.train()
     print("target loss:", trainer.evaluate()["eval_loss"])

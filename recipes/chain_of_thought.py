@@ -213,7 +213,7 @@ def main() -> None:
         return
     callback = selection.callback()
     trainer = build(tasks, data.target, callback, args, model_args)
-    if not trainer.is_fsdp_enabled:  # with FSDP the callback prints it when training begins
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # else the callback prints it
         trainer.accelerator.print(callback.preview(trainer))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     measured = measure(trainer, data.held_out, options.max_new_tokens)

@@ -273,7 +273,7 @@ def main() -> None:
         return
     callback = TaskSelectionCallback(warmup=options.warmup, confirm=options.confirm)
     trainer = make(callback, args)
-    if not trainer.is_fsdp_enabled:  # with FSDP the callback prints it when training begins
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # else the callback prints it
         trainer.accelerator.print(callback.preview(trainer))
     trainer.train()
     metrics = trainer.evaluate(domains.measured)

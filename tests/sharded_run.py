@@ -1,4 +1,4 @@
-"""Run under torchrun by trainer/test_sharded.py: runs with whole and with sharded parameters.
+"""Run under torchrun by trainer/test_sharded.py: runs with whole and with sharded state.
 
 It is started as ``sharded_run.py DIRECTORY CASE... [failure]``, and writes what each process
 measured as JSON.
@@ -25,7 +25,8 @@ from peft import get_peft_model
 
 from hf_auxselect import LayerSelection, MixtureOptimization, concatenate_tasks
 from hf_auxselect.capture.example_gradients import ExampleGradients
-from hf_auxselect.sharding import local, trainable_parameters, whole
+from hf_auxselect.sharding import is_sharded, local, shape_of, trainable_parameters, whole
+from hf_auxselect.zero import ZeroOptimizer
 
 WRAPPED = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 
@@ -89,11 +90,83 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+ZERO_CASES: dict[str, dict[str, Any]] = {
+    "ZeRO-1, restart, SGD": {
+        "kind": "Trainer",
+        "callback": {"after": "restart", "verify": 1},
+        "training": {"optim": "sgd", "learning_rate": 0.1},
+        "zero": 1,
+    },
+    "ZeRO-2, ground-truth runs, gradient checkpointing": {
+        "kind": "SFTTrainer",
+        "callback": {"verify": 1, "calibrate": 2},
+        "training": {"gradient_checkpointing": True},
+        "zero": 2,
+    },
+    "ZeRO-2, frozen layers, head that is saved": {
+        "kind": "Trainer",
+        "callback": {"layers": LayerSelection(keep=1, training="freeze")},
+        "model": adapted(target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"]),
+        "zero": 2,
+    },
+    "ZeRO-3, finalists, accumulation": {
+        "kind": "SFTTrainer",
+        "callback": {"confirm": 3},
+        "training": {"gradient_accumulation_steps": 2, "peft_config": tiny.lora()},
+        "zero": 3,
+    },
+    "ZeRO-3, restart, ground-truth runs, frozen layers": {
+        "kind": "Trainer",
+        "callback": {
+            "after": "restart",
+            "verify": 1,
+            "layers": LayerSelection(keep=1, training="freeze"),
+        },
+        "model": adapted(r=3),
+        "zero": 3,
+        "config": {"stage3_param_persistence_threshold": 0},
+    },
+    "ZeRO-3, observe, DoRA": {
+        "kind": "Trainer",
+        "callback": {"after": "observe"},
+        "model": adapted(target_modules=["q_proj", "v_proj"], use_dora=True),
+        "zero": 3,
+    },
+    "ZeRO-2, few tasks": {
+        "kind": "Trainer",
+        "training": {"train_dataset": few_tasks()},
+        "zero": 2,
+    },
+    "ZeRO-3, few tasks": {
+        "kind": "Trainer",
+        "training": {"train_dataset": few_tasks()},
+        "zero": 3,
+    },
+    "ZeRO-2, bfloat16": {"kind": "SFTTrainer", "training": {"bf16": True}, "zero": 2},
+    "ZeRO-3, bfloat16": {"kind": "SFTTrainer", "training": {"bf16": True}, "zero": 3},
+    "ZeRO-2, resumed from steps 4, 6": {"kind": "SFTTrainer", "zero": 2},
+    "ZeRO-3, resumed from steps 2, 4, 6": {
+        "kind": "Trainer",
+        "callback": {"after": "restart"},
+        "zero": 3,
+    },
+}
+"""Under DeepSpeed, which need not be installed."""
+
+
+def sharding(case: dict[str, Any]) -> Any:
+    """The context in which a case shards on a CPU."""
+    return tiny.deepspeed_on_cpu() if "zero" in case else tiny.fsdp_on_cpu()
+
+
 def run(directory: Path, case: dict[str, Any], *, sharded: bool, resume: Any = None) -> Any:
     options = {"save_strategy": "no", "report_to": "none"} | case.get("training", {})
     if "model" in case:
         options["model"] = case["model"]()
-    if sharded:
+    if sharded and "zero" in case:
+        config = tiny.deepspeed(case["zero"], **case.get("config", {}))
+        options |= {"deepspeed": config, "use_cpu": True}
+    elif sharded:
         options |= {"fsdp": True, "fsdp_config": {"version": 2} | WRAPPED | case.get("fsdp", {})}
     selector = MixtureOptimization(risk_aversion=0)
     callback = tiny.callback(**{"selector": selector} | case.get("callback", {}))
@@ -132,12 +205,12 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 def compared(path: Path, case: dict[str, Any]) -> dict[str, Any]:
     """A run with sharded parameters, and the same one without."""
     expected = measured(*run(path / "whole", case, sharded=False))
-    with tiny.fsdp_on_cpu():
+    with sharding(case):
         trainer, callback = run(path / "sharded", case, sharded=True)
         found = measured(trainer, callback)
         return {
             "world_size": trainer.args.world_size,
-            "share": share_of_parameters(trainer.model),
+            "share": share_of_state(trainer),
             "differences": {
                 name: difference(array, found.get(name, np.empty(0)))
                 for name, array in expected.items()
@@ -145,16 +218,20 @@ def compared(path: Path, case: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def share_of_parameters(model: torch.nn.Module) -> float:
-    """Of all parameters, how much this process holds."""
-    parameters = list(model.parameters())
-    return sum(local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
+def share_of_state(trainer: Any) -> float:
+    """Of all parameters, or of ZeRO's masters, how much this process holds, padding included."""
+    parameters = list(trainer.model.parameters())
+    held = [local(p) for p in parameters]
+    zero = ZeroOptimizer.of(trainer.optimizer)
+    if zero is not None and not is_sharded(trainer.model):
+        parameters, held = [p for p in parameters if p.requires_grad], zero.masters
+    return sum(p.numel() for p in held) / sum(shape_of(p).numel() for p in parameters)
 
 
 def resumed(path: Path, case: dict[str, Any], steps: list[int]) -> dict[str, Any]:
     """A run with sharded parameters, and the same one, stopped and resumed at some steps."""
     case = case | {"training": {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}}
-    with tiny.fsdp_on_cpu():
+    with sharding(case):
         expected = measured(*run(path / "unbroken", case, sharded=True))
     differences = {}
     for step in steps:
@@ -163,7 +240,7 @@ def resumed(path: Path, case: dict[str, Any], steps: list[int]) -> dict[str, Any
             for later in range(step + 2, 10, 2):
                 shutil.rmtree(path / f"from {step}" / f"checkpoint-{later}")
         dist.barrier()
-        with tiny.fsdp_on_cpu():
+        with sharding(case):
             trainer, callback = run(path / f"from {step}", case, sharded=True, resume=True)
             found = measured(trainer, callback)
         differences[f"from step {step}"] = max(
@@ -171,7 +248,7 @@ def resumed(path: Path, case: dict[str, Any], steps: list[int]) -> dict[str, Any
         )
     return {
         "world_size": trainer.args.world_size,
-        "share": share_of_parameters(trainer.model),
+        "share": share_of_state(trainer),
         "differences": differences,
     }
 
@@ -195,11 +272,12 @@ def main(directory: Path, names: list[str], *, fails: bool) -> None:
     results: dict[str, Any] = {}
     for name in names:
         path = directory / re.sub(r"\W+", "_", name)
-        if name.startswith("resumed"):
-            steps = [int(step) for step in re.findall(r"\d+", name)]
-            results[name] = resumed(path, CASES[name], steps)
+        case = (CASES | ZERO_CASES)[name]
+        if "resumed" in name:
+            steps = [int(step) for step in re.findall(r"\d+", name.partition("from step")[2])]
+            results[name] = resumed(path, case, steps)
         else:
-            results[name] = compared(path, CASES[name])
+            results[name] = compared(path, case)
     (directory / f"rank{dist.get_rank()}.json").write_text(json.dumps(results, indent=1))
     if fails:
         fail_in_second_process(directory / "failure")

@@ -48,6 +48,7 @@ LAYERS = [
     "fingerprint",
     "seeds",
     "sharding",
+    "zero",
     "distributed",
     "files",
     "checks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import random
 import sys
@@ -34,6 +35,8 @@ from transformers import (
 from transformers import (
     TrainerCallback as TrainerCallback,
 )
+
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_auxselect import TaskSelectionCallback, concatenate_tasks
 
@@ -316,6 +319,37 @@ def fsdp_on_cpu() -> Iterator[None]:
         finally:
             AcceleratorState._reset_state()
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+@contextlib.contextmanager
+def deepspeed_on_cpu() -> Iterator[None]:
+    """Let DeepSpeed run on gloo, without the operation in C++ that it would compile for a CPU."""
+    torch_backend = importlib.import_module("deepspeed.comm.torch")
+    AcceleratorState._reset_state()
+    with (
+        mock.patch.object(torch_backend, "build_shm_op", lambda: None),
+        mock.patch.dict(os.environ),
+    ):
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerate leaves DeepSpeed out
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state()
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+            unset_hf_deepspeed_config()
+
+
+def deepspeed(stage: int, **options: Any) -> dict[str, Any]:
+    """A configuration of DeepSpeed, as people write it for Trainer."""
+    return {
+        "zero_optimization": {"stage": stage} | options,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
 
 def leave(code: int = 0) -> None:

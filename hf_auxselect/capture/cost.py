@@ -18,7 +18,7 @@ from hf_auxselect.capture.memory import PeakMemory, evaluation_mode
 from hf_auxselect.capture.probes import ProbeReader, WeightedRow, examples_to_probe
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import NEXT_TOKEN_LOSS, CollateFn, ExampleLoss
-from hf_auxselect.sharding import device_of, trainable_parameters
+from hf_auxselect.sharding import device_of, shape_of, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def predict_pass(
         batches += [[rows[i] for i in chosen] for chosen in limits.cut(lengths)]
     # The optimizer may not exist yet.
     scales = {
-        name: torch.ones(1, device=device_of(p)).expand(p.numel())
+        name: torch.ones(1, device=device_of(p)).expand(shape_of(p).numel())
         for name, p in trainable_parameters(model).items()
     }
     sketch = CountSketch(projection_dim, 0)

@@ -48,6 +48,8 @@ from hf_auxselect.sharding import (
     is_sharded,
     parameters_of_graph,
     passes_to_add,
+    runs_backward_once,
+    shape_of,
     trainable_parameters,
     whole,
 )
@@ -132,7 +134,7 @@ class ExampleGradients:
             loss["name"] = self._loss.of_batch_name
         return {
             "parameters": _digest(self._values),
-            "num_trainable_parameters": sum(p.numel() for p in self._trainable.values()),
+            "num_trainable_parameters": sum(shape_of(p).numel() for p in self._trainable.values()),
             "projection": "count_sketch",
             "projection_version": PROJECTION_VERSION,
             "projection_dim": self._sketch.dim,
@@ -183,7 +185,7 @@ class ExampleGradients:
         """Build the projection's tables now, not within a backward pass."""
         for name, p in self._trainable.items():
             like = at_least_float32(torch.empty(0, dtype=p.dtype, device=device_of(p)))
-            self._sketch.prepare(name, p.numel(), like)
+            self._sketch.prepare(name, shape_of(p).numel(), like)
 
     def __enter__(self) -> ExampleGradients:
         self.prepare_tables()
@@ -260,22 +262,31 @@ class ExampleGradients:
 
     def _run(self, stream: str, rows: Sequence[tuple[int, Any]]) -> Arrays:
         batch = self._collate_fn([row for _, row in rows])
-        output = forward_label_logits(self._model, batch, self._loss)
         names = list(dict.fromkeys(spec.removesuffix(AT_OPTIMIZER) for spec in self._scalars))
-        if "sampled_loss" in names:
-            output = replace(output, uniforms=self._uniforms(stream, [i for i, _ in rows], output))
+
+        def forward() -> LabelLogits:
+            output = forward_label_logits(self._model, batch, self._loss)
+            if "sampled_loss" not in names:
+                return output
+            uniforms = self._uniforms(stream, [i for i, _ in rows], output)
+            return replace(output, uniforms=uniforms)
+
+        output = forward()
         with torch.no_grad():
             losses = SCALARS["loss"](output).detach()
         arrays = {
             "losses": losses.float().cpu().numpy(),
             "num_label_tokens": self._loss.count(output.num_label_tokens).cpu().numpy(),
         }
+        once = runs_backward_once(self._model)
         for position, name in enumerate(names):
+            if once and position:
+                output = forward()
             values = SCALARS[name](output)
             specs = [s for s in self._scalars if s.removesuffix(AT_OPTIMIZER) == name]
             zeros = output.logits.new_zeros(len(rows), self._sketch.dim)
             self._projected = {spec: zeros.clone() for spec in specs}
-            retain_graph = position + 1 < len(names)
+            retain_graph = position + 1 < len(names) and not once
             if self._hooks is not None:
                 self._hooks.backward(values, retain_graph=retain_graph)
             else:  # one example alone

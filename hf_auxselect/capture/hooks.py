@@ -28,7 +28,12 @@ from hf_auxselect.capture.module_gradients import (
     tensors_in,
 )
 from hf_auxselect.capture.scalars import HALF
-from hf_auxselect.sharding import parameters_of_graph, trainable_parameters
+from hf_auxselect.sharding import (
+    parameters_of_graph,
+    runs_backward_once,
+    shape_of,
+    trainable_parameters,
+)
 
 ReceiveFn = Callable[[str, Tensor], None]
 T = TypeVar("T")
@@ -177,6 +182,9 @@ class GradientHooks:
         self._reasons: dict[str, str] | None = None
         """While :meth:`backward` runs: why calls do not split, by path."""
         self._received: set[str] = set()
+        self._runs_once = runs_backward_once(model)
+        self._unrepeatable: str | None = None
+        """Why the last backward is incomplete, and no other owners would help."""
 
     def __enter__(self) -> GradientHooks:
         self._of_graph = self._stack.enter_context(
@@ -237,9 +245,11 @@ class GradientHooks:
             # The parameters' own gradients are the price of reaching them. They are dropped: p.grad
             # stays untouched, and no gradient reducer of a distributed wrapper wakes up.
             gradients = differentiate(values.sum(), self._of_graph, retain_graph=retain_graph)
-            reasons = self._reasons
+            reasons, unrepeatable = self._reasons, self._unrepeatable
         finally:
-            self._reasons = None
+            self._reasons = self._unrepeatable = None
+        if unrepeatable is not None:
+            raise InseparableError(unrepeatable)
         if not reasons:
             for name in gradients:
                 for path in sorted(self._owners[name]) if name not in self._received else ():
@@ -383,13 +393,19 @@ class GradientHooks:
 
     def _after_backward(self, call: ModuleCall, kept: Any, grad: Tensor) -> None:
         self._received.update(call.own.values())
-        if self._reasons:
+        if self._reasons or self._unrepeatable is not None:
             return  # the batch will run again
         tensors = kept.grad_fn.saved_tensors  # inside of a checkpoint, its layer runs again now
+        if self._runs_once and call.rule(len(tensors)) is None:
+            self._unrepeatable = (
+                f"the module {call.path!r} ({type(call.module).__name__}) would have to run again "
+                "within a backward, for which ZeRO-3 does not gather its parameters"
+            )
+            return
         size = call.layout.batch_size
         at_once = size
         if self.in_parts:
-            entries = sum(self._trainable[name].numel() for name in call.own.values())
+            entries = sum(shape_of(self._trainable[name]).numel() for name in call.own.values())
             at_once = min(max(_ENTRIES_AT_ONCE // entries, 1), size)
         for self.first_row in range(0, size, at_once):
             rows = slice(self.first_row, min(self.first_row + at_once, size))

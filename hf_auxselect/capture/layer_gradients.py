@@ -28,7 +28,12 @@ from hf_auxselect.capture.scalars import (
 )
 from hf_auxselect.distributed import gather, on_main_process, process_rank
 from hf_auxselect.layers import Grouping, LayerSelection, layer_scores, require_weights
-from hf_auxselect.sharding import parameters_of_graph, passes_to_add, trainable_parameters, whole
+from hf_auxselect.sharding import (
+    parameters_of_graph,
+    passes_to_add,
+    squared_length,
+    trainable_parameters,
+)
 from hf_auxselect.store.records import LayerGradients
 
 _BELOW_ADAPTERS = ("base_layer", "original_module")
@@ -221,4 +226,4 @@ def _squared_length(parameters: Sequence[Tensor]) -> float:
     if not all(parameter.is_floating_point() for parameter in parameters):
         return float("nan")
     with torch.no_grad():
-        return float(sum(float(whole(at_least_float32(p).square().sum())) for p in parameters))
+        return sum(float(squared_length(p)) for p in parameters)

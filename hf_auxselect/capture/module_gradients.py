@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_auxselect.capture.memory import is_out_of_memory
 from hf_auxselect.capture.scalars import at_least_float32
-from hf_auxselect.sharding import device_of
+from hf_auxselect.sharding import device_of, shape_of
+from hf_auxselect.zero import drop_gathered
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ def differentiate(
     gradients = torch.autograd.grad(
         output, list(parameters.values()), grad, allow_unused=True, retain_graph=retain_graph
     )
+    drop_gathered(parameters.values())
     return {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
@@ -98,7 +100,7 @@ def with_zeros(
     return {
         name: gradients[name]
         if name in gradients
-        else torch.zeros(p.shape, dtype=p.dtype, device=device_of(p))
+        else torch.zeros(shape_of(p), dtype=p.dtype, device=device_of(p))
         for name, p in parameters.items()
     }
 
@@ -209,7 +211,7 @@ class ModuleCall:
     def gradients(self, grad: Tensor, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Gradients [B, *shape] of the own parameters, from that of the output."""
         args, kwargs = self.inputs
-        rule = self._rule() if len(args) + len(kwargs) == 1 and len(tensors) == 1 else None
+        rule = self.rule(len(tensors))
         if rule is None:
             return self._replay(grad, tensors)
         x, grad = self.layout.batch_first(tensors[0]), self.layout.batch_first(grad)
@@ -217,8 +219,11 @@ class ModuleCall:
         with torch.autocast(grad.device.type, enabled=False):
             return rule(self.module, x, grad)
 
-    def _rule(self) -> Rule | None:
-        """The rule for the own parameters; None if the module may compute something else."""
+    def rule(self, num_tensors: int) -> Rule | None:
+        """The rule for the own parameters; None if the module must run again."""
+        args, kwargs = self.inputs
+        if len(args) + len(kwargs) != 1 or num_tensors != 1:
+            return None
         for kind, rule in _RULES.items():
             # Subclasses that compute otherwise (quantized layers do) add their bias all the same.
             known = type(self.module).forward is kind.forward or self.own.keys() == {"bias"}

@@ -13,13 +13,18 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
+from hf_auxselect.zero import ZeroOptimizer
+
 _BLOCK_SIZES = (256, 512, 1024, 2048, 4096)
 """Numbers of entries that may share a scale in the 8-bit states of bitsandbytes: 256 today, 2048 in
 old releases. The state does not say which."""
 
 
 def underlying(optimizer: Any) -> Any:
-    """The optimizer below accelerate's wrapper."""
+    """The optimizer below the wrappers of accelerate and ZeRO."""
+    zero = ZeroOptimizer.of(optimizer)
+    if zero is not None:
+        return zero.inner
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
@@ -78,6 +83,7 @@ _OTHER_PACKAGES: dict[tuple[str, tuple[str, ...]], str] = {
     ): "adam",
     ("apex", ("FusedAdam",)): "adam",
     ("torchdistx", ("AnyPrecisionAdamW",)): "adam",
+    ("deepspeed", ("FusedAdam", "DeepSpeedCPUAdam")): "adam",
 }
 
 
@@ -119,6 +125,7 @@ def _unsupported_in_adam(optimizer: Any, group: Mapping[str, Any]) -> str | None
         "torch": group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)),
         "torchao": getattr(optimizer, "is_adamw", True),
         "apex": getattr(optimizer, "adam_w_mode", True),
+        "deepspeed": getattr(optimizer, "adam_w_mode", True),
         "bitsandbytes": True,  # its Adam, too
         "torchdistx": True,
     }

@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor
 
 from hf_auxselect.capture.optimizer_families import FAMILIES, family_of, underlying
 from hf_auxselect.capture.schedule import Schedule, momentum_coefficient, reference_group
-from hf_auxselect.sharding import trainable_parameters, whole
+from hf_auxselect.sharding import shape_of, trainable_parameters, whole
+from hf_auxselect.zero import ZeroOptimizer
 
 _SAME_RATE = 1e-6
 """The rates of two groups count as proportional if they differ from a constant ratio by less than
@@ -121,6 +122,7 @@ def why_not_modelled(
     Returns:
         None if its steps are modelled.
     """
+    zero, trained_groups = ZeroOptimizer.of(optimizer), list(_trained_groups(model, optimizer))
     optimizer = underlying(optimizer)
     name, family = type(optimizer).__name__, family_of(optimizer)
     if family is None:
@@ -129,7 +131,9 @@ def why_not_modelled(
             "bitsandbytes, torchao, apex and torchdistx, torch's SGD, and Adafactor. "
             f"{_ADVICE}."
         )
-    trained = [g for g, _, held in _trained_groups(model, optimizer) if held]
+    if zero is not None and not zero.has_state_by_entry:
+        return f"under ZeRO {name} keeps its state for many parameters together. {_ADVICE}."
+    trained = [g for g, _, held in trained_groups if held]
     if not trained:
         return f"{name} holds no trainable parameter of the model."
     for g in trained:
@@ -207,8 +211,9 @@ def read_optimizer(
         ValueError: another optimizer; or no trainable parameter has a state yet, because the
             optimizer has not stepped.
     """
-    optimizer = underlying(optimizer)
+    zero, trained_groups = ZeroOptimizer.of(optimizer), list(_trained_groups(model, optimizer))
     reason = why_not_modelled(model, optimizer)
+    optimizer = underlying(optimizer)
     if reason is not None:
         raise ValueError(f"optimizer: {reason}")
     family = family_of(optimizer)
@@ -221,15 +226,17 @@ def read_optimizer(
     groups: list[ParameterGroup] = []
     beta: float | None = None
     steps = 0
-    for g, group, held in _trained_groups(model, optimizer):
+    for g, group, held in trained_groups:
         for name, parameter in held:
             ratio = ratios[g] * (parameter_rates or {}).get(name, 1.0)
             if not ratio:
                 continue
-            own = optimizer.state.get(parameter, {})
-            if isinstance(parameter, DTensor):
-                own = {key: whole(v) if isinstance(v, Tensor) else v for key, v in own.items()}
-                parameter = whole(parameter)
+            if zero is not None:
+                own = zero.state_of(parameter)
+            else:
+                own = optimizer.state.get(parameter, {})
+                own = {key: whole(v) if isinstance(v, DTensor) else v for key, v in own.items()}
+            parameter = whole(parameter)
             state = read(optimizer, group, parameter, own)
             if state is None:
                 continue
@@ -241,7 +248,7 @@ def read_optimizer(
             steps = max(steps, state.steps or 0)
         groups.append(
             ParameterGroup(
-                num_parameters=sum(parameter.numel() for _, parameter in held),
+                num_parameters=sum(shape_of(parameter).numel() for _, parameter in held),
                 relative_rate=ratios[g],
                 weight_decay=float(group["weight_decay"]),
                 momentum_coefficient=momentum_coefficient(group),
@@ -266,7 +273,8 @@ def read_optimizer(
         decay_is_coupled=family == "sgd",
         steps_taken=steps or None,
         groups=tuple(groups),
-        num_fixed=sum(p.numel() for p in model.parameters() if p.requires_grad) - num_trained,
+        num_fixed=sum(shape_of(p).numel() for p in model.parameters() if p.requires_grad)
+        - num_trained,
     )
 
 
@@ -302,9 +310,11 @@ def _trained_groups(
     model: torch.nn.Module, optimizer: Any
 ) -> Iterator[tuple[int, dict[str, Any], list[tuple[str, Tensor]]]]:
     """Number, options and trainable parameters of the model of each parameter group."""
-    names = {p: name for name, p in trainable_parameters(model).items()}
-    for g, group in enumerate(optimizer.param_groups):
-        yield g, group, [(names[p], p) for p in group["params"] if p in names]
+    names: dict[Tensor, str] = {p: name for name, p in trainable_parameters(model).items()}
+    zero, groups = ZeroOptimizer.of(optimizer), underlying(optimizer).param_groups
+    held = [group["params"] for group in groups] if zero is None else zero.parameters_of_groups()
+    for g, (group, parameters) in enumerate(zip(groups, held, strict=True)):
+        yield g, group, [(names[p], p) for p in parameters if p in names]
 
 
 def _epsilon(group: Mapping[str, Any]) -> float | list[float | None] | None:

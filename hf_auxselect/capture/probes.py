@@ -40,6 +40,7 @@ from hf_auxselect.sharding import (
     parameters_of_graph,
     passes_to_add,
     reshard,
+    shape_of,
     trainable_parameters,
     whole,
     write,
@@ -368,7 +369,9 @@ class _Displacements:
         self._model = model
         self._parameters = {name: p for name, p in parameters.items() if name in state.scales}
         self._state = state
-        self._sources = {n: torch.zeros(count, p.numel()) for n, p in self._parameters.items()}
+        self._sources = {
+            n: torch.zeros(count, shape_of(p).numel()) for n, p in self._parameters.items()
+        }
 
     def add(self, source: int, values: Values) -> None:
         """Add to a source."""

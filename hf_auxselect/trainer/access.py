@@ -23,6 +23,7 @@ from transformers import Trainer
 
 from hf_auxselect.capture.optimizer_families import underlying
 from hf_auxselect.sharding import trainable_parameters, whole
+from hf_auxselect.zero import preserved_counters as preserved_engine
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -95,8 +96,10 @@ def preserved_counters(trainer: Trainer) -> Iterator[None]:
         for name, value in vars(trainer).items()
         if name == "_metrics" or isinstance(value, int | float)
     }
+    engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
     try:
-        yield
+        with contextlib.nullcontext() if engine is None else preserved_engine(engine):
+            yield
     finally:
         for name, value in before.items():
             setattr(trainer, name, value)

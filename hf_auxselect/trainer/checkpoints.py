@@ -184,8 +184,10 @@ def is_whole(checkpoint: Path, num_processes: int = 1) -> bool:
         json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, ValueError, RecursionError):
         return False
-    # FSDP saves the optimizer's state as optimizer.bin, or in parts in a folder.
-    if num_processes == 1 or not list(checkpoint.glob("optimizer*")):
+    # FSDP saves the optimizer's state as optimizer.bin, or in parts in a folder; DeepSpeed saves
+    # what it has in a folder of its own.
+    saved = [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]
+    if num_processes == 1 or not saved:
         return True
     # Of several processes the first may be done before the others have saved theirs.
     return all((checkpoint / f"rng_state_{rank}.pth").is_file() for rank in range(num_processes))

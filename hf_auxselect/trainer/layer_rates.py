@@ -12,6 +12,7 @@ from transformers import Trainer
 from hf_auxselect.capture.optimizer_families import family_of
 from hf_auxselect.sharding import trainable_parameters
 from hf_auxselect.trainer import access
+from hf_auxselect.zero import ZeroOptimizer
 
 
 class LayerRates:
@@ -32,7 +33,12 @@ class LayerRates:
     def __init__(self, trainer: Trainer, rates: Mapping[str, float]) -> None:
         self.rates = {name: rate for name, rate in rates.items() if rate != 1}
         trainable = trainable_parameters(trainer.model)
-        self._parameters = [(trainable[name], rate) for name, rate in self.rates.items()]
+        zero = ZeroOptimizer.of(trainer.optimizer)
+        self._parameters = [
+            (part, rate)
+            for name, rate in self.rates.items()
+            for part in (zero.local_masters(trainable[name]) if zero else [trainable[name]])
+        ]
         self._before: list[Tensor] = []
         optimizer = access.torch_optimizer(trainer)
         self._handles = [

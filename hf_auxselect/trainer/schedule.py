@@ -11,9 +11,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
 from hf_auxselect.capture.schedule import Schedule, schedule_to_come
-from hf_auxselect.sharding import assign, trainable_parameters
+from hf_auxselect.sharding import assign, shape_of, trainable_parameters
 from hf_auxselect.store.records import RemainingTraining
 from hf_auxselect.trainer.access import option_value, preserved_rng, torch_optimizer
+from hf_auxselect.zero import ZeroOptimizer
 
 
 def restart(trainer: Trainer, initial: Mapping[str, Tensor]) -> None:
@@ -26,7 +27,7 @@ def restart(trainer: Trainer, initial: Mapping[str, Tensor]) -> None:
     """
     trainable = trainable_parameters(trainer.model)
     shapes = {name: list(tensor.shape) for name, tensor in initial.items()}
-    if shapes != {name: list(p.shape) for name, p in trainable.items()}:
+    if shapes != {name: list(shape_of(p)) for name, p in trainable.items()}:
         raise ValueError(
             "after='restart': the initial parameters on disk are not those of this model; the run "
             "was started with another adapter. Start again, in another output_dir."
@@ -34,7 +35,12 @@ def restart(trainer: Trainer, initial: Mapping[str, Tensor]) -> None:
     assign(trainer.model, trainable, initial)
     for parameter in trainable.values():
         parameter.grad = None
-    torch_optimizer(trainer).state.clear()
+    zero = ZeroOptimizer.of(trainer.optimizer)
+    if zero is None:
+        torch_optimizer(trainer).state.clear()
+    else:
+        zero.set_masters(trainable, initial)
+        zero.forget()
     state = trainer.state
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 

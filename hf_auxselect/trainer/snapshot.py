@@ -17,6 +17,7 @@ from transformers import Trainer
 from hf_auxselect.capture.optimizer_state import copy_of_state
 from hf_auxselect.sharding import local, reshard
 from hf_auxselect.trainer import access
+from hf_auxselect.zero import ZeroOptimizer
 
 
 class _Parked(NamedTuple):
@@ -38,6 +39,7 @@ class Snapshot:
     _groups: list[dict[str, Any]]
     _schedule: dict[str, Any]
     _scale: dict[str, Any] | None
+    """Of the gradient scaler, or of ZeRO's."""
 
     @classmethod
     def copied(cls, trainer: Trainer) -> Snapshot:
@@ -56,13 +58,19 @@ class Snapshot:
             parameter: {name: _parked(value) for name, value in own.items()}
             for parameter, own in state.items()
         }
-        state.clear()
+        if ZeroOptimizer.of(trainer.optimizer) is None:
+            state.clear()
+        else:
+            moments = copy_of_state(access.torch_optimizer(trainer))
         return cls(tensors, moments, *_plain(trainer))
 
     def put_back(self, trainer: Trainer) -> None:
         """Let the trainer be in this state again."""
         optimizer, scaler = access.torch_optimizer(trainer), trainer.accelerator.scaler
-        if scaler is not None and self._scale is not None:
+        zero = ZeroOptimizer.of(trainer.optimizer)
+        if zero is not None:
+            zero.loss_scale().update(self._scale or {})
+        elif scaler is not None and self._scale is not None:
             scaler.load_state_dict(self._scale)
         trainer.lr_scheduler.load_state_dict(self._schedule)
         for group, values in zip(optimizer.param_groups, self._groups, strict=True):
@@ -71,20 +79,27 @@ class Snapshot:
                     group[name].copy_(value)
                 else:
                     group[name] = value
-        optimizer.state.clear()
-        for parameter, own in self._moments.items():
-            optimizer.state[parameter] = {
+        moments = {
+            parameter: {
                 name: value.tensor.to(value.device) if isinstance(value, _Parked) else value
                 for name, value in own.items()
             }
+            for parameter, own in self._moments.items()
+        }
+        if zero is None:
+            optimizer.state.clear()
+            optimizer.state.update(moments)
+        else:
+            zero.set_state(moments)
         with torch.no_grad():
             for name, tensor in _changing(trainer):
                 tensor.copy_(self._tensors[name])
 
 
 def _changing(trainer: Trainer) -> list[tuple[str, Tensor]]:
-    """Trainable parameters and buffers, by name; of sharded ones this process's part."""
+    """Trainable parameters, buffers and masters, by name; of sharded ones this process's part."""
     reshard(trainer.model)
+    zero = ZeroOptimizer.of(trainer.optimizer)
     return [
         (name, local(tensor))
         for name, tensor in (
@@ -92,12 +107,13 @@ def _changing(trainer: Trainer) -> list[tuple[str, Tensor]]:
             *trainer.model.named_buffers(),
         )
         if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
-    ]
+    ] + [(f"masters {i}", t.detach()) for i, t in enumerate(zero.masters if zero else ())]
 
 
 def _plain(trainer: Trainer) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any] | None]:
     """Parameter groups, schedule and gradient scaler."""
-    scaler = trainer.accelerator.scaler
+    scaler, zero = trainer.accelerator.scaler, ZeroOptimizer.of(trainer.optimizer)
+    scale = zero.loss_scale() if zero else scaler.state_dict() if scaler is not None else None
     groups = [
         {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
         for group in access.torch_optimizer(trainer).param_groups
@@ -105,7 +121,7 @@ def _plain(trainer: Trainer) -> tuple[list[dict[str, Any]], dict[str, Any], dict
     return (
         groups,
         copy.deepcopy(trainer.lr_scheduler.state_dict()),
-        copy.deepcopy(scaler.state_dict()) if scaler is not None else None,
+        copy.deepcopy(scale),
     )
 
 
@@ -169,6 +185,9 @@ _UNRELATED = (
 
 
 def _trained(trainer: Trainer) -> list[Tensor]:
+    zero = ZeroOptimizer.of(trainer.optimizer)
+    if zero is not None:
+        return zero.masters
     return [p for group in access.torch_optimizer(trainer).param_groups for p in group["params"]]
 
 

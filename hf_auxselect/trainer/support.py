@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from hf_auxselect.sharding import reshard
+from hf_auxselect.sharding import is_sharded, reshard
+from hf_auxselect.zero import ZeroOptimizer, has_engine, is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
             "(trainer.remove_callback), then train with the best values and with it."
         )
     if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "DeepSpeed keeps parameters and the optimizer's state in buffers of its own, which are "
-            "not read. Shard with FSDP2 (recipes/accelerate/fsdp2.yaml), or launch with DDP "
-            "(torchrun, or `accelerate launch --multi_gpu`)."
-        )
+        _refuse_deepspeed(trainer)
     if trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
         raise ValueError(
             "FSDP in its first version joins the parameters of a layer into a flat one, so that no "
@@ -80,21 +77,75 @@ def refuse_unsupported(trainer: Trainer) -> None:
         )
 
 
+def prepares_model_late(trainer: Trainer) -> bool:
+    """Whether the model is moved, and perhaps sharded, only when training begins."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) or is_sharded(
+        trainer.model
+    )
+
+
 def require_model_on_device(trainer: Trainer) -> None:
-    """Refuse to run a model that FSDP has yet to move to its devices.
+    """Refuse to run a model that FSDP or DeepSpeed has yet to move to its devices.
 
     Raises:
         ValueError: says what to do.
     """
-    if not trainer.is_fsdp_enabled or isinstance(trainer.model, FSDPModule):
+    state, model = trainer.accelerator.state, trainer.model
+    if trainer.is_fsdp_enabled:
+        is_ready = isinstance(model, FSDPModule)
+        is_partial = state.fsdp_plugin.cpu_ram_efficient_loading
+    elif trainer.is_deepspeed_enabled:
+        is_ready, is_partial = has_engine(model), any(map(is_partitioned, model.parameters()))
+    else:
         return
-    plugin = trainer.accelerator.state.fsdp_plugin
-    device = next(trainer.model.parameters()).device
-    if device.type != trainer.args.device.type or plugin.cpu_ram_efficient_loading:
+    device = next(model.parameters()).device
+    if not is_ready and (is_partial or device.type != trainer.args.device.type):
         raise ValueError(
-            "preview: FSDP moves and shards the model when training begins, so no batch can be "
-            "timed before. Leave preview(trainer) out: the callback prints the preview then."
+            f"preview: {'FSDP' if trainer.is_fsdp_enabled else 'DeepSpeed'} moves and shards the "
+            "model when training begins, so no batch can be timed before. Leave preview(trainer) "
+            "out: the callback prints the preview then."
         )
+
+
+def _refuse_deepspeed(trainer: Trainer) -> None:
+    """Raise for settings of DeepSpeed under which state is kept where it is not read."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    config = plugin.hf_ds_config
+    stage = int(config.get_value("zero_optimization.stage", 0))
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"DeepSpeed with zero_optimization.stage={stage} shards nothing. Set stage 1, 2 or 3 "
+            "(recipes/accelerate/deepspeed_zero2.yaml), or launch with DDP (torchrun, or "
+            "`accelerate launch --multi_gpu`)."
+        )
+    for key, allowed, why in _DEEPSPEED_SETTINGS:
+        value = config.get_value(key)
+        if value is not None and value not in allowed:
+            raise ValueError(f"DeepSpeed's {key}={value!r} {why}")
+    made = type(getattr(trainer.optimizer, "optimizer", None))
+    if made.__module__.startswith("deepspeed.runtime") and not ZeroOptimizer.of(trainer.optimizer):
+        raise ValueError(
+            f"DeepSpeed has made a {made.__name__}, whose state is not read; supported are the "
+            "optimizers of ZeRO-1, -2 and -3. Leave out what chooses another one (bf16 with "
+            "stage 1 and data_types.grad_accum_dtype, zenflow, super_offload)."
+        )
+
+
+_ON_CPU = "is not supported: state on a disk is not read. Set the device to 'cpu', or leave it out."
+_GROUPS = "is not supported: parameters are then kept twice. Leave it out."
+_DEEPSPEED_SETTINGS: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("zero_optimization.offload_optimizer.device", ("none", "cpu"), _ON_CPU),
+    ("zero_optimization.offload_param.device", ("none", "cpu"), _ON_CPU),
+    ("zero_optimization.zero_hpz_partition_size", (0, 1), _GROUPS),
+    ("zero_optimization.mics_shard_size", (-1, 0), _GROUPS),
+    (
+        "tensor_parallel.autotp_size",
+        (0, 1),
+        "is not supported: layers compute with parts of parameters, of which no per-example "
+        "gradient follows. Leave it out.",
+    ),
+)
+"""Keys of DeepSpeed's configuration, the values that are supported, and why others are not."""
 
 
 def _sharded_otherwise(model: nn.Module) -> str | None:

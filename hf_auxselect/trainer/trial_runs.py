@@ -147,7 +147,7 @@ class TrialRun:
             accelerator.gradient_state._set_sync_gradients(is_last)
             synchronized = (
                 contextlib.nullcontext
-                if is_last
+                if is_last or trainer.is_deepspeed_enabled  # which counts the batches itself
                 else functools.partial(accelerator.no_sync, model=model)
             )
             with synchronized():
