@@ -35,7 +35,6 @@ from transformers import (
 from transformers import (
     TrainerCallback as TrainerCallback,
 )
-
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_auxselect import TaskSelectionCallback, concatenate_tasks

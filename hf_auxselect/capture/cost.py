@@ -14,7 +14,9 @@ from torch import nn
 from hf_auxselect.capture.batching import BatchLimits, TaskExamples, num_tokens, row_length
 from hf_auxselect.capture.example_gradients import ExampleGradients
 from hf_auxselect.capture.examples import plan_shards, with_roles
+from hf_auxselect.capture.hooks import InseparableError
 from hf_auxselect.capture.memory import PeakMemory, evaluation_mode
+from hf_auxselect.capture.module_gradients import UnsupportedModuleError
 from hf_auxselect.capture.probes import ProbeReader, WeightedRow, examples_to_probe
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.capture.scalars import NEXT_TOKEN_LOSS, CollateFn, ExampleLoss
@@ -94,10 +96,27 @@ def predict_pass(
         one_by_one=one_by_one,
         loss=loss,
     )
-    with capture:
-        return predict_batches(
-            model, batches, lambda rows: capture.batches("", list(enumerate(rows)))
-        )
+    try:
+        with capture:
+            return predict_batches(
+                model, batches, lambda rows: capture.batches("", list(enumerate(rows)))
+            )
+    except UnsupportedModuleError as error:
+        # Of a sharded model; the pass itself finds out before it begins.
+        if one_by_one or not isinstance(error.__cause__, InseparableError):
+            raise
+    return predict_pass(
+        model,
+        tasks,
+        target,
+        collate_fn,
+        projection_dim=projection_dim,
+        batch_size=batch_size,
+        scalars=scalars,
+        one_by_one=True,
+        groups=groups,
+        loss=loss,
+    )
 
 
 def predict_probes(
