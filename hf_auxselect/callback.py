@@ -177,12 +177,12 @@ class TaskSelectionCallback(TrainerCallback):
     def preview(self, trainer: Trainer) -> CostPreview:
         """Time a few batches and predict what the gradient pass will cost. Changes nothing.
 
-        With several processes, all of them call it. FSDP moves and shards the model when training
-        begins: the callback prints the preview then.
+        With several processes, all of them call it. FSDP and DeepSpeed move and shard the model
+        when training begins: the callback prints the preview then.
 
         Raises:
-            ValueError: the run is one in which a selection cannot work, or FSDP has yet to move the
-                model.
+            ValueError: the run is one in which a selection cannot work, or FSDP or DeepSpeed has
+                yet to move the model.
         """
         self._meet(trainer)
         support.require_model_on_device(trainer)

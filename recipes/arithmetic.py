@@ -129,7 +129,8 @@ def main() -> None:
         output_dir=options.output_dir,
         max_steps=options.max_steps,
     )
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # else the callback prints it
+    # FSDP and DeepSpeed prepare the model when training begins: the callback prints it then.
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         trainer.accelerator.print(callback.preview(trainer))
     trainer.train()
     print("target loss:", trainer.evaluate()["eval_loss"])

@@ -213,7 +213,8 @@ def main() -> None:
         return
     callback = selection.callback()
     trainer = build(tasks, data.target, callback, args, model_args)
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # else the callback prints it
+    # FSDP and DeepSpeed prepare the model when training begins: the callback prints it then.
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         trainer.accelerator.print(callback.preview(trainer))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     measured = measure(trainer, data.held_out, options.max_new_tokens)

@@ -273,7 +273,8 @@ def main() -> None:
         return
     callback = TaskSelectionCallback(warmup=options.warmup, confirm=options.confirm)
     trainer = make(callback, args)
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # else the callback prints it
+    # FSDP and DeepSpeed prepare the model when training begins: the callback prints it then.
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         trainer.accelerator.print(callback.preview(trainer))
     trainer.train()
     metrics = trainer.evaluate(domains.measured)

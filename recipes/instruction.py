@@ -220,9 +220,8 @@ def main() -> None:
     if not comparing.compare_seeds:
         callback = selection.callback()
         trainer = build(model, training, train, target, callback)
-        if not (
-            trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        ):  # else the callback prints it
+        # FSDP and DeepSpeed prepare the model when training begins: the callback prints it then.
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer.accelerator.print(callback.preview(trainer))
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         measured = _measure(trainer, test)

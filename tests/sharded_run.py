@@ -109,6 +109,18 @@ ZERO_CASES: dict[str, dict[str, Any]] = {
         "model": adapted(target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"]),
         "zero": 2,
     },
+    "ZeRO-2, optimizer and schedule of DeepSpeed": {
+        "kind": "Trainer",
+        "callback": {"verify": 1},
+        "zero": 2,
+        "config": {
+            "optimizer": {
+                "type": "AdamW",
+                "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+                | {"torch_adam": True},
+            },
+        },
+    },
     "ZeRO-3, finalists, accumulation": {
         "kind": "SFTTrainer",
         "callback": {"confirm": 3},
@@ -124,7 +136,7 @@ ZERO_CASES: dict[str, dict[str, Any]] = {
         },
         "model": adapted(r=3),
         "zero": 3,
-        "config": {"stage3_param_persistence_threshold": 0},
+        "config": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
     },
     "ZeRO-3, observe, DoRA": {
         "kind": "Trainer",
@@ -164,7 +176,7 @@ def run(directory: Path, case: dict[str, Any], *, sharded: bool, resume: Any = N
     if "model" in case:
         options["model"] = case["model"]()
     if sharded and "zero" in case:
-        config = tiny.deepspeed(case["zero"], **case.get("config", {}))
+        config = tiny.deepspeed(case["zero"]) | case.get("config", {})
         options |= {"deepspeed": config, "use_cpu": True}
     elif sharded:
         options |= {"fsdp": True, "fsdp_config": {"version": 2} | WRAPPED | case.get("fsdp", {})}

@@ -707,20 +707,38 @@ class TestRefusals:
             data_collator=unlabelled,
         )
 
-    @pytest.mark.parametrize(
-        ("kind", "told"),
-        [
-            ("fsdp", "FSDP in its first version.*fsdp_version: 2"),
-            ("deepspeed", "DeepSpeed keeps parameters.*Shard with FSDP2"),
-        ],
-    )
-    def test_other_kinds_of_sharding(self, run_dir, monkeypatch, kind, told):
+    def test_fsdp_in_its_first_version(self, run_dir, monkeypatch):
         cb = callback()
         trainer = tiny.sft_trainer(run_dir, cb)
-        setattr(trainer, f"is_{kind}_enabled", True)
-        if kind == "fsdp":
-            plugin = SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=False)
-            monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+        trainer.is_fsdp_enabled = True
+        plugin = SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=False)
+        monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+        with pytest.raises(ValueError, match=r"FSDP in its first version.*fsdp_version: 2"):
+            cb.preview(trainer)
+
+    @pytest.mark.parametrize(
+        ("settings", "told"),
+        [
+            ({}, r"zero_optimization.stage=0 shards nothing. Set stage 1, 2 or 3"),
+            (
+                {"zero_optimization.offload_optimizer.device": "nvme"},
+                r"zero_optimization.offload_optimizer.device='nvme'.*Set the device to 'cpu'",
+            ),
+            (
+                {"zero_optimization.zero_hpz_partition_size": 8},
+                r"zero_hpz_partition_size=8 is not supported.*kept twice",
+            ),
+            ({"tensor_parallel.autotp_size": 2}, r"autotp_size=2 is not supported"),
+        ],
+    )
+    def test_settings_of_deepspeed(self, run_dir, monkeypatch, settings, told):
+        cb = callback()
+        trainer = tiny.sft_trainer(run_dir, cb)
+        trainer.is_deepspeed_enabled = True
+        found = settings and {"zero_optimization.stage": 3} | settings
+        plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(get_value=found.get))
+        state = SimpleNamespace(deepspeed_plugin=plugin)
+        monkeypatch.setattr(trainer.accelerator, "state", state)
         with pytest.raises(ValueError, match=told):
             cb.preview(trainer)
 

@@ -338,10 +338,10 @@ def deepspeed_on_cpu() -> Iterator[None]:
             unset_hf_deepspeed_config()
 
 
-def deepspeed(stage: int, **options: Any) -> dict[str, Any]:
+def deepspeed(stage: int) -> dict[str, Any]:
     """A configuration of DeepSpeed, as people write it for Trainer."""
     return {
-        "zero_optimization": {"stage": stage} | options,
+        "zero_optimization": {"stage": stage},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",

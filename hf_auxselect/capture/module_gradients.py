@@ -210,7 +210,6 @@ class ModuleCall:
 
     def gradients(self, grad: Tensor, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Gradients [B, *shape] of the own parameters, from that of the output."""
-        args, kwargs = self.inputs
         rule = self.rule(len(tensors))
         if rule is None:
             return self._replay(grad, tensors)

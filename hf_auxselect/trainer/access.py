@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
 from transformers import Trainer
 
@@ -187,6 +188,15 @@ def torch_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
     """The optimizer below accelerate's wrapper."""
     optimizer: torch.optim.Optimizer = underlying(trainer.optimizer)
     return optimizer
+
+
+def scheduler(trainer: Trainer) -> Any:
+    """The learning-rate scheduler below accelerate's wrapper.
+
+    Of one that DeepSpeed has made itself or was given, the wrapper takes no step.
+    """
+    outer = trainer.lr_scheduler
+    return outer.scheduler if isinstance(outer, AcceleratedScheduler) else outer
 
 
 def optimizer_name(trainer: Trainer) -> str:

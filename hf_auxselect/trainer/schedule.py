@@ -13,6 +13,7 @@ from transformers import Trainer, get_scheduler
 from hf_auxselect.capture.schedule import Schedule, schedule_to_come
 from hf_auxselect.sharding import assign, shape_of, trainable_parameters
 from hf_auxselect.store.records import RemainingTraining
+from hf_auxselect.trainer import access
 from hf_auxselect.trainer.access import option_value, preserved_rng, torch_optimizer
 from hf_auxselect.zero import ZeroOptimizer
 
@@ -54,7 +55,7 @@ def schedule_restart(trainer: Trainer, switch_step: int) -> None:
     Raises:
         ValueError: the scheduler is not a ``LambdaLR`` made by Trainer.
     """
-    scheduler = trainer.lr_scheduler
+    scheduler = access.scheduler(trainer)
     # Trainer notes which schedules are its own; lr_scheduler_type says nothing of others.
     if not getattr(trainer, "_created_lr_scheduler", True):
         raise ValueError(
@@ -112,7 +113,7 @@ def schedule_after(trainer: Trainer, switch_step: int) -> Schedule:
     first = max(switch_step, trainer.state.global_step)
     with preserved_rng():
         return schedule_to_come(
-            trainer.lr_scheduler,
+            access.scheduler(trainer),
             torch_optimizer(trainer),
             skip=first - trainer.state.global_step,
             count=trainer.state.max_steps - first,
