@@ -1,6 +1,7 @@
 # make demo    the main job, end to end, on a real model and real tasks; another recipe with
 #              RECIPE=instruction and the like, from a folder of JSONL files with DATA_DIR=...
 # make test    all tests
+# make test-deepspeed   those under DeepSpeed, which it installs into .venv
 # make test-fast   those to run while editing: all but the ones that are marked slow
 # make check   lint, format and types
 # make docs    the pages of docs/, into site/
@@ -41,7 +42,7 @@ CORE_TESTS ?= --deselect tests/test_resume.py::TestKills --deselect tests/test_r
 	'test_launch.py::test_they_run_on_a_cpu[two_cpu_processes.yaml-False]' trainer/test_privates.py \
 	capture/test_examples.py capture/test_adapters.py capture/test_heads.py)
 
-.PHONY: demo test test-fast check docs wheel-check clean test-versions test-oldest test-newest
+.PHONY: demo test test-fast test-deepspeed check docs wheel-check clean test-versions test-oldest test-newest
 
 RECIPE ?= demo
 CONFIG := $(wildcard recipes/configs/$(RECIPE)_cpu.yaml)
@@ -54,6 +55,12 @@ test: $(VENV)/.installed
 
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+# On a machine with a GPU, too, DeepSpeed is tested on the CPU.
+test-deepspeed: export DS_ACCELERATOR := cpu
+test-deepspeed: $(VENV)/.installed
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable '.[test,deepspeed]'
+	$(BIN)/python -m pytest -m deepspeed
 
 test-versions: test-oldest test-newest
 

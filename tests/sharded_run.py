@@ -138,16 +138,30 @@ ZERO_CASES: dict[str, dict[str, Any]] = {
         "zero": 3,
         "config": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
     },
-    "ZeRO-3, observe, DoRA": {
+    "ZeRO-3, observe, DoRA, offload": {
         "kind": "Trainer",
         "callback": {"after": "observe"},
         "model": adapted(target_modules=["q_proj", "v_proj"], use_dora=True),
         "zero": 3,
+        "config": {
+            "zero_optimization": {
+                "stage": 3,
+                "offload_param": {"device": "cpu"},
+                "offload_optimizer": {"device": "cpu"},
+            }
+        },
     },
-    "ZeRO-2, few tasks": {
+    "ZeRO-2, few tasks, offload": {
         "kind": "Trainer",
         "training": {"train_dataset": few_tasks()},
         "zero": 2,
+        "config": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    },
+    "ZeRO-3, sharded when it is loaded": {
+        "kind": "SFTTrainer",
+        "training": {"peft_config": tiny.lora()},
+        "from_disk": True,
+        "zero": 3,
     },
     "ZeRO-3, few tasks": {
         "kind": "Trainer",
@@ -166,6 +180,14 @@ ZERO_CASES: dict[str, dict[str, Any]] = {
 """Under DeepSpeed, which need not be installed."""
 
 
+def saved_model(directory: Path) -> Path:
+    """Folder of a model, which the first process writes."""
+    if dist.get_rank() == 0:
+        tiny.llama().save_pretrained(directory / "model")
+    dist.barrier()
+    return directory / "model"
+
+
 def sharding(case: dict[str, Any]) -> Any:
     """The context in which a case shards on a CPU."""
     return tiny.deepspeed_on_cpu() if "zero" in case else tiny.fsdp_on_cpu()
@@ -175,6 +197,8 @@ def run(directory: Path, case: dict[str, Any], *, sharded: bool, resume: Any = N
     options = {"save_strategy": "no", "report_to": "none"} | case.get("training", {})
     if "model" in case:
         options["model"] = case["model"]()
+    elif "from_disk" in case:
+        options["model"] = str(saved_model(directory.parent))
     if sharded and "zero" in case:
         config = tiny.deepspeed(case["zero"]) | case.get("config", {})
         options |= {"deepspeed": config, "use_cpu": True}
@@ -265,7 +289,7 @@ def resumed(path: Path, case: dict[str, Any], steps: list[int]) -> dict[str, Any
     }
 
 
-def fail_in_second_process(path: Path) -> None:
+def fail_in_second_process(path: Path, case: dict[str, Any]) -> None:
     """A run in which the second process raises in the gradient pass."""
     capture = ExampleGradients.batches
 
@@ -274,8 +298,8 @@ def fail_in_second_process(path: Path) -> None:
             raise RuntimeError("the second process fails")
         return capture(self, stream, rows)
 
-    with tiny.fsdp_on_cpu(), mock.patch.object(ExampleGradients, "batches", batches):
-        run(path, {"kind": "Trainer"}, sharded=True)
+    with sharding(case), mock.patch.object(ExampleGradients, "batches", batches):
+        run(path, case, sharded=True)
 
 
 def main(directory: Path, names: list[str], *, fails: bool) -> None:
@@ -292,7 +316,7 @@ def main(directory: Path, names: list[str], *, fails: bool) -> None:
             results[name] = compared(path, case)
     (directory / f"rank{dist.get_rank()}.json").write_text(json.dumps(results, indent=1))
     if fails:
-        fail_in_second_process(directory / "failure")
+        fail_in_second_process(directory / "failure", case)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from transformers import (
 from transformers import (
     TrainerCallback as TrainerCallback,
 )
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_auxselect import TaskSelectionCallback, concatenate_tasks
 
@@ -324,6 +323,7 @@ def fsdp_on_cpu() -> Iterator[None]:
 def deepspeed_on_cpu() -> Iterator[None]:
     """Let DeepSpeed run on gloo, without the operation in C++ that it would compile for a CPU."""
     torch_backend = importlib.import_module("deepspeed.comm.torch")
+    of_transformers = importlib.import_module("transformers.integrations.deepspeed")
     AcceleratorState._reset_state()
     with (
         mock.patch.object(torch_backend, "build_shm_op", lambda: None),
@@ -335,7 +335,7 @@ def deepspeed_on_cpu() -> Iterator[None]:
         finally:
             AcceleratorState._reset_state()
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
-            unset_hf_deepspeed_config()
+            of_transformers.unset_hf_deepspeed_config()
 
 
 def deepspeed(stage: int) -> dict[str, Any]:
