@@ -13,7 +13,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import tiny
 import torch
 from safetensors.torch import save_file
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 
@@ -76,19 +76,12 @@ def at_file(ending: str, *, count: int = 1, after: bool = False) -> Callable[[],
 
 
 MOMENTS = {
-    "in the warm-up": at_step(3),
-    "as the gradient pass begins": at_file("/gradients/"),
     "in the gradient pass": at_file("/gradients/", count=4),
-    "as the gradients are merged": at_file("/gradients/tasks"),
     "between pass and decision": at_file("/selection.json"),
     "right after the decision": at_file("/selection.json", after=True),
-    "between decision and checkpoint": at_file("/report/report.json", after=True),
-    "as the switch's checkpoint begins": at_call(Trainer, "save_model", count=2),
     "in the switch's checkpoint": at_call(Trainer, "_save_optimizer_and_scheduler", count=2),
-    "before the checkpoint's state": at_call(TrainerState, "save_to_json", count=2),
     "before the checkpoint's decision": at_file("/task_selection.json"),
     "after the switch": at_step(5),
-    "in a later checkpoint": at_call(Trainer, "_save_rng_state", count=3),
     "before the later one's decision": at_file("/task_selection.json", count=2),
 }
 """By name, what arms the kill. Checkpoints are saved every other step, the selection follows the

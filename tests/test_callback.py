@@ -33,6 +33,7 @@ from hf_auxselect.capture.memory import PeakMemory
 from hf_auxselect.capture.projection import CountSketch
 from hf_auxselect.gradient_pass import GradientPass
 from hf_auxselect.plan import CostPreview, make_plan
+from hf_auxselect.trainer.support import refuse_unsupported
 
 
 class TestARun:
@@ -732,15 +733,14 @@ class TestRefusals:
         ],
     )
     def test_settings_of_deepspeed(self, run_dir, monkeypatch, settings, told):
-        cb = callback()
-        trainer = tiny.sft_trainer(run_dir, cb)
+        trainer = tiny.sft_trainer(run_dir, callback())
         trainer.is_deepspeed_enabled = True
         found = settings and {"zero_optimization.stage": 3} | settings
         plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(get_value=found.get))
-        state = SimpleNamespace(deepspeed_plugin=plugin)
-        monkeypatch.setattr(trainer.accelerator, "state", state)
+        of_all = type(trainer.accelerator.state)
+        monkeypatch.setattr(of_all, "deepspeed_plugin", property(lambda state: plugin))
         with pytest.raises(ValueError, match=told):
-            cb.preview(trainer)
+            refuse_unsupported(trainer)
 
     def test_processes_that_are_not_connected(self, run_dir, monkeypatch):
         cb = callback()

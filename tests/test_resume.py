@@ -64,10 +64,7 @@ class TestKills:
     @pytest.mark.parametrize(
         ("kind", "after", "moment"),
         [("SFTTrainer", "continue", moment) for moment in interrupted_run.MOMENTS]
-        + [
-            ("Trainer", "restart", moment)
-            for moment in ("right after the decision", "in the switch's checkpoint")
-        ],
+        + [("Trainer", "restart", "in the switch's checkpoint")],
     )
     def test_the_run_goes_on_as_if_it_had_not_been_stopped(
         self, kind, after, moment, whole, in_a_process, run_dir
