@@ -65,8 +65,7 @@ def reshard(model: nn.Module) -> None:
 
 def shape_of(parameter: Any) -> torch.Size:
     """The shape of the whole parameter."""
-    shape: torch.Size = parameter.ds_shape if zero.is_partitioned(parameter) else parameter.shape
-    return shape
+    return zero.shape_of(parameter)
 
 
 def runs_backward_once(model: nn.Module) -> bool:

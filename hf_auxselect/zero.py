@@ -60,7 +60,7 @@ def piece_of(parameter: Any) -> Tensor:
 def whole_parameter(parameter: Any) -> Tensor:
     """A parameter of ZeRO-3 on its device; collective."""
     piece, first = piece_of(parameter).detach(), _first_of_piece(parameter)
-    return _joined(parameter, [(piece, first)])
+    return _joined(parameter, piece.dtype, [(piece, first)])
 
 
 def write_piece(parameter: Any, value: Tensor) -> None:
@@ -73,7 +73,8 @@ def _first_of_piece(parameter: Any) -> int:
     return dist.get_rank(parameter.ds_process_group) * int(parameter.ds_tensor.ds_numel)
 
 
-def _shape(parameter: Any) -> torch.Size:
+def shape_of(parameter: Any) -> torch.Size:
+    """The shape of the whole parameter."""
     shape: torch.Size = parameter.ds_shape if is_partitioned(parameter) else parameter.shape
     return shape
 
@@ -84,17 +85,14 @@ def _fill(piece: Tensor, value: Tensor, first: int) -> None:
     piece.detach()[: len(part)].copy_(part)
 
 
-def _joined(parameter: Tensor, pieces: Iterable[tuple[Tensor, int]]) -> Tensor:
+def _joined(parameter: Tensor, dtype: torch.dtype, pieces: Iterable[tuple[Tensor, int]]) -> Tensor:
     """The whole of what processes have pieces of, each with its place; collective."""
-    shape = _shape(parameter)
-    joined: Tensor | None = None
+    shape = shape_of(parameter)
+    joined = torch.zeros(shape.numel(), dtype=dtype, device=parameter.device)
     for piece, first in pieces:
-        joined = torch.zeros(shape.numel(), dtype=piece.dtype, device=parameter.device)
         end = min(first + piece.numel(), shape.numel())
         if first < end:
             joined[first:end] = piece[: end - first].to(parameter.device)
-    if joined is None:
-        joined = torch.zeros(shape.numel(), device=parameter.device)
     return sum_over_processes(joined).view(shape)
 
 
@@ -144,7 +142,7 @@ class ZeroOptimizer:
         flat, _, _, _ = self._place(parameter)
         own = self.inner.state.get(flat, {})
         return {
-            key: _joined(parameter, self._pieces(parameter, key))
+            key: _joined(parameter, value.dtype, self._pieces(parameter, key))
             if isinstance(value, Tensor) and value.ndim
             else value
             for key, value in own.items()
@@ -160,7 +158,10 @@ class ZeroOptimizer:
         """Set the state to what it was before the first step, in place: DeepSpeed has views."""
         for own in self.inner.state.values():
             for key, value in own.items():
-                own[key] = value.zero_() if isinstance(value, Tensor) else 0
+                if isinstance(value, Tensor):
+                    value.zero_()
+                elif isinstance(value, int):
+                    own[key] = 0
 
     def set_state(self, state: Mapping[Any, Mapping[str, Any]]) -> None:
         """Put a copy of the inner optimizer's state back, in place: DeepSpeed has views."""
@@ -211,7 +212,7 @@ class ZeroOptimizer:
 
 
 @contextlib.contextmanager
-def preserved_counters(engine: Any) -> Iterator[None]:
+def preserved_engine(engine: Any) -> Iterator[None]:
     """Put back what an engine counts: steps and samples."""
     before = {name: value for name, value in vars(engine).items() if isinstance(value, int | float)}
     try:

@@ -24,7 +24,7 @@ from transformers import Trainer
 
 from hf_auxselect.capture.optimizer_families import underlying
 from hf_auxselect.sharding import trainable_parameters, whole
-from hf_auxselect.zero import preserved_counters as preserved_engine
+from hf_auxselect.zero import preserved_engine
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
