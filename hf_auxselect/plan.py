@@ -27,7 +27,7 @@ from hf_auxselect.options import Options
 from hf_auxselect.report.content import RunRecord
 from hf_auxselect.reselection import Reselection
 from hf_auxselect.seeds import random_permutation
-from hf_auxselect.sharding import shape_of
+from hf_auxselect.sharding import shape_of, trainable_parameters
 from hf_auxselect.tasks import TaskRows
 from hf_auxselect.trainer import access, data, support
 from hf_auxselect.trainer.evaluation import evaluation_weights, has_label_tokens
@@ -362,11 +362,7 @@ def make_plan(trainer: Trainer, options: Options, *, max_steps: int, must_train_
             "target rows": _digest_of_rows(target_rows[keys[0]]),
             "groups": {name: _digest_of_rows(rows) for name, rows in group_rows.items()},
             "trainable parameters": digest(
-                *(
-                    (n, tuple(shape_of(p)))
-                    for n, p in trainer.model.named_parameters()
-                    if p.requires_grad
-                )
+                *((n, tuple(shape_of(p))) for n, p in trainable_parameters(trainer.model).items())
             ).hex(),
             "loss": str(loss.of_example),
             "number of processes": trainer.args.world_size,
