@@ -14,7 +14,6 @@ Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -209,14 +208,3 @@ class ZeroOptimizer:
             if any(parameter is p for p in group):
                 return flat, 0, 0, 0
         raise AssertionError("the parameter is in no group")
-
-
-@contextlib.contextmanager
-def preserved_engine(engine: Any) -> Iterator[None]:
-    """Put back what an engine counts: steps and samples."""
-    before = {name: value for name, value in vars(engine).items() if isinstance(value, int | float)}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(engine, name, value)

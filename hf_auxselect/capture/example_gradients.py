@@ -110,7 +110,7 @@ class ExampleGradients:
         self._optimizer = optimizer
         self._scales = (scales or {}) if optimizer is None else optimizer.scales
         self._rates = parameter_rates or {}
-        self._is_sharded = is_sharded(model)
+        self._is_sharded, self._runs_once = is_sharded(model), runs_backward_once(model)
         self._fitting = FittingBatches(can_split=not self._is_sharded)
         self._trainable = trainable_parameters(model)
         self._hooks = None if one_by_one else GradientHooks(model, self._receive, rerun=rerun)
@@ -278,15 +278,14 @@ class ExampleGradients:
             "losses": losses.float().cpu().numpy(),
             "num_label_tokens": self._loss.count(output.num_label_tokens).cpu().numpy(),
         }
-        once = runs_backward_once(self._model)
         for position, name in enumerate(names):
-            if once and position:
+            if self._runs_once and position:
                 output = forward()
             values = SCALARS[name](output)
             specs = [s for s in self._scalars if s.removesuffix(AT_OPTIMIZER) == name]
             zeros = output.logits.new_zeros(len(rows), self._sketch.dim)
             self._projected = {spec: zeros.clone() for spec in specs}
-            retain_graph = position + 1 < len(names) and not once
+            retain_graph = position + 1 < len(names) and not self._runs_once
             if self._hooks is not None:
                 self._hooks.backward(values, retain_graph=retain_graph)
             else:  # one example alone

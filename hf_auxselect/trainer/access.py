@@ -24,7 +24,6 @@ from transformers import Trainer
 
 from hf_auxselect.capture.optimizer_families import underlying
 from hf_auxselect.sharding import trainable_parameters, whole
-from hf_auxselect.zero import preserved_engine
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -92,18 +91,19 @@ def set_random_states(states: Any) -> None:
 @contextlib.contextmanager
 def preserved_counters(trainer: Trainer) -> Iterator[None]:
     """Put back what a trainer counts and gathers for its log (SFTTrainer: in ``_metrics``)."""
-    before = {
-        name: copy.deepcopy(value)
-        for name, value in vars(trainer).items()
+    # DeepSpeed's engine counts steps and samples, too.
+    counting = [trainer, trainer.model_wrapped] if trainer.is_deepspeed_enabled else [trainer]
+    before = [
+        (owner, name, copy.deepcopy(value))
+        for owner in counting
+        for name, value in vars(owner).items()
         if name == "_metrics" or isinstance(value, int | float)
-    }
-    engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
+    ]
     try:
-        with contextlib.nullcontext() if engine is None else preserved_engine(engine):
-            yield
+        yield
     finally:
-        for name, value in before.items():
-            setattr(trainer, name, value)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 @contextlib.contextmanager

@@ -49,19 +49,21 @@ class Snapshot:
 
     @classmethod
     def parked(cls, trainer: Trainer) -> Snapshot:
-        """The present state on the CPU; takes the optimizer's own state, which it then lacks."""
+        """The present state on the CPU; takes the optimizer's own state, which it then lacks.
+
+        Under ZeRO, which has views of that state, the optimizer keeps it and a copy is taken.
+        """
         tensors = {
             name: tensor.detach().to("cpu", copy=True) for name, tensor in _changing(trainer)
         }
-        state = access.torch_optimizer(trainer).state
+        optimizer = access.torch_optimizer(trainer)
+        if ZeroOptimizer.of(trainer.optimizer) is not None:
+            return cls(tensors, copy_of_state(optimizer), *_plain(trainer))
         moments = {
             parameter: {name: _parked(value) for name, value in own.items()}
-            for parameter, own in state.items()
+            for parameter, own in optimizer.state.items()
         }
-        if ZeroOptimizer.of(trainer.optimizer) is None:
-            state.clear()
-        else:
-            moments = copy_of_state(access.torch_optimizer(trainer))
+        optimizer.state.clear()
         return cls(tensors, moments, *_plain(trainer))
 
     def put_back(self, trainer: Trainer) -> None:

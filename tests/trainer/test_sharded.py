@@ -12,10 +12,15 @@ import sharded_run
 
 TESTS = Path(__file__).parents[1]
 
-TOLERANCE, OF_PARAMETERS = 1e-5, 3e-5
-"""Largest difference to a run with whole parameters, relative to the largest number of an array; and
-of the parameters that training ends with. Measured: with two processes and LoRA on linear layers
-exactly 0 under FSDP2, ZeRO-1 and -2; else up to 6e-6, and 1.1e-5 of parameters."""
+TOLERANCE = 1e-5
+"""Largest difference to a run with whole parameters, relative to the largest number of an array.
+Measured: with two processes and LoRA on linear layers exactly 0 under FSDP2, else up to 6e-6."""
+
+OF_PARAMETERS = {"FSDP2": TOLERANCE, "DeepSpeed": 3e-5}
+"""Likewise of the parameters that training ends with. Measured: up to 1.1e-5 under ZeRO-3."""
+
+PADDING = {"FSDP2": 1e-6, "DeepSpeed": 0.02}
+"""By how much the shares of all processes may exceed 1: ZeRO's masters end in padding."""
 
 IN_BFLOAT16 = 0.02
 """Likewise of losses at the switch, if parameters are rounded, which autocast does not do."""
@@ -79,7 +84,7 @@ def test_they_are_those_with_whole_parameters(kind, num_processes, name, launche
     assert all(path.is_file() for path in paths), done.stderr
     runs = [json.loads(path.read_text())[name] for path in paths]
     assert [run["world_size"] for run in runs] == [num_processes] * num_processes
-    assert sum(run["share"] for run in runs) == pytest.approx(1, abs=0.02)  # padding counts
+    assert sum(run["share"] for run in runs) == pytest.approx(1, abs=PADDING[kind])
     assert max(run["share"] for run in runs) < 0.6
     for run in runs:
         assert run["differences"] == runs[0]["differences"]
@@ -87,7 +92,8 @@ def test_they_are_those_with_whole_parameters(kind, num_processes, name, launche
             assert run["differences"]["outputs of loss"] < IN_BFLOAT16
             continue
         for array, difference in run["differences"].items():
-            assert difference < (OF_PARAMETERS if array.startswith("parameter") else TOLERANCE)
+            is_parameter = array.startswith("parameter ")
+            assert difference < (OF_PARAMETERS[kind] if is_parameter else TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", [launches("FSDP2"), launches("DeepSpeed")])
