@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -444,3 +444,24 @@ def claims() -> str:
         f"{regret(strategies['LESS'])}. With `confirm=3`: {times_worse(confirmed)}, at the cost of "
         "three more runs.",
     )
+
+
+@table
+def regmix() -> str:
+    """Rank correlation of surrogates with losses that others measured, by number of runs."""
+    record = read("regmix")
+    counts = sorted({line["runs"] for line in record["lines"]})
+
+    def rows() -> Iterator[list[str]]:
+        for name in dict.fromkeys(line["surrogate"] for line in record["lines"]):
+            lines = {line["runs"]: line for line in record["lines"] if line["surrogate"] == name}
+            yield [f"`{name}`", *(pair(lines[n]) for n in counts)]
+            held = (f"{percent(lines[n]['coverage'])}" for n in counts)
+            yield ["its intervals hold", *held]
+        lines = {line["runs"]: line for line in record["lightgbm"]}
+        yield ["LightGBM", *(pair(lines[n]) if n in lines else "not measured" for n in counts)]
+
+    def pair(line: dict[str, Any]) -> str:
+        return f"{line['spearman_pile_cc']:.3f}, {line['spearman_mean']:.3f}"
+
+    return markdown(["runs", *map(str, counts)], rows())

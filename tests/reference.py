@@ -398,30 +398,37 @@ def gauss_newton(
     return max(float(target.example_weights @ target.losses + target_b @ delta + bend), 0.0)
 
 
-def kernel_ridge(
-    shares: np.ndarray,
-    losses: np.ndarray,
-    asked: np.ndarray,
-    *,
-    penalty: float,
-    gamma: float | None,
+def ridge_on_roots(
+    shares: np.ndarray, losses: np.ndarray, asked: np.ndarray, *, penalty: float
 ) -> np.ndarray:
-    """argmin_{c, a} |y - c - K a|^2 + penalty a^T K a at ``asked`` [Q, K], from its normal equations.
+    """Linear ridge regression on the roots of shares at ``asked`` [Q, K], from its normal equations.
 
-    The kernel is linear without ``gamma``, which counts in units of four variances of the shares;
-    then it is scaled so that the mean squared deviation of its features is 1.
+    The features are scaled so that their mean squared deviation is 1.
     """
-    variance = ((shares - shares.mean(0)) ** 2).sum(1).mean()
+    roots, roots_asked = np.sqrt(shares), np.sqrt(asked)
+    scale = ((roots - roots.mean(0)) ** 2).sum(1).mean()
+    return solve_kernel_ridge(
+        roots @ roots.T / scale, losses, roots_asked @ roots.T / scale, penalty
+    )
 
-    def kernel(one: np.ndarray, other: np.ndarray) -> float:
-        if gamma is None:
-            return float(one @ other)
-        return float(np.exp(-gamma * ((one - other) ** 2).sum() / (4 * variance)))
 
-    K = np.array([[kernel(one, other) for other in shares] for one in shares])
-    K_asked = np.array([[kernel(one, other) for other in shares] for one in asked])
-    scale = np.trace(K) / len(K) - K.mean()
-    return solve_kernel_ridge(K / scale, losses, K_asked / scale, penalty)
+def matern(one: np.ndarray, other: np.ndarray, rates: np.ndarray) -> float:
+    """The Matern kernel of smoothness 5/2 of two mixtures [K]."""
+    r = np.sqrt(5 * sum(rates * (np.sqrt(one) - np.sqrt(other)) ** 2))
+    return float((1 + r + r**2 / 3) * np.exp(-r))
+
+
+def log_posterior(
+    shares: np.ndarray, losses: np.ndarray, logs: np.ndarray, *, deviation: float, least: float
+) -> float:
+    """Of the logarithms of rates, signal and noise of a Gaussian process, up to a constant."""
+    roots, y = np.sqrt(shares), (losses - losses.mean()) / losses.std()
+    rates = np.exp(logs[:-2]) / (2 * roots.var(0).mean())
+    signal, noise = np.exp(logs[-2:])
+    K = np.array([[matern(one, other, rates) for other in shares] for one in shares])
+    C = signal * K + (noise + least) * np.eye(len(y)) + 1.0
+    likelihood = -0.5 * (y @ np.linalg.solve(C, y) + np.linalg.slogdet(C)[1])
+    return float(likelihood - 0.5 * (logs**2).sum() / deviation**2)
 
 
 def solve_kernel_ridge(

@@ -10,13 +10,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_auxselect.checks import require_count
 from hf_auxselect.estimators.base import (
+    NORMAL_95,
     TINY,
     AbstractEstimator,
     Array,
@@ -25,6 +26,7 @@ from hf_auxselect.estimators.base import (
     ProbePoints,
     normalize_mixtures,
 )
+from hf_auxselect.estimators.kernels import Kernel, LinearKernel, most_likely_matern
 from hf_auxselect.estimators.linearized import LinearizedTraining
 from hf_auxselect.estimators.parallel import in_chunks
 from hf_auxselect.seeds import random_permutation, random_words
@@ -50,48 +52,15 @@ NUM_SUBSETS = 512
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
 """The default of ``penalties``. A convention: from nearly none to nearly the mean of all losses."""
 
-GAMMAS = (0.0625, 0.25, 1.0, 4.0)
-"""The default of ``gammas``. A convention: powers of 4 around 1, the usual 1/K for 0/1 vectors."""
+_LEAST_SHARE = 1e-3
+"""At smaller shares of a task the derivative is that at this share; at 0 it is infinite.
+
+A convention, as in calibration.py. It shapes derivatives alone.
+"""
 
 # Bounds memory; shapes no estimate but for rounding.
 _ELEMENTS_AT_ONCE = 1_000_000
 """Mixtures are processed in chunks of about this many Q x M numbers (8 MB in float64)."""
-
-
-class Kernel(Protocol):
-    """Similarity of mixtures by their shares."""
-
-    def __call__(self, one_QK: Array, other_MK: Array) -> Array:
-        """The similarity of each pair [Q, M]."""
-
-    def gradient(self, one_QK: Array, other_MK: Array, factors_M: Array) -> Array:
-        """Derivatives of ``kernel(one, other) @ factors`` with respect to ``one`` [Q, K]."""
-
-
-@dataclass(frozen=True, eq=False)
-class _LinearKernel:
-    center_K: Array
-
-    def __call__(self, one_QK: Array, other_MK: Array) -> Array:
-        return (one_QK - self.center_K) @ (other_MK - self.center_K).T
-
-    def gradient(self, one_QK: Array, other_MK: Array, factors_M: Array) -> Array:
-        return np.tile(factors_M @ (other_MK - self.center_K), (len(one_QK), 1))
-
-
-@dataclass(frozen=True, eq=False)
-class _RadialKernel:
-    center_K: Array
-    scale: float
-
-    def __call__(self, one_QK: Array, other_MK: Array) -> Array:
-        one, other = (self.scale * (x - self.center_K) for x in (one_QK, other_MK))
-        squares = (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
-        return np.exp(-np.maximum(squares, 0.0))
-
-    def gradient(self, one_QK: Array, other_MK: Array, factors_M: Array) -> Array:
-        kernel_QM = self(one_QK, other_MK) * factors_M
-        return 2 * self.scale**2 * (kernel_QM @ other_MK - kernel_QM.sum(1)[:, None] * one_QK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +70,6 @@ class AbstractSurrogate(AbstractEstimator):
     base: AbstractEstimator = field(default_factory=LinearizedTraining)
     num_subsets: int = NUM_SUBSETS
     seed: int = 0
-    penalties: tuple[float, ...] = PENALTIES
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, AbstractEstimator):
@@ -109,7 +77,6 @@ class AbstractSurrogate(AbstractEstimator):
                 f"base must be an estimator such as LinearizedTraining(), got {self.base!r}."
             )
         require_count("num_subsets", self.num_subsets, _MIN_MIXTURES)
-        object.__setattr__(self, "penalties", _positive("penalties", self.penalties))
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -123,8 +90,8 @@ class AbstractSurrogate(AbstractEstimator):
         return self.base.probe_points(store)
 
     @abstractmethod
-    def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:
-        """Candidates for leave-one-out: hyperparameters by name, and the kernel that they make."""
+    def regress(self, roots_MK: Array, losses_M: Array) -> _Choice:
+        """The kernel and penalty for losses of mixtures, given the roots of their shares."""
 
     def fit(self, store: GradientStore) -> FittedSurrogate:
         """Fit to the estimates that ``base`` makes of random subsets of the store's tasks.
@@ -207,19 +174,20 @@ class AbstractSurrogate(AbstractEstimator):
 
 @dataclass(frozen=True, kw_only=True)
 class RidgeSurrogate(AbstractSurrogate):
-    """Linear regression of the loss on the tasks' shares, with an L2 penalty and an intercept.
+    """Linear regression of the loss on the roots of the tasks' shares, with an L2 penalty.
 
     Choose it to answer for very many mixtures: fitted to what ``base`` estimates of random subsets,
-    it answers many times faster. Or choose it where there are measured runs and no gradients
+    it answers many times faster. Or choose it where there are a few measured runs and no gradients
     (``fit_runs``). Its limit: every task has one score, so that it misses what tasks do together;
     ``KernelSurrogate`` does not.
 
-    From M mixtures with shares s_m (K numbers that sum to 1) and losses y_m, it fits
+    From M mixtures with shares s_m (K numbers that sum to 1), their roots r_m and losses y_m, it
+    fits
 
-        c, theta = argmin  sum_m (y_m - c - theta . s_m)^2 + penalty * v |theta|^2,
-        estimate = c + theta . s,
+        c, theta = argmin  sum_m (y_m - c - theta . r_m)^2 + penalty * v |theta|^2,
+        estimate = c + theta . r,
 
-    where v is the mean of |s_m - mean|^2, so that ``penalty`` has no unit. The penalty is the one
+    where v is the mean of |r_m - mean|^2, so that ``penalty`` has no unit. The penalty is the one
     with the least mean square of leave-one-out residuals. The 90% interval is that of the
     jackknife+, too narrow with fewer than 9 mixtures, joined with the interval of ``base``.
     Without further training the answer is that of ``base``, or the mean of such runs.
@@ -234,47 +202,50 @@ class RidgeSurrogate(AbstractSurrogate):
         penalties: from which leave-one-out chooses.
 
     Source: Li et al., "Identification of Negative Transfers in Multitask Learning Using Surrogate
-    Models" (TMLR 2023), section 3, with shares for indicators; leave-one-out: Allen, "The
+    Models" (TMLR 2023), section 3, with roots of shares for indicators; leave-one-out: Allen, "The
     Relationship between Variable Selection and Data Augmentation and a Method for Prediction"
     (Technometrics 1974); interval: Barber et al., "Predictive Inference with the Jackknife+"
     (Annals of Statistics 2021), eq. 1.2.
     """
 
-    def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:
-        return [({}, _LinearKernel(shares_MK.mean(0)))]
+    penalties: tuple[float, ...] = PENALTIES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "penalties", _positive("penalties", self.penalties))
+
+    def regress(self, roots_MK: Array, losses_M: Array) -> _Choice:
+        kernel = LinearKernel(roots_MK.mean(0))
+        gram = _Gram(kernel(roots_MK, roots_MK))
+        squares = [(gram.left_out_residuals(losses_M, p) ** 2).mean() for p in self.penalties]
+        if not np.isfinite(squares).any():
+            raise ArithmeticError("no penalty gives a finite leave-one-out error.")
+        return _Choice(kernel, gram, self.penalties[int(np.nanargmin(squares))])
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSurrogate(AbstractSurrogate):
-    """Kernel ridge regression of the loss on the tasks' shares, with an intercept.
+    """Gaussian process regression of the loss on the tasks' shares, with an unknown mean.
 
-    Choose it over ``RidgeSurrogate``, whose arguments and uses it shares, where tasks interact,
-    such as a pair that helps where each alone does harm. Its limit: far from all mixtures it has
-    seen, it tends to their mean loss. The kernel is
+    Choose it over ``RidgeSurrogate``, whose arguments (but for ``penalties``) and uses it shares,
+    where there are more than a few dozen runs, or where tasks interact, such as a pair that helps
+    where each alone does harm. Its limit: far from all mixtures it has seen, it tends to their mean
+    loss. With r the roots of the shares,
 
-        k(s, s') = exp(-gamma |s - s'|^2 / (4 v)),            v = mean of |s_m - mean|^2,
+        k(s, s') = (1 + d + d^2 / 3) exp(-d),            d^2 = 5 sum_k rate_k (r_k - r'_k)^2.
 
-    scaled to mean squared deviation 1 over the M mixtures, which gives ``penalty`` the same meaning
-    for every gamma. For random halves of the tasks as 0/1 vectors, v = K / 4, and gamma = 1 is the
-    usual 1 / K; dividing by v makes that a default for any distribution of mixtures.
+    A task that does not matter gets a rate near 0. Rates and the variance of the noise are those of
+    the largest marginal likelihood; see :func:`most_likely_matern`. The 90% interval is that of
+    ``RidgeSurrogate``.
 
-    Args:
-        gammas: from which leave-one-out chooses, together with ``penalties``.
-
-    Source: KernelSM (arXiv 2602.03783, ICLR 2026).
+    Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), chapters 2, 4
+    and 5; surrogates with a kernel on mixtures: KernelSM (arXiv 2602.03783, ICLR 2026).
     """
 
-    gammas: tuple[float, ...] = GAMMAS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "gammas", _positive("gammas", self.gammas))
-
-    def kernels(self, shares_MK: Array) -> list[tuple[dict[str, float], Kernel]]:
-        center_K = shares_MK.mean(0)
-        variance = float(((shares_MK - center_K) ** 2).sum(1).mean())
-        scales = {gamma: float(np.sqrt(gamma / (4 * variance))) for gamma in self.gammas}
-        return [({"gamma": g}, _RadialKernel(center_K, scale)) for g, scale in scales.items()]
+    def regress(self, roots_MK: Array, losses_M: Array) -> _Choice:
+        kernel, signal, noise = most_likely_matern(roots_MK, losses_M)
+        gram = _Gram(kernel(roots_MK, roots_MK))
+        return _Choice(kernel, gram, noise / gram.scale, signal)
 
 
 class FittedSurrogate(FittedEstimator):
@@ -360,7 +331,7 @@ class FittedSurrogate(FittedEstimator):
     def _estimate_chunk(self, shares_QK: Array) -> tuple[Array, Array, Array, Array]:
         """Loss and the ends of its interval, float64 [Q] each; losses of groups [Q, G]."""
         parts_QM = self._regression.parts(shares_QK)
-        loss_Q, low_Q, high_Q = self._regression.jackknife(parts_QM)
+        loss_Q, low_Q, high_Q = self._regression.interval(shares_QK, parts_QM)
 
         def joined(own_Q: Array, of_base_M: Array) -> Array:
             # Errors that all estimates of the base share do not average out: its half-widths are
@@ -383,7 +354,7 @@ class FittedSurrogate(FittedEstimator):
         """Those of ``base``, and how well the regression predicts mixtures that it leaves out.
 
         ``num_mixtures``: number of mixtures it was fitted to. ``leave_one_out_r2``,
-        ``leave_one_out_rmse_nats``: of its leave-one-out predictions. And the hyperparameters.
+        ``leave_one_out_rmse_nats``: of its leave-one-out predictions. ``penalty``.
         """
         losses_M, residuals_M = self._regression.losses_M, self._regression.residuals_M
         square = float((residuals_M**2).sum())
@@ -393,59 +364,81 @@ class FittedSurrogate(FittedEstimator):
             "num_mixtures": float(len(losses_M)),
             "leave_one_out_r2": 1 - square / spread if spread > 0 else 0.0,
             "leave_one_out_rmse_nats": float(np.sqrt(square / len(losses_M))),
-            **self._regression.hyperparameters,
+            "penalty": self._regression.penalty,
         }
 
 
 class _Regression:
-    """Kernel ridge regression of losses, with the hyperparameters that leave-one-out errs least by.
+    """Regression of losses on the roots of shares, as a surrogate's options make it.
 
     Attributes:
         losses_M: the known losses.
-        residuals_M: their leave-one-out residuals.
-        hyperparameters: those chosen, by name.
+        residuals_M: their leave-one-out residuals, with the same kernel and penalty.
+        penalty: what is added to the diagonal of a kernel matrix of trace M.
         lowest: 0 if all known losses are non-negative, as losses of a model must be; else -inf.
     """
 
     def __init__(self, options: AbstractSurrogate, shares_MK: Array, losses_M: Array) -> None:
-        self._shares_MK, self.losses_M = shares_MK, losses_M
+        self._roots_MK, self.losses_M = np.sqrt(shares_MK), losses_M
         self.lowest = 0.0 if losses_M.min() >= 0 else -np.inf
-        least = np.inf
-        for hyperparameters, kernel in options.kernels(shares_MK):
-            gram = _Gram(kernel(shares_MK, shares_MK))
-            for penalty in options.penalties:
-                residuals_M = gram.left_out_residuals(losses_M, penalty)
-                square = float(np.mean(residuals_M**2))
-                if square < least:
-                    least = square
-                    self._kernel, self._gram, self.residuals_M = kernel, gram, residuals_M
-                    self.hyperparameters = {"penalty": penalty, **hyperparameters}
-        if not np.isfinite(least):
-            raise ArithmeticError("no penalty gives a finite leave-one-out error.")
-        self._inverse_MM = self._gram.inverse(self.hyperparameters["penalty"])
+        choice = options.regress(self._roots_MK, losses_M)
+        self._kernel, self._gram, self.penalty, self._signal = choice
+        self.residuals_M = self._gram.left_out_residuals(losses_M, self.penalty)
+        self._inverse_MM = self._gram.inverse(self.penalty)
 
     def parts(self, shares_QK: Array) -> Array:
         """What each known loss contributes to the prediction for other mixtures [Q, M]."""
-        kernel_QM = self._kernel(shares_QK, self._shares_MK)
+        kernel_QM = self._kernel(np.sqrt(shares_QK), self._roots_MK)
         return self._gram.centered(kernel_QM) @ self._inverse_MM + 1 / len(self.losses_M)
 
     def gradient(self, shares_QK: Array) -> Array:
         """Derivatives of the prediction with respect to the shares [Q, K]; 0 where it is cut."""
         factors_M = self._inverse_MM @ self.losses_M / self._gram.scale
-        result_QK = self._kernel.gradient(shares_QK, self._shares_MK, factors_M)
+        roots_QK = np.sqrt(shares_QK)
+        of_roots_QK = self._kernel.gradient(roots_QK, self._roots_MK, factors_M)
+        result_QK = of_roots_QK / (2 * np.maximum(roots_QK, np.sqrt(_LEAST_SHARE)))
         result_QK[self.parts(shares_QK) @ self.losses_M <= self.lowest] = 0.0
         return result_QK
 
-    def jackknife(self, parts_QM: Array) -> tuple[Array, Array, Array]:
-        """Predictions and the ends of their jackknife+ intervals [Q]."""
+    def interval(self, shares_QK: Array, parts_QM: Array) -> tuple[Array, Array, Array]:
+        """Predictions and the ends of their 90% intervals [Q], given :meth:`parts`."""
         loss_Q = parts_QM @ self.losses_M
+        if self._signal is None:
+            return loss_Q, *self._jackknife(loss_Q, parts_QM)
+        half_Q = NORMAL_95 * np.sqrt(self._variance(self._signal, shares_QK, parts_QM))
+        return loss_Q, loss_Q - half_Q, loss_Q + half_Q
+
+    def _variance(self, signal: float, shares_QK: Array, parts_QM: Array) -> Array:
+        """Of a further run, less its prediction [Q], under the Gaussian process.
+
+        That of any prediction which is linear in the known losses, with parts that sum to 1: the
+        covariances of what is known and asked for, and the noise of all runs.
+        """
+        known_MM = self._kernel(self._roots_MK, self._roots_MK)
+        kernel_QM = self._kernel(np.sqrt(shares_QK), self._roots_MK)
+        own_Q = 1 + ((parts_QM @ known_MM - 2 * kernel_QM) * parts_QM).sum(1)
+        noise = self.penalty * self._gram.scale
+        return signal * (np.maximum(own_Q, 0.0) + noise * (1 + (parts_QM**2).sum(1)))
+
+    def _jackknife(self, loss_Q: Array, parts_QM: Array) -> tuple[Array, Array]:
+        """The ends of jackknife+ intervals [Q]."""
         # Without mixture m its loss is as good as replaced by what the others predict for it.
         left_out_QM = loss_Q[:, None] - parts_QM * self.residuals_M
         rank = max(1, int(_TAIL * (len(self.losses_M) + 1)))
         size_M = np.abs(self.residuals_M)
         low_Q = np.partition(left_out_QM - size_M, rank - 1, axis=1)[:, rank - 1]
         high_Q = np.partition(left_out_QM + size_M, -rank, axis=1)[:, -rank]
-        return loss_Q, low_Q, high_Q
+        return low_Q, high_Q
+
+
+class _Choice(NamedTuple):
+    """What a surrogate's options make of known losses."""
+
+    kernel: Kernel
+    gram: _Gram
+    penalty: float
+    signal: float | None = None
+    """Variance of the process, nats^2, of which the kernel is the correlation; None: of none."""
 
 
 class _Gram:

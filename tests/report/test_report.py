@@ -324,7 +324,6 @@ class TestStrategies:
             KernelSurrogate(
                 base=RidgeSurrogate(base=LinearizedTraining(learning_rates=[0.1])),
                 num_subsets=9,
-                gammas=[1.0],
             ),
         ],
         ids=repr,
