@@ -361,8 +361,7 @@ def diagnostics() -> str:
             f"**{form(values[key])}**" if values[key] > limit else form(values[key])
             for (key, limit), form in zip(LIMITS.items(), forms, strict=True)
         ]
-        drift = number(values["kernel_drift"])
-        return [name, number(measures["spearman"]), percent(measures["error"]), *cells, drift]
+        return [name, number(measures["spearman"]), percent(measures["error"]), *cells]
 
     rows = []
     for found in read("drift")["lines"]:
@@ -371,9 +370,24 @@ def diagnostics() -> str:
         if family != "small":
             record = agreement(family)
             rows.append(row(family, record["diagnostics"], default_line(record)))
-    rows.append(["*limit*", "", "", "*33%*", "*1*", "*33%*", "*1*", "*none*"])
-    header = ["", "Spearman", "error", *(f"`{key}`" for key in LIMITS), "`kernel_drift`"]
+    rows.append(["*limit*", "", "", "*33%*", "*1*", "*33%*", "*1*"])
+    header = ["", "Spearman", "error", *(f"`{key}`" for key in LIMITS)]
     return markdown(header, rows)
+
+
+@table
+def gate() -> str:
+    """How well diagnostics tell bad estimates from good ones."""
+    rows = [
+        [
+            name if name == "gate" else f"`{name}`",
+            number(row["auroc"]),
+            f"{row['bad']} of {row['cases']}",
+        ]
+        for row in read("gate")["rows"]
+        for name in [row["diagnostic"]]
+    ]
+    return markdown(["", "AUROC", "bad cases"], rows)
 
 
 @table
@@ -382,8 +396,6 @@ def behind() -> str:
     columns = {
         "with curvature that agrees with the change since then": "{spearman:.2f}",
         "gradients missed": "{linearization_residual:.1f}",
-        "drift of the tasks' kernel": "{kernel_drift:.1f}",
-        "of the examples' kernel": "{kernel_drift_of_examples:.1f}",
     }
     rows = [
         [VARIANTS[found["family"]], step, number(found["probes"]["spearman"])]

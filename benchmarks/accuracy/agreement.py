@@ -143,8 +143,6 @@ def compare(
     diagnostics = fitted.diagnostics()
     # What was measured before says itself how long it took.
     seconds = diagnostics.get("seconds_per_estimate", seconds)
-    if "rank_correlation_with_step_norm" in diagnostics:
-        line["follows_step_norm"] = diagnostics["rank_correlation_with_step_norm"]
     if "sampling_error_over_spread" in diagnostics:
         line["sampling"] = diagnostics["sampling_error_over_spread"]
     line["ms_per_estimate"] = 1000 * seconds

@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks import RESULTS
 from benchmarks.accuracy.measures import is_inside, spearman
 from hf_auxselect import KernelSurrogate, RidgeSurrogate
+from hf_auxselect.estimators.surrogates import AbstractSurrogate
 from hf_auxselect.files import to_json, write_atomically
 
 FOLDER = Path(
@@ -40,7 +41,7 @@ def read_table(name: str) -> tuple[list[str], np.ndarray]:
     return header[1:], np.array([row[1:] for row in rows], np.float64)
 
 
-def judge(surrogate: RidgeSurrogate | KernelSurrogate, num_runs: int) -> dict[str, Any]:
+def judge(surrogate: AbstractSurrogate, num_runs: int) -> dict[str, Any]:
     """Fit to the first runs, and compare what it says of the test mixtures with their losses."""
     (_, known), (names, losses) = read_table("train_mixture"), read_table("train_pile_loss")
     (_, asked), (_, true) = read_table("test_mixture"), read_table("test_pile_loss")

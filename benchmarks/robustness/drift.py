@@ -8,8 +8,6 @@ how estimates agree with ground-truth runs:
 
 - the linearization residual: the part of the change of the mean gradient that the quadratic model
   misses;
-- the kernel drift: how the inner products of the tasks' mean gradients change, and during the
-  warm-up also those of single examples;
 - the rank correlation of estimates whose secant leads to that point.
 
     python -m benchmarks.robustness.drift [--families text]
@@ -42,7 +40,6 @@ from hf_auxselect.capture.batching import TaskExamples
 from hf_auxselect.capture.examples import capture_examples
 from hf_auxselect.capture.optimizer_state import read_optimizer
 from hf_auxselect.capture.projection import CountSketch
-from hf_auxselect.estimators.diagnostics import kernel_distance
 from hf_auxselect.files import to_json, write_atomically
 from hf_auxselect.store.arrays import evenly_spread
 from hf_auxselect.store.records import MAX_PROBE_EXAMPLES
@@ -57,8 +54,6 @@ DIAGNOSTICS = (
     "largest_curvature_over_stable",
     "linearization_residual",
     "target_residual",
-    "kernel_drift",
-    "rank_correlation_with_step_norm",
 )
 
 
@@ -146,14 +141,11 @@ def compare(family: str) -> dict[str, Any]:
     truth, store = read_truth(family, "continue"), gradients(family, "continue")
     line: dict[str, Any] = {"family": family, "probes": with_probes(truth, store)}
     for step, elsewhere in captured(family).items():
-        kept = rows_of(store, elsewhere)
-        change_ND = elsewhere.gradients.astype(np.float64) - kept
+        change_ND = elsewhere.gradients.astype(np.float64) - rows_of(store, elsewhere)
         changes_KD = task_means(elsewhere, change_ND)
         second_points_KD = np.tile(elsewhere.vectors["displacement"], (len(changes_KD), 1))
         secant = {"second_points": second_points_KD, "gradient_changes": changes_KD}
-        line[f"step {step}"] = with_probes(truth, store.with_vectors(secant)) | {
-            "kernel_drift_of_examples": kernel_distance(kept, kept + change_ND)
-        }
+        line[f"step {step}"] = with_probes(truth, store.with_vectors(secant))
     return line
 
 
@@ -185,20 +177,15 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     lines = [compare(family) for family in options.families.split(",")]
     print(
-        "                                              terms  curvature        residual     kernel "
-        "drift   step\nfamily           way        Spearman   error  /loss    /stable  "
-        "gradient  loss  of tasks  of rows   norm"
+        "                                              terms  curvature        residual\n"
+        "family           way        Spearman   error  /loss    /stable  gradient  loss"
     )
     for line in lines:
         for way, values in list(line.items())[1:]:
-            of_examples = values.get("kernel_drift_of_examples")
             print(
                 f"{line['family']:16} {way:9} {values['spearman']:9.3f}  {values['error']:6.1%} "
                 f"{values['terms_over_loss']:6.0%} {values['largest_curvature_over_stable']:10.2f} "
-                f"{values['linearization_residual']:9.2f} {values['target_residual']:5.0%} "
-                f"{values['kernel_drift']:9.2f} "
-                f"{'' if of_examples is None else f'{of_examples:8.2f}':8} "
-                f"{values['rank_correlation_with_step_norm']:6.2f}"
+                f"{values['linearization_residual']:9.2f} {values['target_residual']:5.0%}"
             )
     record = {"command": "python -m benchmarks.robustness.drift", "lines": lines}
     write_atomically(RESULTS / "drift.json", to_json(record))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hf_auxselect.estimators.base import TINY, Array
+from hf_auxselect.estimators.base import Array
 
 _OUTLIER_FACTOR = 10
 """A gradient is an outlier if its norm is over this many medians of its task. A convention."""
@@ -18,20 +18,6 @@ def outlier_share(gradients: Array, task_ids: Array) -> float:
     norms = np.linalg.norm(gradients, axis=1)
     medians = np.array([np.median(norms[task_ids == k]) for k in range(task_ids.max() + 1)])
     return float(np.mean(norms > _OUTLIER_FACTOR * medians[task_ids]))
-
-
-def kernel_distance(one: Array, other: Array) -> float:
-    """How far the inner products of N gradients differ between two points, [N, D] each.
-
-    One less the cosine of the matrices of all N x N inner products: 0 if they are the same up to a
-    factor, 1 if they have nothing in common.
-
-    Source: Fort et al., "Deep Learning versus Kernel Learning" (NeurIPS 2020), section 3, there for
-    gradients of the network's outputs.
-    """
-    kernels = [vectors @ vectors.T for vectors in (one, other)]
-    norms = [max(float(np.linalg.norm(kernel)), TINY) for kernel in kernels]
-    return 1 - float(np.vdot(*kernels)) / norms[0] / norms[1]
 
 
 def rank_correlation(one: Array, other: Array) -> float:

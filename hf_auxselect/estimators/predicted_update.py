@@ -27,7 +27,7 @@ from hf_auxselect.estimators.base import (
     unit_vectors,
     used_columns,
 )
-from hf_auxselect.estimators.diagnostics import outlier_share, rank_correlation
+from hf_auxselect.estimators.diagnostics import outlier_share
 from hf_auxselect.estimators.matrix_functions import back, derivative, turned
 from hf_auxselect.estimators.parallel import in_chunks, one_blas_thread
 from hf_auxselect.estimators.quadratic_model import QuadraticModel
@@ -305,9 +305,6 @@ class FittedQuadratic(FittedEstimator):
         loss. Near 1, training goes farther than a quadratic model can.
         ``sampling_error_over_spread``: standard error by which examples of the tasks were captured,
         as a share of the estimates' standard deviation. Near 1, the ranking depends on them.
-        ``rank_correlation_with_step_norm``, ``rank_correlation_with_number_of_tasks``: of the
-        estimated loss with the length of the displacement, and with the number of tasks. Near 1 or
-        -1, the estimates say little more than that.
         ``outlier_gradient_share``: see ``outlier_share``.
         ``largest_target_example_share``: largest share of one example in the lengths of the
         target's gradients. Near 1, the estimates are about that example.
@@ -327,10 +324,6 @@ class FittedQuadratic(FittedEstimator):
             "loss_at_theta_0_nats": target.loss,
             "terms_over_loss": float(np.sqrt(square)) / max(target.loss, TINY),
             "sampling_error_over_spread": float(sampling / max(spread, TINY)),
-            "rank_correlation_with_step_norm": rank_correlation(
-                loss_M, np.linalg.norm(side.update.delta_MR, axis=1)
-            ),
-            "rank_correlation_with_number_of_tasks": rank_correlation(loss_M, masks_MK.sum(1)),
             "outlier_gradient_share": outlier_share(
                 tasks.norm_N[:, None],  # the norm of a norm is itself
                 self._store.task_ids,

@@ -14,7 +14,6 @@ from hf_auxselect.estimators.captured_gradients import (
     ReadGradients,
     WeightedGradients,
 )
-from hf_auxselect.estimators.diagnostics import kernel_distance
 from hf_auxselect.estimators.krylov_basis import KrylovBasis, default_rank
 from hf_auxselect.estimators.parallel import one_blas_thread
 from hf_auxselect.estimators.target_quadratic import TargetQuadratic
@@ -129,13 +128,10 @@ class QuadraticModel:
         ``linearization_residual``: what the curvature missed of the change of a task's gradient, as
         a share of the change (``TaskCurvature.correct``). ``target_residual``: what it missed of
         the target's loss at the endpoints, as a share of the loss (``TargetQuadratic.correct``).
-        ``kernel_drift``: the ``kernel_distance`` of the tasks' mean gradients.
         """
         if self._probes is None:
             return {}
-        b_KD = self.tasks.b_KD
         return {
             "linearization_residual": self._linearization_residual,
             "target_residual": self._target_residual,
-            "kernel_drift": kernel_distance(b_KD, b_KD + self._probes.gradient_changes_KD),
         }
