@@ -264,8 +264,6 @@ def linearized_training(
     if rank is None:
         rank = min(96, len(store) // len(pooled))
     axes = krylov_axes(starts, overall, rank)
-    rank = axes.shape[1]
-    outside = np.eye(dim) - axes @ axes.T
 
     everything = store.task_sizes / store.task_sizes.sum()
     clip = clipping_factor(store, everything)
@@ -284,14 +282,10 @@ def linearized_training(
             corrections[k] = secant_correction(own, starts[k], axes, second_points[k], change)
 
     def denoised(matrix: np.ndarray, *, least: float, correction: Any = 0.0) -> np.ndarray:
-        """Full within the axes, isotropic outside; less what the projection adds to each value."""
+        """Within the axes, less what the projection adds to each eigenvalue; 0 outside."""
         noise = np.trace(matrix) / dim
         values, vectors = np.linalg.eigh(axes.T @ (matrix + correction) @ axes)
-        result = axes @ (vectors * np.maximum(values - noise, least)) @ vectors.T @ axes.T
-        if rank < dim:
-            left = np.trace(outside @ matrix @ outside) / (dim - rank)
-            result += max(left - noise, least) * outside
-        return result
+        return axes @ (vectors * np.maximum(values - noise, least)) @ vectors.T @ axes.T
 
     b = (w[store.task_ids] * share_in_task) @ gradients
 
@@ -373,15 +367,12 @@ def gauss_newton(
     if rank is None:
         rank = min(96, len(store) // len(pooled))
     axes = krylov_axes([*starts, target_b], sum(each) / len(each) + target_H, rank)
-    rank = axes.shape[1]
     inside = axes @ axes.T
-    outside = np.eye(dim) - inside
 
     def denoised(matrix: np.ndarray, *, keep_positive: bool) -> np.ndarray:
-        """Isotropic outside the axes, and less what the projection adds to each eigenvalue."""
-        left = np.trace(outside @ matrix) / (dim - rank) if rank < dim else 0.0
-        flat = inside @ matrix @ inside + left * outside - np.trace(matrix) / dim * np.eye(dim)
-        values, vectors = np.linalg.eigh(flat)
+        """Within the axes, less what the projection adds to each eigenvalue; 0 outside."""
+        within = inside @ (matrix - np.trace(matrix) / dim * np.eye(dim)) @ inside
+        values, vectors = np.linalg.eigh(within)
         if keep_positive:
             values = np.maximum(values, 0.0)
         return (vectors * values) @ vectors.T

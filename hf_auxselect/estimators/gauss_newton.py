@@ -105,7 +105,7 @@ class FittedGaussNewton(FittedQuadratic):
         self._model = QuadraticModel(store, read, rank=options.rank)
         self._w_all_1K = self._model.counts.token_weights(all_tasks_pooled(store.task_sizes))
         tasks = self._model.tasks
-        values_1R, _, _ = tasks.eigendecomposition(self._w_all_1K)
+        values_1R, _ = tasks.eigendecomposition(self._w_all_1K)
         # As projected: without what the projection adds, it could be 0 where D is very small.
         self._largest = float(values_1R[0, -1] + tasks.projection_curvature(self._w_all_1K)[0])
         self.damping = max(options.damping * self._largest, TINY)
@@ -117,7 +117,7 @@ class FittedGaussNewton(FittedQuadratic):
         ``damping``: lambda. ``largest_curvature``: its largest eigenvalue.
         ``effective_dimension``: number of directions that are followed to their minimum.
         """
-        values_1R, _, _ = self._model.tasks.eigendecomposition(self._w_all_1K)
+        values_1R, _ = self._model.tasks.eigendecomposition(self._w_all_1K)
         spectrum = np.maximum(values_1R[0], 0.0)
         return {
             **super().diagnostics(),

@@ -81,18 +81,6 @@ class KrylovBasis:
         """What vectors [., D] have in the orthogonal complement of the basis."""
         return vectors - (vectors @ self.vectors_DR) @ self.vectors_DR.T
 
-    def complement_curvature(self, H_RR: Array, trace: Array | float) -> Array:
-        """Mean eigenvalue in the orthogonal complement, less what the random projection adds.
-
-        Args:
-            H_RR: curvature in the basis; any number of such matrices.
-            trace: trace of the whole curvature; of each matrix.
-        """
-        if self.rank == self.dim:
-            return np.zeros_like(trace)
-        left = trace - np.trace(H_RR, axis1=-2, axis2=-1)
-        return left / (self.dim - self.rank) - np.asarray(trace) / self.dim
-
 
 def default_rank(num_examples: int, num_tasks: int) -> int:
     """The mean number of a task's examples, at most ``MAX_DEFAULT_RANK``.

@@ -202,7 +202,7 @@ class FittedLinearizedTraining(FittedQuadratic):
         """
         shares_1K = all_tasks_pooled(self._store.task_sizes)
         clipped_1K = self._clipping * self._model.counts.token_weights(shares_1K)
-        values_1R, _, _ = self._model.tasks.eigendecomposition(clipped_1K)
+        values_1R, _ = self._model.tasks.eigendecomposition(clipped_1K)
         spectrum = np.maximum(values_1R[0], 0.0)
         summed_rate = self._unrolled.summed_learning_rate
         return {

@@ -72,14 +72,11 @@ def add_minibatch_noise(
     sizes_K = model.counts.task_sizes_K
     shares_1K = all_tasks_pooled(sizes_K)
     w_1K = clipping * model.counts.token_weights(shares_1K)
-    values_1R, vectors_1RR, complement_1 = model.tasks.eigendecomposition(w_1K)
-    covariance_RR, complement = model.tasks.row_covariance(shares_1K[0])
-    steps_per_pass = float(sizes_K.sum()) / rows_per_step
-    response = optimizer.noise_covariance(np.append(values_1R[0], complement_1), steps_per_pass)
-    vectors_RR = vectors_1RR[0]
-    spread_RR = vectors_RR.T @ covariance_RR @ vectors_RR * response[:-1, :-1]
+    values_1R, (vectors_RR,) = model.tasks.eigendecomposition(w_1K)
+    covariance_RR = model.tasks.row_covariance(shares_1K[0])
+    response_RR = optimizer.noise_covariance(values_1R[0], float(sizes_K.sum()) / rows_per_step)
+    spread_RR = vectors_RR.T @ covariance_RR @ vectors_RR * response_RR
     spread_RR = vectors_RR @ spread_RR @ vectors_RR.T
     scale = clipping**2 / rows_per_step
     for target in (model.target, *model.groups):
-        term = target.mean_quadratic_term(spread_RR, float(complement * response[-1, -1]))
-        target.noise = scale * term
+        target.noise = scale * target.mean_quadratic_term(spread_RR)

@@ -49,15 +49,14 @@ class PredictedUpdate:
         delta = sum_c f_c(H) x_c,
 
     where f(H) has the eigenvectors of H, and f(h) for its eigenvalues h. In the orthogonal
-    complement of the basis, H is a number.
+    complement of the basis, H is 0.
 
     Attributes:
         w_MK: share of each task in the label tokens; 0 without training.
         u_MK: weight of each task in the gradient: less than w where gradients are clipped.
         values_MR, vectors_MRR: eigenvalues of H in the basis, and their vectors in columns.
-        complement_M: H in the complement.
         x_CMR: the vectors x_c, in the eigenvectors.
-        f_CMR, complement_f_CM: f_c(h) in the basis and in the complement.
+        f_CMR, complement_f_C: f_c(h) in the basis, and f_c(0) in the complement.
         delta_MR: the displacement in the basis.
         sources_MS: in the complement, coefficients of the tasks' mean gradients and of the further
             vectors.
@@ -67,10 +66,9 @@ class PredictedUpdate:
     u_MK: Array
     values_MR: Array
     vectors_MRR: Array
-    complement_M: Array
     x_CMR: Array
     f_CMR: Array
-    complement_f_CM: Array
+    complement_f_C: Array
     delta_MR: Array
     sources_MS: Array
 
@@ -96,9 +94,9 @@ class _Side:
         return -back(update.vectors_MRR, own_MR)
 
     @property
-    def complement_sensitivity_M(self) -> Array:
+    def complement_sensitivity(self) -> float:
         """s_complement, in the orthogonal complement of the basis."""
-        return -self.update.complement_f_CM[0]
+        return -float(self.update.complement_f_C[0])
 
 
 def check_options(rank: int | None, model_error: float) -> None:
@@ -133,7 +131,7 @@ class FittedQuadratic(FittedEstimator):
         model, is_idle_M = self._model, ~shares_MK.any(1)
         w_MK = model.counts.token_weights(shares_MK)
         u_MK = self._clipping * w_MK
-        values_MR, vectors_MRR, complement_M = model.tasks.eigendecomposition(u_MK)
+        values_MR, vectors_MRR = model.tasks.eigendecomposition(u_MK)
         used = used_columns(u_MK)
         b_MR = u_MK[:, used] @ model.tasks.b_KR[used]
         x_CMR = np.stack(
@@ -142,19 +140,19 @@ class FittedQuadratic(FittedEstimator):
                 *(np.einsum("mrs,r->ms", vectors_MRR, x_R) for x_R in model.vectors_VR),
             ]
         )
-        f_CMR, complement_f_CM = self._response(values_MR), self._response(complement_M)
+        f_CMR, complement_f_C = self._response(values_MR), self._response(np.zeros(()))
         delta_MR = back(vectors_MRR, (f_CMR * x_CMR).sum(0))
-        sources_MS = np.hstack([complement_f_CM[0][:, None] * u_MK, complement_f_CM[1:].T])
+        further_MV = np.tile(complement_f_C[1:], (len(u_MK), 1))
+        sources_MS = np.hstack([complement_f_C[0] * u_MK, further_MV])
         delta_MR[is_idle_M] = sources_MS[is_idle_M] = 0.0
         return PredictedUpdate(
             w_MK=w_MK,
             u_MK=u_MK,
             values_MR=values_MR,
             vectors_MRR=vectors_MRR,
-            complement_M=complement_M,
             x_CMR=x_CMR,
             f_CMR=f_CMR,
-            complement_f_CM=complement_f_CM,
+            complement_f_C=complement_f_C,
             delta_MR=delta_MR,
             sources_MS=sources_MS,
         )
@@ -263,7 +261,7 @@ class FittedQuadratic(FittedEstimator):
 
     def _pull_back(self, update: PredictedUpdate, change: TargetChange, shares_MK: Array) -> Array:
         """Derivatives of a target's loss along the simplex [M, K]."""
-        tasks, num_tasks = self._model.tasks, shares_MK.shape[1]
+        tasks = self._model.tasks
         of_delta_MR = turned(update.vectors_MRR, change.of_delta_MR)
         of_b_MR = back(update.vectors_MRR, update.f_CMR[0] * of_delta_MR)
         of_H_MRR = derivative(
@@ -274,12 +272,9 @@ class FittedQuadratic(FittedEstimator):
             of_delta_MR,
             update.x_CMR,
         )
-        of_task_sources_MK = change.of_sources_MS[:, :num_tasks]
-        slope_CM = self._response_slope(update.complement_M)
-        of_complement_M = slope_CM[0] * (of_task_sources_MK * update.u_MK).sum(1)
-        of_complement_M += (slope_CM[1:].T * change.of_sources_MS[:, num_tasks:]).sum(1)
-        of_u_MK = of_b_MR @ tasks.b_KR.T + update.complement_f_CM[0][:, None] * of_task_sources_MK
-        of_u_MK += tasks.pull_back(of_H_MRR, of_complement_M)
+        of_u_MK = of_b_MR @ tasks.b_KR.T
+        of_u_MK += update.complement_f_C[0] * change.of_sources_S[: len(tasks.b_KR)]
+        of_u_MK += tasks.pull_back(of_H_MRR)
         # The weights w are in proportion to the shares of the rows times their label tokens.
         tokens_K = self._model.counts.tokens_per_row_K
         of_w_MK = self._clipping * of_u_MK
@@ -369,11 +364,11 @@ class FittedQuadratic(FittedEstimator):
         """What some examples of a task change of the loss [M, N]; for the tasks of a mask [K]."""
         tasks, share = self._model.tasks, self.curvature_share
         s_MR, delta_MR, u_MK = of.sensitivity_MR, of.update.delta_MR, of.update.u_MK
-        complement_M1 = of.complement_sensitivity_M[:, None]
+        complement = of.complement_sensitivity
         mean_MK = np.zeros(u_MK.shape)
         mean_MK[:, of_K] = (
             s_MR @ tasks.b_KR[of_K].T
-            + complement_M1 * tasks.complement_response_K[of_K]
+            + complement * tasks.complement_response_K[of_K]
             + share
             * np.einsum(
                 "mr,krs,ms->mk", s_MR, tasks.uncorrected_H_KRR[of_K], delta_MR, optimize=True
@@ -384,7 +379,7 @@ class FittedQuadratic(FittedEstimator):
             phi_NR = tasks.phi_NR[examples].astype(np.float64)
             influence_MN = share * (s_MR @ phi_NR.T) * (delta_MR @ phi_NR.T)
             influence_MN += s_MR @ tasks.g_NR[examples].T
-            influence_MN += complement_M1 * tasks.complement_response_N[examples]
+            influence_MN += complement * tasks.complement_response_N[examples]
             return u_MK[:, [k]] * (influence_MN - mean_MK[:, [k]])
 
         return influence

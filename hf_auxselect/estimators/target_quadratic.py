@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_auxselect.estimators.base import TINY, Array, used_columns
+from hf_auxselect.estimators.base import TINY, Array
 from hf_auxselect.estimators.captured_gradients import WeightedGradients
 from hf_auxselect.estimators.curvature_corrections import fit_to_endpoint_losses
 from hf_auxselect.estimators.krylov_basis import KrylovBasis
@@ -26,16 +26,16 @@ class TargetChange(NamedTuple):
     """Quadratic term of their weighted mean."""
     of_delta_MR: Array
     """Gradient with respect to the displacement in the basis."""
-    of_sources_MS: Array
-    """Derivatives with respect to the coefficients of the sources."""
+    of_sources_S: Array
+    """Derivatives with respect to the coefficients of the sources; the same for all."""
 
 
 class TargetQuadratic:
     """L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2 around the linearization point.
 
     A displacement is given by its coordinates in the basis and, in the orthogonal complement, by
-    its S sources: vectors of which it is a linear combination there. In the complement, curvature
-    is the same in all directions.
+    its S sources: vectors of which it is a linear combination there. In the complement the loss is
+    linear.
 
     Args:
         gradients: those of the target's examples.
@@ -69,7 +69,6 @@ class TargetQuadratic:
         self.noise = 0.0
         self.lower_bound = 0.0
         self._b_R = basis.coordinates(b_D)
-        self._source_gram_SS = complement_SD @ complement_SD.T
         self._source_gradients_TS = np.empty((len(target), len(complement_SD)))
         self.g_TR = np.empty((len(target), basis.rank))
         self.phi_TR = np.empty((len(target), basis.rank))
@@ -78,7 +77,6 @@ class TargetQuadratic:
             self.phi_TR[examples] = basis.coordinates(phi_TD)
             self._source_gradients_TS[examples] = g_TD @ complement_SD.T
         self._H_RR = (self.phi_TR * self.weights_T[:, None]).T @ self.phi_TR
-        self._complement_curvature = basis.complement_curvature(self._H_RR, trace)
         self._H_RR -= trace / basis.dim * np.eye(basis.rank)
 
     def correct(self, probes: Probes) -> float:
@@ -93,9 +91,7 @@ class TargetQuadratic:
         for _, examples, g_TD, _ in self._gradients.chunks():
             linear_TE[examples] = g_TD @ endpoints_ED.T
         endpoints_ER = basis.coordinates(endpoints_ED)
-        complement_E = np.maximum((endpoints_ED**2).sum(1) - (endpoints_ER**2).sum(1), 0.0)
         curvature_E = ((endpoints_ER @ self._H_RR) * endpoints_ER).sum(1)
-        curvature_E += self._complement_curvature * complement_E
         read, weights_T = self.weights_of(probes.target_example_ids)
         measured_E = probes.loss_changes_ET @ weights_T
         missed_E = measured_E - weights_T @ linear_TE[read] - curvature_E / 2
@@ -117,27 +113,15 @@ class TargetQuadratic:
         """
         linear_MT = delta_MR @ self.g_TR.T + sources_MS @ self._source_gradients_TS.T
         H_delta_MR = delta_MR @ self._H_RR
-        used = used_columns(sources_MS)
-        gram_MS = sources_MS[:, used] @ self._source_gram_SS[used]
-        complement_M = (gram_MS[:, used] * sources_MS[:, used]).sum(1)
-        quadratic_M = (delta_MR * H_delta_MR).sum(1) + self._complement_curvature * complement_M
-        quadratic_M = quadratic_M / 2 + self.noise * sources_MS.any(1)
+        quadratic_M = (delta_MR * H_delta_MR).sum(1) / 2 + self.noise * sources_MS.any(1)
         is_free_M1 = quadratic_M[:, None] > self.lower_bound
-        of_sources_S = self.weights_T @ self._source_gradients_TS
         return TargetChange(
             linear_MT=linear_MT,
             quadratic_M=np.maximum(quadratic_M, self.lower_bound),
             of_delta_MR=self._b_R + np.where(is_free_M1, H_delta_MR, 0.0),
-            of_sources_MS=of_sources_S
-            + np.where(is_free_M1, self._complement_curvature * gram_MS, 0.0),
+            of_sources_S=self.weights_T @ self._source_gradients_TS,
         )
 
-    def mean_quadratic_term(self, covariance_RR: Array, complement: float) -> float:
-        """E[epsilon^T H_T epsilon] / 2 of a random displacement epsilon.
-
-        Args:
-            covariance_RR: its covariance in the basis.
-            complement: the trace of its covariance in the orthogonal complement.
-        """
-        in_basis = (self._H_RR * covariance_RR).sum()
-        return float(in_basis + self._complement_curvature * complement) / 2
+    def mean_quadratic_term(self, covariance_RR: Array) -> float:
+        """E[epsilon^T H_T epsilon] / 2 of a random displacement epsilon with this covariance."""
+        return float((self._H_RR * covariance_RR).sum()) / 2

@@ -19,8 +19,8 @@ class TaskCurvature:
     """Mean gradient b_k and Gauss-Newton curvature H_k of each task's loss, in the basis.
 
     The loss of a mixture has the sums of both over the tasks, weighted by label tokens:
-    b_w = sum_k w_k b_k, H_w = sum_k w_k H_k. In the orthogonal complement of the basis, curvature
-    is the same in all directions, with the trace that is left.
+    b_w = sum_k w_k b_k, H_w = sum_k w_k H_k. In the orthogonal complement of the basis there is no
+    curvature.
 
     Args:
         gradients: those of the tasks' examples.
@@ -55,7 +55,6 @@ class TaskCurvature:
         self.b_KR = basis.coordinates(b_KD)
         # H, and the second moment of a row's contribution to b.
         self._H_KRR, self._moment_KRR = np.zeros((2, num_tasks, basis.rank, basis.rank))
-        self._complement_moment_K = np.zeros(num_tasks)
         self.phi_NR = np.empty((num_examples, basis.rank), np.float32)
         self.g_NR = np.empty((num_examples, basis.rank), np.float32)
         self.complement_response_N = np.empty(num_examples)
@@ -70,11 +69,8 @@ class TaskCurvature:
             self.complement_response_N[examples] = g_ND @ complement_b_D
             weights_N = counts.moment_weights_N[examples]
             self._moment_KRR[k] += (g * weights_N[:, None]).T @ g
-            self._complement_moment_K[k] += weights_N @ ((g_ND**2).sum(1) - (g**2).sum(1))
         self._moment_KRR += np.einsum("k,kr,ks->krs", counts.pairs_K, self.b_KR, self.b_KR)
-        self._complement_moment_K += counts.pairs_K * ((b_KD**2).sum(1) - (self.b_KR**2).sum(1))
         self.complement_response_K = b_KD @ complement_b_D
-        self._complement_curvature_K = basis.complement_curvature(self._H_KRR, trace_K)
         self.uncorrected_H_KRR = self._H_KRR
 
     def correct(self, probes: Probes) -> float:
@@ -112,46 +108,37 @@ class TaskCurvature:
         )
         return delta_MR @ self.b_KR.T + squares_MK / 2
 
-    def eigendecomposition(self, w_MK: Array) -> tuple[Array, Array, Array]:
+    def eigendecomposition(self, w_MK: Array) -> tuple[Array, Array]:
         """Eigenvalues of mixtures' H_w, less what the projection adds; they may be negative.
 
         Returns:
             Eigenvalues in the basis, in ascending order [M, R]; their vectors, in columns
-            [M, R, R]; the curvature in the orthogonal complement [M].
+            [M, R, R].
         """
         used = used_columns(w_MK)
         H_MRR = np.tensordot(w_MK[:, used], self._H_KRR[used], 1)
         values_MR, vectors_MRR = np.linalg.eigh(H_MRR)
         added_M = self.projection_curvature(w_MK)
-        return values_MR - added_M[:, None], vectors_MRR, w_MK @ self._complement_curvature_K
+        return values_MR - added_M[:, None], vectors_MRR
 
-    def pull_back(self, of_H_MRR: Array, of_complement_M: Array) -> Array:
+    def pull_back(self, of_H_MRR: Array) -> Array:
         """Derivatives with respect to w [M, K], of what :meth:`eigendecomposition` decomposes.
 
         Args:
             of_H_MRR: derivatives with respect to H_w in the basis, less what the projection adds;
                 symmetric.
-            of_complement_M: with respect to the curvature in the orthogonal complement.
         """
         num_tasks, size = len(self._H_KRR), self._basis.rank**2
         of_w_MK = of_H_MRR.reshape(-1, size) @ self._H_KRR.reshape(num_tasks, size).T
         trace_M1 = np.trace(of_H_MRR, axis1=1, axis2=2)[:, None]
-        of_w_MK -= trace_M1 * self._trace_K / self._basis.dim
-        return of_w_MK + of_complement_M[:, None] * self._complement_curvature_K
+        return of_w_MK - trace_M1 * self._trace_K / self._basis.dim
 
     def projection_curvature(self, w_MK: Array) -> Array:
         """What a random projection adds to every eigenvalue in expectation: trace(H_w) / D [M]."""
         return w_MK @ self._trace_K / self._basis.dim
 
-    def row_covariance(self, shares_K: Array) -> tuple[Array, float]:
-        """Covariance of the gradient of one row of a mixture, in the loss of a batch.
-
-        Returns:
-            In the basis [R, R], and the trace of what is in the orthogonal complement.
-        """
+    def row_covariance(self, shares_K: Array) -> Array:
+        """Covariance of one row's gradient, in the loss of a batch of a mixture [R, R]."""
         row_K = self._counts.row_weights(shares_K)
-        w_K = self._counts.token_weights(shares_K[None])[0]
-        b_R, b_D = w_K @ self.b_KR, w_K @ self.b_KD
-        complement = row_K @ self._complement_moment_K - (b_D**2).sum() + (b_R**2).sum()
-        covariance_RR = np.tensordot(row_K, self._moment_KRR, 1) - np.outer(b_R, b_R)
-        return covariance_RR, float(complement)
+        b_R = self._counts.token_weights(shares_K[None])[0] @ self.b_KR
+        return np.tensordot(row_K, self._moment_KRR, 1) - np.outer(b_R, b_R)

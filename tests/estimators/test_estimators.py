@@ -659,7 +659,7 @@ class TestPackedRows:
         w = model.counts.token_weights(rows)
         b = w[0] @ model.tasks.b_KD
         expected = np.tensordot(rows[0], moments, 1) / tokens**2 - np.outer(b, b)
-        covariance = model.tasks.row_covariance(rows[0])[0]
+        covariance = model.tasks.row_covariance(rows[0])
         basis = model.basis.vectors_DR
         assert basis @ covariance @ basis.T == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
@@ -681,7 +681,7 @@ class TestPackedRows:
     def test_clipping_is_that_of_whole_rows(self, store):
         everything = np.array([2, 5, 1]) / 8
         model = QuadraticModel(store, _read_loss, rank=6)
-        covariance, _ = model.tasks.row_covariance(everything)
+        covariance = model.tasks.row_covariance(everything)
         b = model.counts.token_weights(everything[None])[0] @ model.tasks.b_KD
         expected = 1 / np.sqrt(b @ b + np.trace(covariance) / 4)
         factor = clipping_factor(store, model.counts, max_grad_norm=1.0, rows_per_step=4)
