@@ -148,15 +148,6 @@ def krylov_axes(starts: Sequence[np.ndarray], matrix: np.ndarray, rank: int) -> 
     return axes if axes.size else np.eye(len(matrix))[:, :1]
 
 
-def batch_covariance(store: GradientStore, pooled: np.ndarray) -> np.ndarray:
-    """Covariance [D, D] of a batch's gradient."""
-    gradients = store.scalar("loss@optimizer")[1].astype(np.float64)
-    chance = (pooled / np.bincount(store.task_ids))[store.task_ids]
-    rows = store.num_label_tokens[:, None] * gradients / (chance @ store.num_label_tokens)
-    batch = (chance[:, None] * rows).T @ rows - np.outer(chance @ rows, chance @ rows)
-    return batch / store.metadata["training"]["examples_per_step"]
-
-
 def symmetric_basis(size: int) -> list[np.ndarray]:
     """An orthonormal basis of the symmetric matrices."""
     basis = []
@@ -209,7 +200,7 @@ def ends_correction(
     # In coordinates in which changes of the curvature are equally cheap in all directions.
     values, vectors = np.linalg.eigh(axes.T @ matrix @ axes)
     to_them = (vectors * np.abs(values) ** 0.25) @ vectors.T @ axes.T
-    penalty = 1e-3 * np.mean([np.linalg.norm(to_them @ end) ** 4 for end in ends])
+    penalty = 0.3 * np.mean([np.linalg.norm(to_them @ end) ** 4 for end in ends])
     basis, rows, missed = symmetric_basis(axes.shape[1]), [], []
     for end, change in zip(ends, changes, strict=True):
         inner = to_them @ end
@@ -227,8 +218,7 @@ def linearized_training(
 
     ``pooled`` [K] are the shares of the tasks' rows in the mixture; they sum to 1.
     """
-    optimizer, training = store.metadata["optimizer"], store.metadata["training"]
-    target = store.target
+    optimizer, target = store.metadata["optimizer"], store.target
     dim = store.gradients.shape[1]
 
     def curvature(part: GradientStore, weights: np.ndarray) -> np.ndarray:
@@ -268,7 +258,6 @@ def linearized_training(
     everything = store.task_sizes / store.task_sizes.sum()
     clip = clipping_factor(store, everything)
     w = clip * w
-    w_all = clip * everything * tokens_per_row / (everything @ tokens_per_row)
     beta, decay = optimizer["momentum_coefficient"], optimizer["weight_decay"]
     rates = np.array(learning_rates) * optimizer["learning_rate_factor"]
     # Training has just begun to converge along this curvature.
@@ -294,7 +283,7 @@ def linearized_training(
         correction = np.tensordot(weights, corrections, 1)
         return denoised(overall, least=-slowest, correction=correction)
 
-    H, H_all = mixed(w), mixed(w_all)
+    H = mixed(w)
     delta = np.zeros(dim)
     if steps_taken is not None:
         momentum = momentum * (1 - beta**steps_taken)
@@ -306,31 +295,7 @@ def linearized_training(
     if looks_ahead:
         target_H = target_H + ends_correction(target_H, axes, target, store.vectors)
 
-    # Displacement after the last step per unit of gradient in each step alone, on all tasks.
-    responses = []
-    for first in range(len(rates)):
-        moved, momentum = np.zeros((dim, dim)), np.zeros((dim, dim))
-        for t, rate in enumerate(rates):
-            gradient = np.eye(dim) * (t == first) + H_all @ moved
-            momentum = beta * momentum + (1 - beta) * gradient
-            divisor = 1 if steps_taken is None else 1 - beta ** (steps_taken + t + 1)
-            moved = moved - rate * (momentum / divisor + decay * moved)
-        responses.append(moved)
-    noise = batch_covariance(store, everything)
-
-    def bend_by(response: np.ndarray, covariance: np.ndarray) -> float:
-        return float(np.trace(target_H @ response @ covariance @ response.T)) / 2
-
-    random_bend = sum(bend_by(response, noise) for response in responses)
-    steps_per_pass = store.task_sizes.sum() / training["examples_per_step"]
-    for start in np.arange(0, len(rates), steps_per_pass):
-        end = start + steps_per_pass
-        within = sum(
-            max(min(t + 1, end) - max(t, start), 0.0) * response
-            for t, response in enumerate(responses)
-        )
-        random_bend -= bend_by(within, noise) / steps_per_pass
-    bend = delta @ target_H @ delta / 2 + clip**2 * random_bend
+    bend = delta @ target_H @ delta / 2
     if not looks_ahead:
         bend = max(bend, 0.0)
     return max(float(target.example_weights @ target.losses + target_b @ delta + bend), 0.0)

@@ -21,7 +21,7 @@ from hf_auxselect.estimators.base import (
     normalize_mixtures,
     random_subsets,
 )
-from hf_auxselect.estimators.minibatches import add_minibatch_noise, clipping_factor
+from hf_auxselect.estimators.clipping import clipping_factor
 from hf_auxselect.estimators.parallel import one_blas_thread
 from hf_auxselect.estimators.predicted_update import FittedQuadratic, check_options
 from hf_auxselect.estimators.quadratic_model import QuadraticModel
@@ -63,8 +63,8 @@ class LinearizedTraining(AbstractEstimator):
     3. Eigendecompose H_w = V diag(h) V^T.
     4. Filter each eigenvalue: the remaining steps, with their learning rates, momentum and weight
        decay, turn V^T b_w into the displacement -r(h) V^T b_w (``UnrolledOptimizer``).
-    5. Evaluate the target's quadratic, L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2, and
-       add what the noise of minibatches contributes (``add_minibatch_noise``). Probes correct H_T.
+    5. Evaluate the target's quadratic, L_T(delta) = L_T + b_T . delta + delta^T H_T delta / 2.
+       Probes correct H_T.
 
     A restart is estimated as if the run went on from theta_0: that ranks mixtures, but does not
     tell their losses. Cost: two products of R^2 numbers per task, an eigendecomposition and six
@@ -164,17 +164,12 @@ class FittedLinearizedTraining(FittedQuadratic):
             vectors_VD=np.stack([optimizer.momentum_D, parameters_D]),
             probes=store.probes if options.probes else None,
         )
-        rows_per_step = training.examples_per_step
         if training.max_grad_norm:
             self._clipping = clipping_factor(
                 store,
                 self._model.counts,
                 max_grad_norm=training.max_grad_norm,
-                rows_per_step=rows_per_step,
-            )
-        if rows_per_step:
-            add_minibatch_noise(
-                self._model, self._unrolled, clipping=self._clipping, rows_per_step=rows_per_step
+                rows_per_step=training.examples_per_step,
             )
 
     def displacements(self) -> tuple[Array, Array]:

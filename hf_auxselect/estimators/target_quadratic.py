@@ -48,7 +48,6 @@ class TargetQuadratic:
         losses_T: losses of the examples at the linearization point, nats per label token.
         loss: their weighted mean.
         g_TR, phi_TR: gradients of the examples in the basis.
-        noise: what the noise of minibatches adds to the quadratic term, in nats, with any training.
         lower_bound: of the quadratic term. A Gauss-Newton matrix makes it 0 at least: what falls
             below is noise. Curvature that was fitted to measured losses has no bound.
     """
@@ -66,7 +65,6 @@ class TargetQuadratic:
         self.weights_T = gradients.weights_N
         self.losses_T = target.losses.astype(np.float64)
         self.loss = float(target.task_losses[0])
-        self.noise = 0.0
         self.lower_bound = 0.0
         self._b_R = basis.coordinates(b_D)
         self._source_gradients_TS = np.empty((len(target), len(complement_SD)))
@@ -113,7 +111,7 @@ class TargetQuadratic:
         """
         linear_MT = delta_MR @ self.g_TR.T + sources_MS @ self._source_gradients_TS.T
         H_delta_MR = delta_MR @ self._H_RR
-        quadratic_M = (delta_MR * H_delta_MR).sum(1) / 2 + self.noise * sources_MS.any(1)
+        quadratic_M = (delta_MR * H_delta_MR).sum(1) / 2
         is_free_M1 = quadratic_M[:, None] > self.lower_bound
         return TargetChange(
             linear_MT=linear_MT,
@@ -121,7 +119,3 @@ class TargetQuadratic:
             of_delta_MR=self._b_R + np.where(is_free_M1, H_delta_MR, 0.0),
             of_sources_S=self.weights_T @ self._source_gradients_TS,
         )
-
-    def mean_quadratic_term(self, covariance_RR: Array) -> float:
-        """E[epsilon^T H_T epsilon] / 2 of a random displacement epsilon with this covariance."""
-        return float((self._H_RR * covariance_RR).sum()) / 2

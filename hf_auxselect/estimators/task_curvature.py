@@ -48,13 +48,12 @@ class TaskCurvature:
         trace_K: Array,
         target_b_D: Array,
     ) -> None:
-        self._basis, self._counts, self._trace_K = basis, counts, trace_K
+        self._basis, self._trace_K = basis, trace_K
         num_tasks, num_examples = len(b_KD), len(gradients.store)
         complement_b_D = basis.complement(target_b_D)
         self.b_KD = b_KD
         self.b_KR = basis.coordinates(b_KD)
-        # H, and the second moment of a row's contribution to b.
-        self._H_KRR, self._moment_KRR = np.zeros((2, num_tasks, basis.rank, basis.rank))
+        self._H_KRR = np.zeros((num_tasks, basis.rank, basis.rank))
         self.phi_NR = np.empty((num_examples, basis.rank), np.float32)
         self.g_NR = np.empty((num_examples, basis.rank), np.float32)
         self.complement_response_N = np.empty(num_examples)
@@ -67,9 +66,6 @@ class TaskCurvature:
             self.g_NR[examples], self.phi_NR[examples] = g, phi
             self.norm_N[examples] = np.linalg.norm(g, axis=1)
             self.complement_response_N[examples] = g_ND @ complement_b_D
-            weights_N = counts.moment_weights_N[examples]
-            self._moment_KRR[k] += (g * weights_N[:, None]).T @ g
-        self._moment_KRR += np.einsum("k,kr,ks->krs", counts.pairs_K, self.b_KR, self.b_KR)
         self.complement_response_K = b_KD @ complement_b_D
         self.uncorrected_H_KRR = self._H_KRR
 
@@ -136,9 +132,3 @@ class TaskCurvature:
     def projection_curvature(self, w_MK: Array) -> Array:
         """What a random projection adds to every eigenvalue in expectation: trace(H_w) / D [M]."""
         return w_MK @ self._trace_K / self._basis.dim
-
-    def row_covariance(self, shares_K: Array) -> Array:
-        """Covariance of one row's gradient, in the loss of a batch of a mixture [R, R]."""
-        row_K = self._counts.row_weights(shares_K)
-        b_R = self._counts.token_weights(shares_K[None])[0] @ self.b_KR
-        return np.tensordot(row_K, self._moment_KRR, 1) - np.outer(b_R, b_R)

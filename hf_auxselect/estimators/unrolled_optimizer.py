@@ -1,9 +1,9 @@
-"""The remaining optimizer steps, unrolled: what they make of gradients, momentum, decay and noise.
+"""The remaining optimizer steps, unrolled: what they make of gradients, momentum and decay.
 
 In the eigenvectors of a quadratic model's curvature H, training falls apart into recursions of two
 numbers each, the displacement and the momentum. They are tabulated as functions of the eigenvalue.
 
-Shapes: R eigenvalues, G eigenvalues in a table, T steps, P passes over the rows.
+Shapes: G eigenvalues in a table.
 """
 
 from __future__ import annotations
@@ -122,28 +122,6 @@ class UnrolledOptimizer:
         momentum, gradient, parameters = slopes_3G[:, at] * of_value
         return Response(momentum, -gradient, -parameters)
 
-    def noise_covariance(self, values_R: Array, steps_per_pass: float) -> Array:
-        """Covariance [R, R] of the displacement after the last step, per unit of each step's noise.
-
-        Along the eigenvectors i and j it is ``sum_st u_st h_si h_tj``, where h_t is the response to
-        step t alone. Noise is independent between examples. Rows are drawn without replacement, so
-        that after a whole pass, P steps long, it has cancelled out: u_st is 1 for s = t, less 1 / P
-        for all s, t of the same pass.
-
-        Args:
-            values_R: eigenvalues.
-            steps_per_pass: P, the number of steps after which all rows are read.
-        """
-        num_steps, length = len(self._rates), max(steps_per_pass, 1.0)
-        values_R = self._values(self._coordinate(values_R))
-        h_TR = np.stack(list(self._impulses(values_R))[::-1])
-        # Sums over each pass; one may end within a step, and the last may be broken off.
-        sums_TR = np.vstack([np.zeros_like(values_R), np.cumsum(h_TR, axis=0)])
-        ends_P = np.minimum(np.arange(np.ceil(num_steps / length) + 1) * length, num_steps)
-        step_P = np.minimum(ends_P.astype(np.int64), num_steps - 1)
-        passes_PR = np.diff(sums_TR[step_P] + (ends_P - step_P)[:, None] * h_TR[step_P], axis=0)
-        return h_TR.T @ h_TR - passes_PR.T @ passes_PR / length
-
     def _coordinate(self, values: Array) -> Array:
         """Place of eigenvalues in the tables, whose entries are evenly spaced in it."""
         scaled = np.maximum(values * self.summed_learning_rate, -1.0)
@@ -169,17 +147,6 @@ class UnrolledOptimizer:
             delta_3G *= 1 - rate * self._decay
             delta_3G -= rate * (momentum_3G / correction + parameters_31)
         self._delta_3G = delta_3G
-
-    def _impulses(self, values_G: Array) -> Iterator[Array]:
-        """Displacement after the last step per unit of gradient in one step, from the last back."""
-        of_delta_G, of_momentum_G = np.ones_like(values_G), np.zeros_like(values_G)
-        values_G = values_G + self._coupled_decay
-        for rate, beta, correction in reversed(list(self._steps())):
-            of_momentum_G = of_momentum_G - of_delta_G * rate / correction
-            yield (1 - beta) * of_momentum_G
-            of_delta_G = (1 - rate * self._decay) * of_delta_G
-            of_delta_G += (1 - beta) * values_G * of_momentum_G
-            of_momentum_G = beta * of_momentum_G
 
     def _steps(self) -> Iterator[tuple[float, float, float]]:
         """Rate, momentum coefficient and correction of its bias, of each step."""

@@ -28,12 +28,10 @@ from hf_auxselect import (
 )
 from hf_auxselect.estimators import normalize_mixtures
 from hf_auxselect.estimators.base import NORMAL_95, NUM_ENDPOINTS, random_subsets
+from hf_auxselect.estimators.clipping import clipping_factor
 from hf_auxselect.estimators.diagnostics import rank_correlation
-from hf_auxselect.estimators.minibatches import clipping_factor
 from hf_auxselect.estimators.quadratic_model import QuadraticModel
 from hf_auxselect.estimators.unrolled_optimizer import UnrolledOptimizer
-from hf_auxselect.sampler import MixtureSampler
-from hf_auxselect.tasks import TaskRows
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-1, 1)), min_size=2, max_size=12))
@@ -308,8 +306,8 @@ class TestLinearizedTraining:
         assert used.estimate(np.eye(3, dtype=bool)).loss.tolist() != plain.tolist()
 
     def test_the_target_agrees_with_losses_at_the_endpoints(self):
-        # With one end, and all of the target's examples read there, the model says what was
-        # measured, but for a thousandth of what it would have said.
+        # With one end, and all of the target's examples read there, the ridge leaves 0.3 / 1.3 of
+        # what the model had missed.
         plain = random_store(5)
         end = LinearizedTraining(rank=6).probe_points(plain)[1][:1]
         target = plain.target
@@ -325,7 +323,7 @@ class TestLinearizedTraining:
         }
         model = LinearizedTraining(rank=6).fit(plain.with_vectors(probes))._model
         after = float(b @ end[0]) + float(model.target.change(*at(model, end))[1][0])
-        assert after == pytest.approx(before + 0.3 / 1.001, rel=1e-5)
+        assert after == pytest.approx(before + 0.3 / 1.3, rel=1e-5)
         residual = model.probe_diagnostics()["target_residual"]
         assert residual == pytest.approx(0.3 / model.target.loss, rel=1e-5)
 
@@ -370,29 +368,6 @@ class TestLinearizedTraining:
 
     def test_no_mixtures(self):
         assert len(LinearizedTraining().fit(random_store(2)).estimate(np.zeros((0, 3)))) == 0
-
-    @pytest.mark.parametrize("num_steps", [6, 20])
-    def test_the_noise_of_minibatches_is_that_of_many_runs(self, num_steps):
-        """Steps of 4 of the rows, as the sampler draws them, in the quadratic model itself."""
-        store = without_curvature(11, (27, 33))
-        gradients, target = store.scalar("loss@optimizer")[1], store.target
-        phi = target.scalar("sampled_loss@optimizer")[1]
-        target_H = (phi.T * target.example_weights) @ phi
-        target_H -= np.trace(target_H) / 60 * np.eye(60)  # what a projection would have added
-        tasks, bends = TaskRows(("a", "b"), store.task_ids), []
-        noise = gradients - gradients.mean(0)
-        for seed in range(2000):
-            sampler = MixtureSampler(tasks, [27 / 60, 33 / 60], seed, length=4 * num_steps)
-            epsilon, momentum = np.zeros((2, 60))
-            for rows in np.reshape(list(sampler), (num_steps, 4)):
-                momentum = 0.9 * momentum + 0.1 * noise[rows].mean(0)
-                epsilon = epsilon - 0.5 * momentum
-            bends.append(epsilon @ target_H @ epsilon / 2)
-        options = LinearizedTraining(learning_rates=[0.5] * num_steps)
-        noisy = options.fit(store).estimate([[True, True]]).loss[0]
-        store.metadata["training"]["examples_per_step"] = 10**6
-        added = noisy - options.fit(store).estimate([[True, True]]).loss[0]
-        assert added == pytest.approx(np.mean(bends), abs=4 * np.std(bends) / 2000**0.5)
 
     def test_rates_come_from_the_trainer_unless_given(self):
         store = random_store(1)
@@ -642,27 +617,6 @@ class TestPackedRows:
         weights = model.counts.token_weights(np.array([[0.5, 0.3, 0.2]]))
         assert weights[0] == pytest.approx(share / share.sum(), rel=1e-12)
 
-    def test_a_row_varies_as_a_sum_of_examples_does(self, store):
-        """Against all rows that could be made of the captured examples."""
-        model = QuadraticModel(store, _read_loss, rank=6)
-        gradients = store.scalar("loss")[1].astype(float)
-        rows = np.array([[0.5, 0.3, 0.2]])
-        moments = []
-        for k, m in enumerate(self.PER_ROW):
-            own = np.flatnonzero(store.task_ids == k)
-            sums = [
-                (store.num_label_tokens[list(row), None] * gradients[list(row)]).sum(0)
-                for row in itertools.product(own, repeat=m)
-            ]
-            moments.append(np.mean([np.outer(s, s) for s in sums], 0))
-        tokens = rows[0] @ model.counts.tokens_per_row_K
-        w = model.counts.token_weights(rows)
-        b = w[0] @ model.tasks.b_KD
-        expected = np.tensordot(rows[0], moments, 1) / tokens**2 - np.outer(b, b)
-        covariance = model.tasks.row_covariance(rows[0])
-        basis = model.basis.vectors_DR
-        assert basis @ covariance @ basis.T == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
     def test_nothing_is_missing_where_all_examples_of_the_rows_were_captured(self, store):
         model = QuadraticModel(store, _read_loss, rank=None)
         assert model.counts.missing_K.tolist() == [0, 0, 0]
@@ -679,11 +633,21 @@ class TestPackedRows:
         )
 
     def test_clipping_is_that_of_whole_rows(self, store):
-        everything = np.array([2, 5, 1]) / 8
+        """Against all rows that could be made of the captured examples."""
         model = QuadraticModel(store, _read_loss, rank=6)
-        covariance = model.tasks.row_covariance(everything)
+        gradients = store.scalar("loss")[1].astype(float)
+        everything, square_of_row = np.array([2, 5, 1]) / 8, []
+        for k, m in enumerate(self.PER_ROW):
+            own = np.flatnonzero(store.task_ids == k)
+            sums = [
+                (store.num_label_tokens[list(row), None] * gradients[list(row)]).sum(0)
+                for row in itertools.product(own, repeat=m)
+            ]
+            square_of_row.append(np.mean([s @ s for s in sums]))
+        tokens = everything @ model.counts.tokens_per_row_K
         b = model.counts.token_weights(everything[None])[0] @ model.tasks.b_KD
-        expected = 1 / np.sqrt(b @ b + np.trace(covariance) / 4)
+        variance = everything @ square_of_row / tokens**2 - b @ b
+        expected = 1 / np.sqrt(b @ b + variance / 4)
         factor = clipping_factor(store, model.counts, max_grad_norm=1.0, rows_per_step=4)
         assert factor == pytest.approx(expected, rel=1e-9)
         assert factor < 1
