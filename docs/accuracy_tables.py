@@ -10,6 +10,7 @@ from choosing_tables import ALL_TASKS, CHOSEN, lines_of_strategies, regret, time
 from results import bullets, markdown, number, percent, read, table
 
 FAMILIES = ("arithmetic", "logic", "text", "small", "spelling", "demo", "sparse", "sorting")
+HELD_OUT = ("sentiment",)
 RESTARTED = ("arithmetic", "logic", "text", "small")
 VARIANTS = {
     "small": "small: 60 steps of warm-up, r = 8",
@@ -160,6 +161,24 @@ def errors() -> str:
 
 
 @table
+def held_out() -> str:
+    """Families of real text on which no constant was decided."""
+    rows = {
+        "ground-truth losses, nats per label token": spread,
+        "**Spearman of the default**": of(DEFAULT),
+        "the default, without the task of shuffled answers": of(
+            DEFAULT, "spearman_without_shuffled"
+        ),
+        "*perfect estimate (noise ceiling)*": lambda r: f"*{number(r['noise_ceiling'])}*",
+        **{label: of(name) for label, name in BASELINES.items()},
+        "regret of the best-estimated, of the range": of(DEFAULT, "regret", form=percent),
+        "mean relative error of the default": of(DEFAULT, "error", form=percent),
+        "90% intervals that hold the ground truth": of(DEFAULT, "coverage", form=percent),
+    }
+    return per_family(rows, HELD_OUT)
+
+
+@table
 def intervals() -> str:
     """Coverage of the 90% intervals."""
     return per_family(
@@ -285,34 +304,30 @@ def ablation_errors() -> str:
 
 
 @table
-def clipping_and_noise() -> str:
-    """What clipping and the noise of batches are worth: means over the families measured."""
-    families = read("clipping_and_noise")["families"].values()
-    names = {
-        "of training on all tasks: the default": "default",
-        "of each mixture's own (commit d339d2f)": "of each mixture",
-        "without clipping": "without clipping",
-        "without noise": "without noise",
-    }
-    rows = []
-    for label, name in names.items():
-        for probes, suffix in (("", ""), (", no probes", ", no probes")):
-            lines = [family[name + suffix] for family in families]
-            means = {key: fmean(line[key] for line in lines) for key in lines[0]}
-            rows.append(
-                [
-                    label + probes,
-                    number(means["spearman"]),
-                    number(means["spearman_without_shuffled"]),
-                    percent(means["regret"]),
-                    f"{100 * means['error']:.1f}%",
-                    percent(means["coverage"]),
-                ]
-            )
-    header = ["", "Spearman", "without the shuffled task", "regret", "error", "in intervals"]
-    return f"Means over {', '.join(read('clipping_and_noise')['families'])}:\n\n" + markdown(
-        header, rows
-    )
+def terms() -> str:
+    """The default without each of its terms: means over the eight families."""
+    record = read("terms")
+
+    def row(label: str, lines: list[dict[str, Any]]) -> list[str]:
+        means = {key: fmean(line[key] for line in lines) for key in lines[0]}
+        return [
+            label,
+            number(means["spearman"], 3),
+            number(means["spearman_without_shuffled"], 3),
+            f"{100 * means['regret']:.1f}%",
+            f"{100 * means['error']:.1f}%",
+            percent(means["coverage"]),
+            f"{100 * means['error_calibrated']:.1f}%",
+        ]
+
+    before, now = ([record[key][family] for family in FAMILIES] for key in ("before", "families"))
+    rows = [row("**the default**", [of["the default"] for of in now])]
+    rows += [row(name, [of[name] for of in now]) for name in now[0] if name != "the default"]
+    rows.append(row("*the default before*", [of["the default"] for of in before]))
+    for name in ("no noise of batches", "no curvature outside the basis"):
+        rows.append(row(f"before, {name}", [of[name] for of in before]))
+    header = ["", "Spearman", "without the shuffled task", "regret", "error"]
+    return markdown([*header, "in intervals", "error after calibration"], rows)
 
 
 @table

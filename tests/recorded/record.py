@@ -77,7 +77,7 @@ if __name__ == "__main__":
             with tempfile.TemporaryDirectory() as scratch:
                 files = train(name, Path(scratch))
                 shutil.rmtree(HERE / name, ignore_errors=True)
-                without = shutil.ignore_patterns("*.png", "*.svg")
+                without = shutil.ignore_patterns("*.png", "*.svg", "*.html")
                 shutil.copytree(files, HERE / name, ignore=without)
         recorded[name] = estimates(name, HERE / name)
     (HERE / "estimates.json").write_text(json.dumps(recorded, indent=1) + "\n")
