@@ -106,19 +106,21 @@ BASELINES = {
 }
 
 
+def default_with_interval(record: dict[str, Any]) -> str:
+    """Rank correlation of the default."""
+    found = default_line(record)
+    low, high = found["spearman_interval"]
+    return f"**{number(found['spearman'])}** [{number(low)}, {number(high)}]"
+
+
 @table
 def ranking() -> str:
     """Rank correlation of the default, of baselines, and of a perfect estimate."""
 
-    def default(record: dict[str, Any]) -> str:
-        found = default_line(record)
-        low, high = found["spearman_interval"]
-        return f"**{number(found['spearman'])}** [{number(low)}, {number(high)}]"
-
     return per_family(
         {
             "ground-truth losses, nats per label token": spread,
-            "**the default** [90%]": default,
+            "**the default** [90%]": default_with_interval,
             "*perfect estimate (noise ceiling)*": lambda r: f"*{number(r['noise_ceiling'])}*",
             **{label: of(name) for label, name in BASELINES.items()},
             "GradEx as its authors published it, two step lengths": as_published,
@@ -165,7 +167,7 @@ def held_out() -> str:
     """Families of real text on which no constant was decided."""
     rows = {
         "ground-truth losses, nats per label token": spread,
-        "**Spearman of the default**": of(DEFAULT),
+        "**Spearman of the default** [90%]": default_with_interval,
         "the default, without the task of shuffled answers": of(
             DEFAULT, "spearman_without_shuffled"
         ),

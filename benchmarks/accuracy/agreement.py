@@ -10,7 +10,7 @@ those at the two checkpoints differ by, and the table says so.
 A mixture with the task of shuffled answers is easily told from one without, and shuffled answers
 from others; what matters is how estimates rank the mixtures that are left.
 
-    python -m benchmarks.accuracy.agreement [--families small] [--modes continue]
+    python -m benchmarks.accuracy.agreement [--families small] [--modes continue] [--brief]
 """
 
 from __future__ import annotations
@@ -285,6 +285,9 @@ def main() -> None:
     parser.add_argument(
         "--token-margins", action="store_true", help="capture them for one more of the lines"
     )
+    parser.add_argument(
+        "--brief", action="store_true", help="the estimators alone: neither calibrated nor ablated"
+    )
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.set_verbosity_error()
@@ -299,12 +302,12 @@ def main() -> None:
             fitted = LinearizedTraining().fit(store)
             calibrated = [
                 compare_calibrated(truth, fitted, "LinearizedTraining()", num_runs)
-                for num_runs in NUM_CALIBRATION_RUNS
+                for num_runs in (() if options.brief else NUM_CALIBRATION_RUNS)
             ]
             header = describe(truth)
             record = header | {"command": "python -m benchmarks.accuracy.agreement", "lines": lines}
             record |= {"calibrated": calibrated, "diagnostics": fitted.diagnostics()}
-            if mode == "continue":
+            if mode == "continue" and not options.brief:
                 record |= what_matters(truth, store, capture_tokens=options.token_margins)
             print_table(record)
             path = RESULTS / "agreement" / f"{family}-{mode}.json"
