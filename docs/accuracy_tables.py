@@ -116,7 +116,6 @@ def default_with_interval(record: dict[str, Any]) -> str:
 @table
 def ranking() -> str:
     """Rank correlation of the default, of baselines, and of a perfect estimate."""
-
     return per_family(
         {
             "ground-truth losses, nats per label token": spread,
