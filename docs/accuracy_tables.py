@@ -171,9 +171,16 @@ def held_out() -> str:
             DEFAULT, "spearman_without_shuffled"
         ),
         "*perfect estimate (noise ceiling)*": lambda r: f"*{number(r['noise_ceiling'])}*",
+        "*perfect estimate, without it*": lambda r: (
+            f"*{number(r['noise_ceiling_without_shuffled'])}*"
+        ),
         **{label: of(name) for label, name in BASELINES.items()},
         "regret of the best-estimated, of the range": of(DEFAULT, "regret", form=percent),
-        "mean relative error of the default": of(DEFAULT, "error", form=percent),
+        "centred R² of the default": of(DEFAULT, "r2"),
+        "mean relative error of the default": lambda r: f"{default_line(r)['error']:.1%}",
+        "error of a constant, the mean of the ground truth": lambda r: (
+            f"{r['error_of_a_constant']:.1%}"
+        ),
         "90% intervals that hold the ground truth": of(DEFAULT, "coverage", form=percent),
     }
     return per_family(rows, HELD_OUT)

@@ -377,9 +377,9 @@ def matern(one: np.ndarray, other: np.ndarray, rates: np.ndarray) -> float:
 def log_posterior(
     shares: np.ndarray, losses: np.ndarray, logs: np.ndarray, *, deviation: float, least: float
 ) -> float:
-    """Of the logarithms of rates, signal and noise of a Gaussian process, up to a constant."""
+    """Of the logarithms of factors of rates, their common rate, signal and noise, up to a constant."""
     roots, y = np.sqrt(shares), (losses - losses.mean()) / losses.std()
-    rates = np.exp(logs[:-2]) / (2 * roots.var(0).mean())
+    rates = np.exp(logs[:-3] + logs[-3]) / (2 * roots.var(0).mean())
     signal, noise = np.exp(logs[-2:])
     K = np.array([[matern(one, other, rates) for other in shares] for one in shares])
     C = signal * K + (noise + least) * np.eye(len(y)) + 1.0

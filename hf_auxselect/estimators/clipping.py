@@ -17,8 +17,8 @@ def clipping_factor(
 ) -> float:
     """By how much clipping shortens gradients in training on all tasks: at most 1.
 
-    It counts for every mixture: the estimate stays smooth, and agrees with ground-truth runs as
-    well as with a factor of each mixture's own (``docs/accuracy.md``).
+    One factor serves all mixtures, so that estimates are smooth in the weights. They agree with
+    ground-truth runs as well as with a factor of each mixture's own (``docs/accuracy.md``).
 
     It is ``max_grad_norm / sqrt(E|g|^2)`` for the gradient g of a batch of B rows, whose mean
     square is ``|b|^2 + trace(C) / B`` with the mean b and covariance C of one row's gradient.

@@ -236,7 +236,7 @@ class KernelSurrogate(AbstractSurrogate):
 
     A task that does not matter gets a rate near 0. Rates and the variance of the noise are those of
     the largest marginal likelihood; see :func:`most_likely_matern`. The 90% interval is that of
-    ``RidgeSurrogate``.
+    the Gaussian process for one further run, noise included, joined with the interval of ``base``.
 
     Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), chapters 2, 4
     and 5; surrogates with a kernel on mixtures: KernelSM (arXiv 2602.03783, ICLR 2026).
