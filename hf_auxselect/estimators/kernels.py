@@ -20,11 +20,10 @@ _PRIOR_DEVIATION = 1.5
 """Standard deviation of the normal priors of the logarithms of rates, signal and noise.
 
 Their middles are pessimistic: every task matters, and noise has as much variance as the signal.
-Measured on the
-mixtures that RegMix trained to fit surrogates, and on a made-up function of 38 to 400 tasks: with
-16 to 128 of these mixtures the intervals hold 87% to 92% of 256 others; with 3 for all of them 76%
-to 85%. Without a common rate, a hundred tasks of which none is known to matter less than the others
-would make all mixtures unlike each other.
+Measured on the mixtures that RegMix trained to fit surrogates, and on a made-up function of 38 to
+400 tasks: with 16 to 128 of these mixtures the intervals hold 87% to 92% of 256 others; with 3 for
+all of them 76% to 85%. Without a common rate, a hundred tasks of which none is known to matter less
+than the others would make all mixtures unlike each other.
 """
 
 _LEAST_NOISE = 1e-6
@@ -95,9 +94,8 @@ def most_likely_matern(roots_MK: Array, losses_M: Array) -> tuple[MaternKernel, 
     Losses, less their mean and in units of their standard deviation, are a Gaussian process of
     covariance signal * kernel + noise * identity + 1, the last for an unknown mean. Each task's
     rate is a common one times its own factor. The logarithms of these, of signal and of noise
-    maximize the marginal likelihood times normal priors.
-    The signal is returned as a variance, nats^2, the noise as a multiple of the signal. Cost: 50
-    times M^3 + M^2 K.
+    maximize the marginal likelihood times normal priors. The signal is returned as a variance,
+    nats^2, the noise as a multiple of the signal. Cost: 50 times M^3 + M^2 K.
 
     Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), eq. 5.8 and
     5.9; Rprop: Riedmiller and Braun (ICNN 1993), for Gaussian processes Blum and Riedmiller (ESANN

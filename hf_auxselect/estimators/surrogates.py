@@ -414,9 +414,8 @@ class _Regression:
         That of any prediction which is linear in the known losses, with parts that sum to 1: the
         covariances of what is known and asked for, and the noise of all runs.
         """
-        known_MM = self._kernel(self._roots_MK, self._roots_MK)
         kernel_QM = self._kernel(np.sqrt(shares_QK), self._roots_MK)
-        own_Q = 1 + ((parts_QM @ known_MM - 2 * kernel_QM) * parts_QM).sum(1)
+        own_Q = 1 + ((parts_QM @ self._gram.kernel_MM - 2 * kernel_QM) * parts_QM).sum(1)
         noise = self.penalty * self._gram.scale
         return signal * (np.maximum(own_Q, 0.0) + noise * (1 + (parts_QM**2).sum(1)))
 
@@ -445,11 +444,12 @@ class _Gram:
     """The kernel matrix of the known mixtures, centred for the intercept, with trace M.
 
     Attributes:
+        kernel_MM: the matrix as it was given.
         scale: what it was divided by.
     """
 
     def __init__(self, kernel_MM: Array) -> None:
-        count = len(kernel_MM)
+        count, self.kernel_MM = len(kernel_MM), kernel_MM
         self._mean_M = kernel_MM.mean(0)
         centered_MM = kernel_MM - self._mean_M - self._mean_M[:, None] + self._mean_M.mean()
         self.scale = max(float(np.trace(centered_MM)) / count, TINY)
